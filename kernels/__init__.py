@@ -1,0 +1,28 @@
+"""Recurrences on tensors: Triton kernels, a vectorised PyTorch implementation and the reference loop.
+
+Nothing here knows TensorDicts or networks; `fusedrl.estimators` and `fusedrl.losses` build on it.
+"""
+
+from .backend import BACKENDS, current_backend, fastest_backend, resolve_backend, use_backend
+from .returns import (
+    fixed_discount_td_lambda_return,
+    gae,
+    reverse_scan,
+    reward_to_go,
+    td1_return,
+    td_lambda_return,
+)
+
+__all__ = [
+    "BACKENDS",
+    "current_backend",
+    "fastest_backend",
+    "fixed_discount_td_lambda_return",
+    "gae",
+    "resolve_backend",
+    "reverse_scan",
+    "reward_to_go",
+    "td1_return",
+    "td_lambda_return",
+    "use_backend",
+]

@@ -1,0 +1,100 @@
+"""Which implementation runs: the choice is made per call, per block or per process, and the nearest wins.
+
+==============  ==========================================================================================
+``auto``        ``triton`` where it can run, else ``torch``
+``triton``      the kernels: CUDA and ROCm tensors; any tensor under Triton's interpreter
+``torch``       vectorised PyTorch, on every device
+``reference``   the plain loop over time
+``verify``      what ``auto`` picks, compared with ``reference`` in forward and backward
+==============  ==========================================================================================
+"""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "torch", "reference", "verify")
+ENVIRONMENT_VARIABLE = "FUSEDRL_BACKEND"
+
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+# Read once: Triton decides at import time whether its functions are interpreted.
+TRITON_INTERPRETED = TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET", "0").lower() in (
+    "1",
+    "true",
+    "on",
+    "yes",
+)
+
+_block_backend: ContextVar[str | None] = ContextVar("fusedrl_backend", default=None)
+
+
+def check_backend(name: str | None, source: str = "backend") -> str | None:
+    """Return ``name`` if it names a backend (or is None), else raise ValueError naming its ``source``."""
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{source} is {name!r}; the backends are {', '.join(BACKENDS)}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every estimator inside the block on backend ``name``, unless a call names its own.
+
+    Raises:
+        ValueError: ``name`` is not a backend.
+
+    Examples:
+        >>> with use_backend("reference"):
+        ...     current_backend()
+        'reference'
+
+    """
+    token = _block_backend.set(check_backend(name))
+    try:
+        yield
+    finally:
+        _block_backend.reset(token)
+
+
+def current_backend() -> str:
+    """The backend of this block, else that of the environment variable FUSEDRL_BACKEND, else ``"auto"``."""
+    name = _block_backend.get()
+    if name is not None:
+        return name
+    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    return check_backend(name, f"environment variable {ENVIRONMENT_VARIABLE}") or "auto" if name else "auto"
+
+
+def resolve_backend(backend: str | None, tensor: Tensor) -> str:
+    """The backend that runs on ``tensor``: ``triton``, ``torch``, ``reference`` or ``verify``.
+
+    Raises:
+        ValueError: ``backend`` is not a backend.
+        RuntimeError: ``triton`` was asked for where it can't run.
+
+    """
+    name = check_backend(backend) or current_backend()
+    if name == "auto":
+        return fastest_backend(tensor)
+    if name == "triton" and not triton_runs_on(tensor):
+        reason = (
+            f"the tensors are on {tensor.device}: move them to a CUDA or ROCm device, or set TRITON_INTERPRET=1 "
+            "before fusedrl is imported"
+            if TRITON_INSTALLED
+            else "Triton is not installed"
+        )
+        raise RuntimeError(f"backend 'triton' can't run: {reason}")
+    return name
+
+
+def fastest_backend(tensor: Tensor) -> str:
+    """What ``auto`` means for ``tensor``."""
+    return "triton" if triton_runs_on(tensor) else "torch"
+
+
+def triton_runs_on(tensor: Tensor) -> bool:
+    """Whether the Triton kernels can run on ``tensor``."""
+    return TRITON_INSTALLED and (TRITON_INTERPRETED or tensor.device.type == "cuda")

@@ -1,0 +1,94 @@
+"""The problem that every backend solves: inputs of a recurrence y_t = d_t + c_t · y_{t+1}, and their checks.
+
+==============  =====================  ==========================================  ==========================
+kind            c_t                    d_t                                         outputs
+==============  =====================  ==========================================  ==========================
+SCAN            γ(1−done)              r                                           y
+TD_LAMBDA       γλ(1−done)             r + γ(1−term)v'·(1 − λ(1−done))             y
+GAE             γλ(1−done)             r + γ(1−term)v' − v                         y (advantage), y + v (target)
+FIXED_DISCOUNT  as TD_LAMBDA, but γ and λ of the trajectory's first step hold for all of it
+==============  =====================  ==========================================  ==========================
+
+``done`` in the table is ``done | terminated``, and in TD_LAMBDA also the last step of the tensor, where the
+trajectory bootstraps from v' whether or not it goes on.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SCAN, TD_LAMBDA, GAE, FIXED_DISCOUNT = "scan", "td_lambda", "gae", "fixed_discount"
+
+Scalar = float | Tensor
+
+
+class Recurrence(NamedTuple):
+    """Inputs of one recurrence: tensors of one shape, γ and λ numbers or broadcastable tensors, masks bool."""
+
+    kind: str
+    gamma: Scalar
+    lmbda: Scalar | None
+    reward: Tensor
+    value: Tensor | None = None
+    next_value: Tensor | None = None
+    done: Tensor | None = None
+    terminated: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the result: that of reward, value and next value together, floating point at least."""
+        dtype = self.reward.dtype
+        for x in (self.value, self.next_value):
+            if x is not None and x.dtype != dtype:
+                dtype = torch.promote_types(dtype, x.dtype)
+        return dtype if dtype.is_floating_point else torch.get_default_dtype()
+
+    def new_output(self) -> Tensor:
+        """An uninitialised tensor for a result, laid out like the reward."""
+        return torch.empty_like(self.reward, dtype=self.dtype)
+
+
+def checked(problem: Recurrence, time_dim: int) -> tuple[Recurrence, int]:
+    """``problem`` with bool masks, and ``time_dim`` counted from the front.
+
+    Raises:
+        RuntimeError: an argument's shape or device isn't the reward's, or γ or λ doesn't broadcast to it.
+        IndexError: ``time_dim`` is out of range.
+
+    """
+    reward = problem.reward
+    shape, device = reward.shape, reward.device
+    for name in ("value", "next_value", "done", "terminated"):
+        x = getattr(problem, name)
+        if x is not None and (x.shape != shape or x.device != device):
+            raise RuntimeError(
+                f"{name} has shape {tuple(x.shape)} on {x.device}, but reward has shape {tuple(shape)} on {device}: "
+                "both must agree"
+            )
+    for name in ("gamma", "lmbda"):
+        x = getattr(problem, name)
+        if isinstance(x, Tensor) and x.ndim:
+            if not _broadcasts(x.shape, shape):
+                raise RuntimeError(
+                    f"{name} has shape {tuple(x.shape)}, which does not broadcast to the reward's {tuple(shape)}"
+                )
+            if x.device != device:
+                raise RuntimeError(f"{name} is on {x.device}, but reward is on {device}")
+    if not -len(shape) <= time_dim < len(shape):
+        raise IndexError(f"time_dim is {time_dim}, but reward has shape {tuple(shape)}")
+    done, terminated = _as_mask(problem.done), _as_mask(problem.terminated)
+    if done is not problem.done or terminated is not problem.terminated:
+        problem = problem._replace(done=done, terminated=terminated)
+    return problem, time_dim % len(shape)
+
+
+def _as_mask(mask: Tensor | None) -> Tensor | None:
+    """Non-zero means true, whatever the dtype."""
+    return mask if mask is None or mask.dtype == torch.bool else mask != 0
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    return len(shape) <= len(to) and all(
+        n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False)
+    )
