@@ -36,18 +36,14 @@ def backward(
     with torch.enable_grad():
         outputs = _solve(Recurrence(*fields), time_dim)
     used = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
-    found = torch.autograd.grad(
-        [o for o, _ in used], inputs, [g.to(o.dtype) for o, g in used], allow_unused=True
-    )
+    found = torch.autograd.grad([o for o, _ in used], inputs, [g.to(o.dtype) for o, g in used], allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
 
 
 def _solve(problem: Recurrence, time_dim: int) -> list[Tensor]:
     """The loop in the precision that the kernels compute in: float64 for float64, otherwise float32."""
     dtype = torch.float64 if problem.dtype == torch.float64 else torch.float32
-    gamma, lmbda, reward, value, next_value = (
-        x.to(dtype) if isinstance(x, Tensor) else x for x in problem[1:6]
-    )
+    gamma, lmbda, reward, value, next_value = (x.to(dtype) if isinstance(x, Tensor) else x for x in problem[1:6])
     done, terminated = problem.done, problem.terminated
     if done is None:
         done = torch.zeros_like(reward, dtype=torch.bool)
@@ -56,12 +52,8 @@ def _solve(problem: Recurrence, time_dim: int) -> list[Tensor]:
     if problem.kind == SCAN:
         return [reference.reward_to_go(gamma, reward, done, time_dim=time_dim)]
     if problem.kind == GAE:
-        return list(
-            reference.gae(gamma, lmbda, value, next_value, reward, done, terminated, time_dim=time_dim)
-        )
+        return list(reference.gae(gamma, lmbda, value, next_value, reward, done, terminated, time_dim=time_dim))
     td_lambda = (
-        reference.fixed_discount_td_lambda_return
-        if problem.kind == FIXED_DISCOUNT
-        else reference.td_lambda_return
+        reference.fixed_discount_td_lambda_return if problem.kind == FIXED_DISCOUNT else reference.td_lambda_return
     )
     return [td_lambda(gamma, lmbda, next_value, reward, done, terminated, time_dim=time_dim)]

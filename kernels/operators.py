@@ -71,16 +71,12 @@ class _Solve(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         name, time_dim, kind = ctx.settings
         *tensors, y = ctx.saved_tensors
-        problem = Recurrence(
-            kind, *(n if t is None else t for t, n in zip(tensors, ctx.numbers, strict=True))
-        )
+        problem = Recurrence(kind, *(n if t is None else t for t, n in zip(tensors, ctx.numbers, strict=True)))
         needs = list(ctx.needs_input_grad[3:8])
         if all(g is None for g in grads):
             found = [None] * sum(needs)
         elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            found = differentiable_backward(
-                lambda inner: solve(inner, time_dim, name), time_dim, problem, grads, needs
-            )
+            found = differentiable_backward(lambda inner: solve(inner, time_dim, name), time_dim, problem, grads, needs)
         else:
             found = _backward(name, time_dim, problem, y, grads, needs)
         results = iter(found)

@@ -5,7 +5,6 @@ Each is an instance of the recurrence y_t = d_t + c_t · y_{t+1} (`reverse_scan`
 shape. What runs underneath is chosen by ``backend`` (see `fusedrl.kernels.backend`).
 """
 
-import torch
 from torch import Tensor
 
 from .operators import solve
@@ -52,6 +51,7 @@ def gae(
         ValueError: the backend doesn't exist.
 
     Examples:
+        >>> import torch
         >>> value, next_value, reward = torch.zeros(3), torch.tensor([0.0, 0.0, 8.0]), torch.ones(3)
         >>> done = torch.tensor([False, False, True])
         >>> gae(0.5, 0.5, value, next_value, reward, done, torch.zeros_like(done))[0]
@@ -87,6 +87,7 @@ def td_lambda_return(
     Arguments and errors are those of `gae`.
 
     Examples:
+        >>> import torch
         >>> next_value, reward = torch.tensor([0.0, 0.0, 8.0]), torch.ones(3)
         >>> done = torch.tensor([False, False, True])
         >>> td_lambda_return(0.5, 1.0, next_value, reward, done, torch.zeros_like(done))
@@ -115,9 +116,7 @@ def td1_return(
 
     `td_lambda_return` at λ = 1.
     """
-    return td_lambda_return(
-        gamma, 1.0, next_value, reward, done, terminated, time_dim=time_dim, backend=backend
-    )
+    return td_lambda_return(gamma, 1.0, next_value, reward, done, terminated, time_dim=time_dim, backend=backend)
 
 
 def fixed_discount_td_lambda_return(
@@ -137,6 +136,7 @@ def fixed_discount_td_lambda_return(
     square of the number of steps, the memory linearly. Arguments and errors are those of `gae`.
 
     Examples:
+        >>> import torch
         >>> gamma, reward = torch.tensor([0.5, 1.0, 0.0]), torch.ones(3)
         >>> done = torch.tensor([False, False, True])
         >>> fixed_discount_td_lambda_return(gamma, 1.0, torch.zeros(3), reward, done)
@@ -162,6 +162,7 @@ def reward_to_go(
     Arguments and errors are those of `gae`.
 
     Examples:
+        >>> import torch
         >>> reward_to_go(0.5, torch.ones(4), torch.tensor([False, True, False, False]))
         tensor([1.5000, 1.0000, 1.5000, 1.0000])
 
@@ -170,9 +171,7 @@ def reward_to_go(
     return value
 
 
-def reverse_scan(
-    coefficient: Scalar, increment: Tensor, *, time_dim: int = -1, backend: str | None = None
-) -> Tensor:
+def reverse_scan(coefficient: Scalar, increment: Tensor, *, time_dim: int = -1, backend: str | None = None) -> Tensor:
     r"""The first-order linear recurrence that every estimator here is an instance of, backwards in time.
 
     .. math::
@@ -188,6 +187,7 @@ def reverse_scan(
         y, of the shape of ``increment``.
 
     Examples:
+        >>> import torch
         >>> reverse_scan(torch.tensor([0.5, 0.0, 0.5]), torch.ones(3))
         tensor([1.5000, 1.0000, 1.0000])
 

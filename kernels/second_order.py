@@ -34,9 +34,9 @@ def _scan_backward(
 ) -> list[Tensor]:
     """λ_t = g_t + c_{t−1} λ_{t−1};  ∂L/∂d_t = λ_t;  ∂L/∂c_t = λ_t y_{t+1}."""
     coefficient = _coefficient(problem)
-    adjoint = solve(
-        Recurrence(SCAN, _shift(coefficient, 1, time_dim).flip(time_dim), None, grad.flip(time_dim))
-    )[0].flip(time_dim)
+    adjoint = solve(Recurrence(SCAN, _shift(coefficient, 1, time_dim).flip(time_dim), None, grad.flip(time_dim)))[
+        0
+    ].flip(time_dim)
     found = []
     if needs[0]:
         y_next = _shift(solve(problem)[0], -1, time_dim)
