@@ -18,7 +18,7 @@ from .second_order import differentiable_backward
 
 # Where each backend's `forward` and `backward` live; imported at the first use, since Triton may be absent.
 _BACKEND_MODULES = {
-    "triton": ".scan",
+    "triton": ".launch",
     "torch": ".vectorized",
     "reference": ".loop",
     "verify": ".verify",

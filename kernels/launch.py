@@ -1,0 +1,211 @@
+"""Host side of the scan kernel: from a problem to tiles, strides and launches; the ``triton`` backend."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import fixed_discount
+from .recurrence import FIXED_DISCOUNT, GAE, Recurrence
+from .scan import STEPS_PER_LANE, scan_kernel
+
+
+class Tiling(NamedTuple):
+    """The shape of a tile, the programs that share a row, and the warps of a program."""
+
+    rows: int
+    lanes: int
+    split: int
+    warps: int
+
+
+def tiling(rows: int, steps: int, *, time_is_contiguous: bool, processors: int) -> Tiling:
+    """Choose tiles that give every thread a few 128-bit loads and the device at least two programs per processor.
+
+    With contiguous time a tile has 1024 elements, 8 per thread: a longer row is walked, shorter rows are stacked.
+    Otherwise it has 4096, 32 per thread: 32 adjacent rows (the 128 bytes of a cache line in float32) by 32 lanes, or
+    more lanes where there are fewer rows, fewer where time is shorter. If that leaves processors idle, tiles become
+    narrower; if even one row per program does, rows are split.
+    """
+    lanes_needed = triton.next_power_of_2(triton.cdiv(steps, STEPS_PER_LANE))
+    if time_is_contiguous:
+        tile = 1024 // STEPS_PER_LANE
+        lanes = min(tile, lanes_needed)
+        tile_rows = min(tile // lanes, triton.next_power_of_2(rows))
+    else:
+        tile = 4096 // STEPS_PER_LANE
+        tile_rows = min(32, triton.next_power_of_2(rows))
+        while tile_rows > 8 and triton.cdiv(rows, tile_rows) < 2 * processors:
+            tile_rows //= 2
+        lanes = min(tile // tile_rows, lanes_needed)
+    programs = triton.cdiv(rows, tile_rows)
+    split = 1
+    tiles = triton.cdiv(steps, lanes * STEPS_PER_LANE)
+    if programs < processors and tiles > 4:
+        # A share of two tiles or more, so that the second reading of the inputs pays; at most 1024 shares,
+        # whose compositions one program scans at once.
+        split = min(tiles // 2, triton.cdiv(2 * processors, programs), 1024)
+    return Tiling(tile_rows, lanes, split, warps=4)
+
+
+def forward(problem: Recurrence, time_dim: int) -> list[Tensor]:
+    """The outputs of ``problem``, on the Triton kernel."""
+    if problem.kind == FIXED_DISCOUNT:
+        return fixed_discount.forward(forward, problem, time_dim)
+    outputs = [problem.new_output() for _ in range(2 if problem.kind == GAE else 1)]
+    y, target = [*outputs, None][:2]
+    _launch(problem, time_dim, y=y, target=target)
+    return outputs
+
+
+def backward(
+    problem: Recurrence, time_dim: int, y: Tensor | None, grads: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor]:
+    """Per-step gradients of the needed inputs among γ, λ, reward, value and next value, on the Triton kernel."""
+    if problem.kind == FIXED_DISCOUNT:
+        return fixed_discount.backward(forward, backward, problem, time_dim, grads, needs)
+    grad_y, grad_target = [*grads, None][:2]
+    precise = _compute_dtype(problem)
+    dtypes = (precise, precise, *(x.dtype if x is not None and x.is_floating_point() else precise for x in problem[3:6]))
+    found = [
+        torch.empty_like(problem.reward, dtype=dtype) if need else None
+        for need, dtype in zip(needs, dtypes, strict=True)
+    ]
+    _launch(problem, time_dim, y=y, grad_y=grad_y, grad_target=grad_target, found=found)
+    return [x for x in found if x is not None]
+
+
+def _launch(
+    problem: Recurrence,
+    time_dim: int,
+    *,
+    y: Tensor | None,
+    target: Tensor | None = None,
+    grad_y: Tensor | None = None,
+    grad_target: Tensor | None = None,
+    found: Sequence[Tensor | None] | None = None,
+) -> None:
+    """Run the recurrence, writing ``y`` and ``target``; or, where ``found`` is given, its adjoint, writing that."""
+    reward = problem.reward
+    adjoint = found is not None
+    tensors = (
+        None if adjoint else reward,
+        problem.value,
+        problem.next_value,
+        problem.done,
+        problem.terminated,
+        y,
+        target,
+        grad_y,
+        grad_target,
+        *(found or (None,) * 5),
+        *(x.expand_as(reward) if isinstance(x, Tensor) and x.ndim else None for x in problem[1:3]),
+    )
+    plan = _plan(
+        reward.shape,
+        time_dim,
+        tuple(None if x is None else x.stride() for x in tensors),
+        _processors(reward.device),
+    )
+    if plan is None:
+        raise NotImplementedError
+    arguments: list[Any] = [
+        None if x is None else (x, *strides) for x, strides in zip(tensors, plan.strides, strict=True)
+    ]
+    *arguments, gamma_tensor, lmbda_tensor = arguments
+    tile = plan.tiling
+    dtype = _compute_dtype(problem)
+    split = tile.split
+    compositions = reward.new_empty(2 * plan.rows * split, dtype=dtype) if split > 1 else None
+    for compose in (True, False) if split > 1 else (False,):
+        scan_kernel[(triton.cdiv(plan.rows, tile.rows) * split,)](
+            *arguments,
+            *_scalar_arguments(problem.gamma, gamma_tensor, reward.device),
+            *_scalar_arguments(problem.lmbda, lmbda_tensor, reward.device),
+            compositions,
+            plan.rows,
+            plan.inner,
+            plan.steps,
+            KIND=problem.kind,
+            ADJOINT=adjoint,
+            DTYPE=_TRITON_DTYPE[dtype],
+            INDEX=plan.index,
+            TIME_IS_CONTIGUOUS=plan.time_is_contiguous,
+            TILE_ROWS=tile.rows,
+            TILE_LANES=tile.lanes,
+            COMPOSE=compose,
+            SPLIT=split,
+            SPLIT_POWER=triton.next_power_of_2(split),
+            num_warps=tile.warps,
+        )
+
+
+class Plan(NamedTuple):
+    """What a launch needs to know of the layout of its tensors."""
+
+    rows: int
+    inner: int
+    steps: int
+    strides: tuple[tuple[int, int, int] | None, ...]  # outer, inner, time, of each tensor
+    time_is_contiguous: bool
+    index: tl.dtype
+    tiling: Tiling
+
+
+@cache
+def _plan(
+    shape: Sequence[int], time_dim: int, strides: tuple[tuple[int, ...] | None, ...], processors: int
+) -> Plan | None:
+    """Merge the dimensions that aren't time into two, outer and inner; None if strides don't allow it."""
+    present = [s for s in strides if s is not None]
+    merged: list[list[int]] = []  # [size, stride of each present tensor …], from the outermost dimension in
+    for dim, size in enumerate(shape):
+        if dim == time_dim or size == 1:
+            continue
+        entry = [size, *(s[dim] for s in present)]
+        if merged and all(a == b * size for a, b in zip(merged[-1][1:], entry[1:], strict=True)):
+            entry[0] *= merged.pop()[0]
+        merged.append(entry)
+    if len(merged) > 2:
+        return None
+    one = [1] + [0] * len(present)
+    outer, inner = [one] * (2 - len(merged)) + merged
+    steps = shape[time_dim]
+    triples = iter(zip(outer[1:], inner[1:], (s[time_dim] for s in present), strict=True))
+    found = tuple(None if s is None else next(triples) for s in strides)
+    if len(merged) == 1:  # one dimension of rows: leave the division by `inner` out
+        outer, inner = inner, one
+        found = tuple(None if s is None else (s[1], 0, s[2]) for s in found)
+    rows = outer[0] * inner[0]
+    time_is_contiguous = steps > 1 and next(s[2] for s in found if s is not None) == 1
+    furthest = max((outer[0] - 1) * o + (inner[0] - 1) * i + (steps - 1) * t for o, i, t in filter(None, found))
+    tile = tiling(rows, steps, time_is_contiguous=time_is_contiguous, processors=processors)
+    reach = furthest + tile.lanes * STEPS_PER_LANE * max(t for _, _, t in filter(None, found))
+    index = tl.int64 if reach >= 1 << 31 else tl.int32
+    return Plan(rows, inner[0], steps, found, time_is_contiguous, index, tile)
+
+
+def _scalar_arguments(x: float | Tensor | None, strided: Any, device: torch.device) -> tuple[float, Any]:
+    """A number, or a tensor with its strides (None for a 0-d tensor, which the kernel reads once)."""
+    if x is None or not isinstance(x, Tensor):
+        return x or 0.0, None
+    return 0.0, strided or (x.to(device, non_blocking=True), None, None, None)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of the device; under the interpreter few, so that short rows are split as well."""
+    if device.type == "cpu":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def _compute_dtype(problem: Recurrence) -> torch.dtype:
+    return torch.float64 if problem.dtype == torch.float64 else torch.float32
