@@ -1,0 +1,74 @@
+"""Value estimators: how rewards and values become advantages and value targets.
+
+`GAE`, `TD0Estimator`, `TD1Estimator` and `TDLambdaEstimator` work on TensorDicts and call the value network; the
+functions in `fusedrl.estimators.functional` are the same estimates on tensors.
+"""
+
+from . import functional
+from .base import LambdaEstimatorBase, ValueEstimatorBase
+from .functional import (
+    generalized_advantage_estimate,
+    reward2go,
+    td0_advantage_estimate,
+    td0_return_estimate,
+    td1_advantage_estimate,
+    td1_return_estimate,
+    td_lambda_advantage_estimate,
+    td_lambda_return_estimate,
+    vec_generalized_advantage_estimate,
+    vec_td1_advantage_estimate,
+    vec_td1_return_estimate,
+    vec_td_lambda_advantage_estimate,
+    vec_td_lambda_return_estimate,
+)
+from .gae import GAE
+from .registry import (
+    ValueEstimatorEntry,
+    ValueEstimators,
+    build_value_estimator,
+    default_value_kwargs,
+    dispatch_value_estimator,
+    get_value_estimator_entry,
+    register_value_estimator,
+)
+from .td import (
+    TD0Estimate,
+    TD0Estimator,
+    TD1Estimate,
+    TD1Estimator,
+    TDLambdaEstimate,
+    TDLambdaEstimator,
+)
+
+__all__ = [
+    "GAE",
+    "LambdaEstimatorBase",
+    "TD0Estimate",
+    "TD0Estimator",
+    "TD1Estimate",
+    "TD1Estimator",
+    "TDLambdaEstimate",
+    "TDLambdaEstimator",
+    "ValueEstimatorBase",
+    "ValueEstimatorEntry",
+    "ValueEstimators",
+    "build_value_estimator",
+    "default_value_kwargs",
+    "dispatch_value_estimator",
+    "functional",
+    "generalized_advantage_estimate",
+    "get_value_estimator_entry",
+    "register_value_estimator",
+    "reward2go",
+    "td0_advantage_estimate",
+    "td0_return_estimate",
+    "td1_advantage_estimate",
+    "td1_return_estimate",
+    "td_lambda_advantage_estimate",
+    "td_lambda_return_estimate",
+    "vec_generalized_advantage_estimate",
+    "vec_td1_advantage_estimate",
+    "vec_td1_return_estimate",
+    "vec_td_lambda_advantage_estimate",
+    "vec_td_lambda_return_estimate",
+]

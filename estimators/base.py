@@ -1,0 +1,521 @@
+"""What all value estimators share: keys, hyperparameter buffers, calling the value network, reading and writing.
+
+An estimator reads reward, done and terminated under ``"next"``, obtains the values of the observation and of the
+next observation from its value network, and leaves the mathematics to `fusedrl.estimators.functional`.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import NestedKey, TensorDictBase, unravel_key
+from tensordict.nn import TensorDictModuleBase, composite_lp_aggregate, dispatch
+from torch import Tensor
+
+from ..kernels.backend import check_backend
+from .shifted import shifted_values
+from .value_network import VMAP_RANDOMNESS, ValueNetwork, check_positive
+
+Scalar = float | Tensor
+
+SHIFTED_VALID = "shifted_valid"
+IS_INIT = "is_init"
+# Below this standard deviation, standardising only shifts: it would blow noise up.
+SMALLEST_STD = 1e-4
+
+
+class Steps(NamedTuple):
+    """What an estimator reads of each step, all of the reward's shape, and the discount to its next observation."""
+
+    reward: Tensor
+    done: Tensor
+    terminated: Tensor
+    gamma: Tensor
+    valid: Tensor | None = None
+
+
+class Estimate(NamedTuple):
+    """What an estimator writes."""
+
+    advantage: Tensor
+    value_target: Tensor
+    value: Tensor
+    next_value: Tensor
+    valid: Tensor | None
+
+
+class ValueEstimatorBase(TensorDictModuleBase):
+    r"""Base of the estimators that turn rewards and values into advantages and value targets.
+
+    A subclass says how: `_value_target`, and `_estimate` if its advantage isn't value target − value.
+
+    Args:
+        value_network: a TensorDictModule that writes the value. None: the values are in the TensorDict already.
+        gamma: discount γ, a number or a tensor that broadcasts to the reward. Kept as a buffer whose dtype no
+            ``.to(dtype)`` or ``.half()`` changes; a number is kept in float64.
+        shifted: call the network once on T + ``shifted_budget`` observations instead of 2T (see
+            `fusedrl.estimators.shifted`). Steps that don't fit get advantage and value target 0 and a False under
+            ``"shifted_valid"``. Only for one-step data and without ``target_params``.
+        differentiable: let gradients through to the values of the current observations, and to the rewards. Next
+            values are constants in `forward`, and ``params`` always are.
+        skip_existing: don't call the parts of the network whose outputs are present (see
+            `tensordict.nn.set_skip_existing`). None leaves that setting alone.
+        advantage_key, value_target_key, value_key: shorthands for `set_keys`.
+        device: where γ (and λ) are put.
+        deactivate_vmap: call the network twice instead of once under `torch.vmap`; recurrent networks need it.
+        value_chunk_size: call the network on at most so many elements of ``value_chunk_dim`` at a time.
+        num_chunks: call it on so many parts of ``value_chunk_dim`` in turn. ``num_chunk`` is the same.
+        value_chunk_dim: the batch dimension that is cut.
+        shifted_budget: extra observations of a ``shifted`` call; 1 is enough without truncations inside.
+        time_dim: the batch dimension of time. By default the one named ``"time"``, else the last.
+        average_rewards: standardise the rewards over the batch before they are used.
+        backend: what computes the estimate (see `fusedrl.kernels.backend`); None for the block's or process's.
+
+    Raises:
+        ValueError, TypeError: an argument that can't be used, when constructed.
+        KeyError: an entry that is missing from the TensorDict, when called. It is then as it was.
+        RuntimeError: shapes that differ, when called. The TensorDict is as it was.
+
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        """Keys that `set_keys` can rename; reward, done and terminated are read under ``"next"``."""
+
+        advantage: NestedKey = "advantage"
+        value_target: NestedKey = "value_target"
+        value: NestedKey = "state_value"
+        reward: NestedKey = "reward"
+        done: NestedKey = "done"
+        terminated: NestedKey = "terminated"
+        steps_to_next_obs: NestedKey = "steps_to_next_obs"
+        sample_log_prob: NestedKey | None = None
+
+        def __post_init__(self) -> None:
+            if self.sample_log_prob is None:
+                self.sample_log_prob = "sample_log_prob" if composite_lp_aggregate() else "action_log_prob"
+
+    default_keys = _AcceptedKeys
+    # A one-step estimate doesn't ask where trajectories end, only which steps are terminal.
+    needs_done = True
+
+    def __init__(
+        self,
+        *,
+        value_network: Any,
+        gamma: Scalar,
+        shifted: bool = False,
+        differentiable: bool = False,
+        skip_existing: bool | None = None,
+        advantage_key: NestedKey | None = None,
+        value_target_key: NestedKey | None = None,
+        value_key: NestedKey | None = None,
+        device: torch.device | str | None = None,
+        deactivate_vmap: bool = False,
+        value_chunk_size: int | None = None,
+        num_chunks: int | None = None,
+        num_chunk: int | None = None,
+        value_chunk_dim: int = 0,
+        shifted_budget: int = 1,
+        time_dim: int | None = None,
+        average_rewards: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(shifted, bool):
+            raise ValueError(f"shifted must be True or False, but is {shifted!r}")
+        check_positive("shifted_budget", shifted_budget)
+        if None not in (num_chunks, num_chunk) and num_chunks != num_chunk:
+            raise ValueError(f"num_chunks is {num_chunks} and num_chunk, which means the same, is {num_chunk}")
+        self.shifted = shifted
+        self.shifted_budget = shifted_budget
+        self.differentiable = differentiable
+        self.time_dim = time_dim
+        self.average_rewards = average_rewards
+        self.backend = check_backend(backend)
+        self._network = ValueNetwork(
+            value_network,
+            skip_existing=skip_existing,
+            deactivate_vmap=deactivate_vmap,
+            chunk_size=value_chunk_size,
+            num_chunks=num_chunk if num_chunks is None else num_chunks,
+            chunk_dim=value_chunk_dim,
+        )
+        self.register_buffer("gamma", as_hyperparameter(gamma, device))
+        self._tensor_keys = self._AcceptedKeys()
+        given = {"advantage": advantage_key, "value_target": value_target_key, "value": value_key}
+        self.set_keys(**{name: key for name, key in given.items() if key is not None})
+
+    @classmethod
+    def for_loss(cls, loss_module: Any, **hyperparams: Any) -> "ValueEstimatorBase":
+        """An estimator with the value network of ``loss_module``: its critic_network, else its value_network."""
+        if "value_network" not in hyperparams:
+            network = getattr(loss_module, "critic_network", None)
+            hyperparams["value_network"] = getattr(loss_module, "value_network", None) if network is None else network
+        return cls(**hyperparams)
+
+    # -- settings ----------------------------------------------------------------------------------------------------
+
+    @property
+    def value_network(self) -> Any:
+        """The value network. Its parameters are not this module's: they belong to whoever passed it."""
+        return self._network.module
+
+    @property
+    def skip_existing(self) -> bool | None:
+        """Whether values that are present are used instead of the network."""
+        return self._network.skip_existing
+
+    @property
+    def deactivate_vmap(self) -> bool:
+        """Whether the network is never called under `torch.vmap`."""
+        return self._network.deactivate_vmap
+
+    @property
+    def vmap_randomness(self) -> str:
+        """How a network that draws random numbers behaves under `torch.vmap`."""
+        return self._network.vmap_randomness
+
+    def set_vmap_randomness(self, value: str) -> None:
+        """Set `vmap_randomness`: ``"error"``, ``"different"`` or ``"same"``."""
+        if value not in VMAP_RANDOMNESS:
+            raise ValueError(f"vmap randomness is {value!r}, but must be one of {VMAP_RANDOMNESS}")
+        self._network.vmap_randomness = value
+
+    @property
+    def tensor_keys(self) -> _AcceptedKeys:
+        """The keys in use."""
+        return self._tensor_keys
+
+    def set_keys(self, **keys: NestedKey) -> None:
+        """Rename entries of the TensorDict, as in ``set_keys(value="my_value", reward=("agents", "reward"))``.
+
+        Raises:
+            KeyError: no such entry, or the value network doesn't write the new value key.
+            ValueError: not a key.
+
+        """
+        known = [f.name for f in fields(self._AcceptedKeys)]
+        for name, key in keys.items():
+            if name not in known:
+                raise KeyError(f"{type(self).__name__} has no key {name!r}; it has: {', '.join(known)}")
+            if not isinstance(key, str | tuple):
+                raise ValueError(f"the key {name!r} must be a str or a tuple of str, but is {key!r}")
+            network = self.value_network
+            if name == "value" and network is not None and key not in network.out_keys:
+                raise KeyError(f"the value key {key!r} is not written by the value network: {network.out_keys}")
+        self._tensor_keys = self._AcceptedKeys(**{**asdict(self._tensor_keys), **keys})
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """What `forward` reads."""
+        keys = self._tensor_keys
+        value_inputs = [keys.value] if self.value_network is None else list(self.value_network.in_keys)
+        masks = [_next(keys.reward), _next(keys.done), _next(keys.terminated)]
+        return [*value_inputs, *masks, *(_next(key) for key in value_inputs)]
+
+    @property
+    def out_keys(self) -> list[NestedKey]:
+        """What `forward` returns when it is called with tensors."""
+        return [self._tensor_keys.advantage, self._tensor_keys.value_target]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ValueEstimatorBase":
+        # Follows a move to another device, but not a cast: γ^1000 in bfloat16 is another discount.
+        dtypes = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
+        originals = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, dtype in dtypes.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != dtype:
+                self._buffers[name] = originals[name].to(moved.device)
+        return self
+
+    # -- estimates ---------------------------------------------------------------------------------------------------
+
+    @dispatch
+    def forward(
+        self,
+        tensordict: TensorDictBase,
+        *,
+        params: TensorDictBase | None = None,
+        target_params: TensorDictBase | None = None,
+        time_dim: int | None = None,
+    ) -> TensorDictBase:
+        """Write advantage, value target and both values.
+
+        Args:
+            tensordict: batch size ``[*B, T]`` (see ``time_dim``), with the entries of `in_keys`. ``terminated``
+                defaults to ``done``. ``steps_to_next_obs``, if there, is the n of n-step data: the discount is γⁿ.
+            params: parameters of the value network, taken as constants; by default its own.
+            target_params: parameters for the next values; by default ``params``.
+            time_dim: the dimension of time, for this call.
+
+        Returns:
+            ``tensordict``; if called with tensors (``next_reward=...``), the tuple of `out_keys`.
+
+        """
+        with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
+            estimate = self._compute(tensordict, params, target_params, time_dim)
+        keys = self._tensor_keys
+        if self.value_network is not None:
+            tensordict.set(keys.value, estimate.value)
+            tensordict.set(_next(keys.value), estimate.next_value)
+        if estimate.valid is not None:
+            tensordict.set(SHIFTED_VALID, estimate.valid)
+        tensordict.set(keys.advantage, estimate.advantage)
+        tensordict.set(keys.value_target, estimate.value_target)
+        return tensordict
+
+    def value_estimate(
+        self,
+        tensordict: TensorDictBase,
+        target_params: TensorDictBase | None = None,
+        next_value: Tensor | None = None,
+        time_dim: int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The value target alone, with gradients to next values and rewards; ``tensordict`` is left as it is.
+
+        Args:
+            tensordict: as in `forward`; current observations aren't needed.
+            target_params: parameters of the value network for the next values; by default its own.
+            next_value: the next values, instead of the network's.
+            time_dim: the dimension of time, for this call.
+            kwargs: passed to the value network.
+
+        """
+        dim = self._time_dim(tensordict, time_dim)
+        steps = self._steps(tensordict)
+        key = self._tensor_keys.value
+        if next_value is None:
+            inputs = self._next_inputs(tensordict, steps)
+            next_value = self._network.value(inputs, key, target_params, **kwargs)
+        self._check_value(_next(key), next_value, steps)
+        return self._value_target(steps, next_value, dim)
+
+    def _value_target(self, steps: Steps, next_value: Tensor, time_dim: int) -> Tensor:
+        """The value target of each step."""
+        raise NotImplementedError
+
+    def _estimate(self, steps: Steps, value: Tensor, next_value: Tensor, time_dim: int) -> tuple[Tensor, Tensor]:
+        """Advantage and value target of each step."""
+        value_target = self._value_target(steps, next_value, time_dim)
+        return value_target - value, value_target
+
+    def _compute(
+        self,
+        tensordict: TensorDictBase,
+        params: TensorDictBase | None,
+        target_params: TensorDictBase | None,
+        time_dim: int | None,
+        **kwargs: Any,
+    ) -> Estimate:
+        dim = self._time_dim(tensordict, time_dim)
+        steps = self._steps(tensordict)
+        value, next_value, valid = self._values(tensordict, steps, dim, params, target_params, **kwargs)
+        if valid is not None:
+            steps = _cut(steps, valid, dim)
+        advantage, value_target = self._estimate(steps, value, next_value.detach(), dim)
+        if steps.valid is not None:
+            advantage = torch.where(steps.valid, advantage, 0)
+            value_target = torch.where(steps.valid, value_target, 0)
+        return Estimate(advantage, value_target, value, next_value, valid)
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def _time_dim(self, tensordict: TensorDictBase, time_dim: int | None) -> int:
+        ndim = tensordict.ndim
+        if ndim == 0:
+            raise RuntimeError(
+                f"{type(self).__name__} needs a TensorDict with a batch dimension, for time; this one has batch size ()"
+            )
+        dim = self.time_dim if time_dim is None else time_dim
+        if dim is None:
+            names = tensordict.names
+            return names.index("time") if "time" in names else ndim - 1
+        if not -ndim <= dim < ndim:
+            raise IndexError(f"time_dim is {dim}, but the TensorDict has batch size {tuple(tensordict.batch_size)}")
+        return dim % ndim
+
+    def _steps(self, tensordict: TensorDictBase) -> Steps:
+        keys = self._tensor_keys
+        reward = self._get(tensordict, _next(keys.reward), "reward")
+        terminated = tensordict.get(_next(keys.terminated), None)
+        done = tensordict.get(_next(keys.done), None)
+        if done is None:
+            if self.needs_done or terminated is None:
+                raise self._missing(_next(keys.done), "done")
+            done = terminated
+        if terminated is None:
+            terminated = done
+        for key, mask in ((keys.done, done), (keys.terminated, terminated)):
+            if mask.shape != reward.shape:
+                raise RuntimeError(
+                    f"{_next(key)} has shape {tuple(mask.shape)}, but {_next(keys.reward)} has shape "
+                    f"{tuple(reward.shape)}: both must agree"
+                )
+        if self.average_rewards:
+            reward = standardize(reward)
+        return Steps(reward, done, terminated, self._discount(tensordict, reward))
+
+    def _discount(self, tensordict: TensorDictBase, reward: Tensor) -> Tensor:
+        """γ, or γⁿ per step for n-step data."""
+        n = tensordict.get(self._tensor_keys.steps_to_next_obs, None)
+        if n is None:
+            return self.gamma
+        if self.shifted:
+            raise ValueError(
+                f"shifted=True takes the next observation of a step for the following step's observation, but the "
+                f"entry {self._tensor_keys.steps_to_next_obs!r} says that this is n-step data: use shifted=False"
+            )
+        return self.gamma ** expand_right(n, reward)
+
+    def _values(
+        self,
+        tensordict: TensorDictBase,
+        steps: Steps,
+        time_dim: int,
+        params: TensorDictBase | None,
+        target_params: TensorDictBase | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Values, next values, and which steps fitted into a shifted call (None: all)."""
+        if params is None and target_params is not None:
+            raise ValueError("target_params are given without params: give both, or neither")
+        if self.shifted and target_params is not None:
+            raise ValueError("shifted=True calls the value network once, so it can't have target_params of its own")
+        key = self._tensor_keys.value
+        data = self._inputs(tensordict)
+        next_data = self._next_inputs(tensordict, steps)
+        params = None if params is None else params.detach()
+        next_params = params if target_params is None else target_params
+        valid = None
+        if self.shifted:
+            truncated = _any_right((steps.done != 0) & (steps.terminated == 0), tensordict.ndim)
+            value, next_value, valid = shifted_values(
+                partial(self._network.value, value_key=key, params=params, **kwargs),
+                data,
+                next_data,
+                truncated,
+                time_dim,
+                self.shifted_budget,
+            )
+        else:
+            value, next_value = self._network.both(data, next_data, key, params, next_params, **kwargs)
+        self._check_value(key, value, steps)
+        self._check_value(_next(key), next_value, steps)
+        return value, next_value, valid
+
+    def _inputs(self, tensordict: TensorDictBase, prefix: str = "") -> TensorDictBase:
+        """What the value network reads, and what of its outputs it might skip. ``prefix`` is for the error."""
+        network = self.value_network
+        in_keys = [self._tensor_keys.value] if network is None else network.in_keys
+        for key in in_keys:
+            if tensordict.get(key, None) is None:
+                raise self._missing(
+                    unravel_key((prefix, key)) if prefix else key,
+                    "value" if network is None else "an input of the value network",
+                )
+        return tensordict.select(*in_keys, *(network.out_keys if self._network.skips() else ()), strict=False)
+
+    def _next_inputs(self, tensordict: TensorDictBase, steps: Steps) -> TensorDictBase:
+        """The network's inputs for the next observations, made finite where there is no next observation.
+
+        A terminal step's next value is never read, but NaN or inf there would reach the gradients through the
+        network: 0 · NaN is NaN. A NaN elsewhere stands for a next observation that wasn't stored; the current
+        observation takes its place.
+        """
+        source = tensordict.get("next").copy()
+        if self.value_network is not None and IS_INIT in self.value_network.in_keys:
+            # The next observations form trajectories of their own, which start where those of the observations do;
+            # inserted into a shifted call they continue a trajectory.
+            is_init = self._get(tensordict, IS_INIT, IS_INIT)
+            source.set(IS_INIT, torch.zeros_like(is_init) if self.shifted else is_init)
+        data = self._inputs(source, "next")
+        data.batch_size = tensordict.batch_size
+        terminal = _any_right(steps.terminated != 0, tensordict.ndim)
+        for key in data.keys(True, True):
+            x = data.get(key)
+            if x.is_floating_point():
+                absent = x.isnan() | (expand_right(terminal, x) & x.isinf())
+                current = tensordict.get(key, None)
+                data.set(key, torch.where(absent, 0 if current is None else current, x))
+        return data
+
+    def _check_value(self, key: NestedKey, value: Tensor, steps: Steps) -> None:
+        if value.shape != steps.reward.shape:
+            raise RuntimeError(
+                f"{key!r} has shape {tuple(value.shape)}, but {_next(self._tensor_keys.reward)} has shape "
+                f"{tuple(steps.reward.shape)}: both must agree"
+            )
+
+    def _get(self, tensordict: TensorDictBase, key: NestedKey, name: str) -> Tensor:
+        x = tensordict.get(key, None)
+        if x is None:
+            raise self._missing(key, name)
+        return x
+
+    def _missing(self, key: NestedKey, name: str) -> KeyError:
+        rename = f"; if it has another name, say set_keys({name}=...)" if hasattr(self._tensor_keys, name) else ""
+        return KeyError(f"{type(self).__name__} needs {key!r}, which is missing from the TensorDict{rename}")
+
+
+class LambdaEstimatorBase(ValueEstimatorBase):
+    """Base of the estimators with a trace decay λ.
+
+    Args:
+        lmbda: trace decay λ, a number or a tensor that broadcasts to the reward; kept as γ is.
+        vectorized: False is backend ``"reference"``.
+        kwargs: the arguments of `ValueEstimatorBase`.
+
+    """
+
+    def __init__(self, *, lmbda: Scalar, vectorized: bool | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.register_buffer("lmbda", as_hyperparameter(lmbda, kwargs.get("device")))
+        self.vectorized = vectorized
+        if vectorized is False:
+            if self.backend not in (None, "reference"):
+                raise ValueError(f"vectorized=False is backend 'reference', but backend is {self.backend!r}")
+            self.backend = "reference"
+
+
+def as_hyperparameter(x: Scalar, device: torch.device | str | None) -> Tensor:
+    """γ or λ as a buffer: numbers in float64, tensors in the floating dtype they have."""
+    if isinstance(x, Tensor) and x.is_floating_point():
+        return x.to(device)
+    return torch.as_tensor(x, dtype=torch.float64, device=device)
+
+
+def standardize(x: Tensor, valid: Tensor | None = None) -> Tensor:
+    """(x − mean) / std over all elements, or the valid ones, computed in float32 at least."""
+    dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+    wide = x.to(torch.promote_types(dtype, torch.float32))
+    weight = torch.ones_like(wide) if valid is None else valid.to(wide.dtype)
+    count = weight.sum()
+    mean = (wide * weight).sum() / count
+    variance = ((wide - mean) * weight).square().sum() / (count - 1).clamp_min(1)
+    return ((wide - mean) / variance.sqrt().clamp_min(SMALLEST_STD)).to(dtype)
+
+
+def expand_right(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` with trailing dimensions added until it has the shape of ``like``."""
+    return x.view(x.shape + (1,) * (like.ndim - x.ndim)).expand_as(like)
+
+
+def _any_right(mask: Tensor, ndim: int) -> Tensor:
+    """Whether anything is set in the dimensions of ``mask`` beyond ``ndim``."""
+    return mask.flatten(ndim).any(-1) if mask.ndim > ndim else mask
+
+
+def _next(key: NestedKey) -> NestedKey:
+    return unravel_key(("next", key))
+
+
+def _cut(steps: Steps, valid: Tensor, time_dim: int) -> Steps:
+    """``steps`` of which only the first are valid: the trajectory ends, truncated, with the last valid one."""
+    length = valid.shape[time_dim]
+    following = torch.cat([valid.narrow(time_dim, 1, length - 1), valid.narrow(time_dim, length - 1, 1)], time_dim)
+    done = (steps.done != 0) | expand_right(valid & ~following, steps.done)
+    return steps._replace(done=done, valid=expand_right(valid, done))

@@ -1,0 +1,390 @@
+"""Value estimates on tensors, with the names and argument order of ``torchrl.objectives.value.functional``.
+
+The plain names run the reference loop; the ``vec_`` names and `reward2go` run on the backend in force (see
+`fusedrl.kernels.use_backend`) or the one that a call names. Throughout:
+
+* reward, values, ``done`` and ``terminated`` have one shape ``[*B, T, *F]`` with time at ``time_dim`` (−2 unless
+  said otherwise), and so has the result; γ and λ are numbers, or tensors that broadcast to that shape;
+* ``done`` ends the trajectory after the step, ``terminated`` (by default ``done``) also forbids the bootstrap from
+  the next value, which is then not read; a terminated step is done. Non-zero means true, whatever the dtype;
+* results have the floating dtype of reward and values together; half precision is computed in float32;
+* ``rolling_gamma=False`` makes a per-step γ (and λ) of step t hold for all of the trajectory that follows t. By
+  default each step k is discounted with its own γ_k. For a number or a 0-d γ both are the same;
+* RuntimeError is raised, naming the argument, when shapes or devices disagree (`reward2go`: ValueError for shapes).
+"""
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..kernels.recurrence import TD_LAMBDA, Recurrence, checked
+
+Scalar = float | Tensor
+
+__all__ = [
+    "generalized_advantage_estimate",
+    "reward2go",
+    "td0_advantage_estimate",
+    "td0_return_estimate",
+    "td1_advantage_estimate",
+    "td1_return_estimate",
+    "td_lambda_advantage_estimate",
+    "td_lambda_return_estimate",
+    "vec_generalized_advantage_estimate",
+    "vec_td1_advantage_estimate",
+    "vec_td1_return_estimate",
+    "vec_td_lambda_advantage_estimate",
+    "vec_td_lambda_return_estimate",
+]
+
+REFERENCE = "reference"
+
+
+# -- generalised advantage -------------------------------------------------------------------------------------------
+
+
+def vec_generalized_advantage_estimate(
+    gamma: Scalar,
+    lmbda: Scalar,
+    state_value: Tensor,
+    next_state_value: Tensor,
+    reward: Tensor,
+    done: Tensor,
+    terminated: Tensor | None = None,
+    *,
+    time_dim: int = -2,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A_t = δ_t + γλ(1−done_t)A_{t+1} with δ_t = r_t + γ(1−term_t)v'_t − v_t, and the value target A_t + v_t.
+
+    Schulman et al. 2016 (arXiv:1506.02438), equation 16.
+
+    Examples:
+        >>> value, next_value, reward = torch.zeros(3), torch.tensor([0.0, 0.0, 8.0]), torch.ones(3)
+        >>> done, terminated = torch.tensor([False, False, True]), torch.tensor([False, False, False])
+        >>> advantage, value_target = vec_generalized_advantage_estimate(
+        ...     0.5, 0.5, value, next_value, reward, done, terminated, time_dim=-1
+        ... )
+        >>> advantage
+        tensor([1.5625, 2.2500, 5.0000])
+
+    """
+    _check_shapes(reward, state_value=state_value, next_state_value=next_state_value, done=done, terminated=terminated)
+    return kernels.gae(
+        gamma,
+        lmbda,
+        state_value,
+        next_state_value,
+        reward,
+        done,
+        terminated,
+        time_dim=time_dim,
+        backend=backend,
+    )
+
+
+def generalized_advantage_estimate(
+    gamma: Scalar,
+    lmbda: Scalar,
+    state_value: Tensor,
+    next_state_value: Tensor,
+    reward: Tensor,
+    done: Tensor,
+    terminated: Tensor | None = None,
+    *,
+    time_dim: int = -2,
+) -> tuple[Tensor, Tensor]:
+    """`vec_generalized_advantage_estimate` by the reference loop."""
+    return vec_generalized_advantage_estimate(
+        gamma,
+        lmbda,
+        state_value,
+        next_state_value,
+        reward,
+        done,
+        terminated,
+        time_dim=time_dim,
+        backend=REFERENCE,
+    )
+
+
+# -- TD(0) -----------------------------------------------------------------------------------------------------------
+
+
+def td0_return_estimate(
+    gamma: Scalar,
+    next_state_value: Tensor,
+    reward: Tensor,
+    terminated: Tensor | None = None,
+    *,
+    done: Tensor | None = None,
+) -> Tensor:
+    """G_t = r_t + γ(1−term_t)v'_t; ``done`` stands in for ``terminated`` where that is not given.
+
+    Sutton 1988, Learning to predict by the methods of temporal differences.
+
+    Raises:
+        TypeError: neither ``terminated`` nor ``done`` is given.
+
+    """
+    terminated = done if terminated is None else terminated
+    if terminated is None:
+        raise TypeError("td0_return_estimate needs to know which steps are terminal: give terminated (or done)")
+    _check_shapes(reward, next_state_value=next_state_value, terminated=terminated, done=done)
+    problem, _ = checked(
+        Recurrence(TD_LAMBDA, gamma, None, reward, None, next_state_value, None, terminated), time_dim=0
+    )
+    assert problem.terminated is not None
+    compute = torch.float64 if problem.dtype == torch.float64 else torch.float32
+    if isinstance(gamma, Tensor):
+        gamma = gamma.to(compute)
+    # Selected before the product, so that a terminal NaN stays out of the gradient of γ as well.
+    bootstrap = torch.where(problem.terminated, 0, next_state_value.to(compute))
+    return (reward.to(compute) + gamma * bootstrap).to(problem.dtype)
+
+
+def td0_advantage_estimate(
+    gamma: Scalar,
+    state_value: Tensor,
+    next_state_value: Tensor,
+    reward: Tensor,
+    done: Tensor,
+    terminated: Tensor | None = None,
+) -> Tensor:
+    """r_t + γ(1−term_t)v'_t − v_t."""
+    _check_shapes(reward, state_value=state_value)
+    return td0_return_estimate(gamma, next_state_value, reward, terminated, done=done) - state_value
+
+
+# -- TD(1) -----------------------------------------------------------------------------------------------------------
+
+
+def vec_td1_return_estimate(
+    gamma: Scalar,
+    next_state_value: Tensor,
+    reward: Tensor,
+    done: Tensor,
+    terminated: Tensor | None = None,
+    rolling_gamma: bool | None = None,
+    time_dim: int = -2,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """G_t = r_t + γ(1−term_t)G_{t+1}, where G_{t+1} is v'_t if the trajectory ends at t: TD(λ) at λ = 1."""
+    return vec_td_lambda_return_estimate(
+        gamma,
+        1.0,
+        next_state_value,
+        reward,
+        done,
+        terminated,
+        rolling_gamma,
+        time_dim=time_dim,
+        backend=backend,
+    )
+
+
+def td1_return_estimate(
+    gamma: Scalar,
+    next_state_value: Tensor,
+    reward: Tensor,
+    done: Tensor,
+    terminated: Tensor | None = None,
+    rolling_gamma: bool | None = None,
+    *,
+    time_dim: int = -2,
+) -> Tensor:
+    """`vec_td1_return_estimate` by the reference loop."""
+    return vec_td1_return_estimate(
+        gamma, next_state_value, reward, done, terminated, rolling_gamma, time_dim, backend=REFERENCE
+    )
+
+
+def vec_td1_advantage_estimate(
+    gamma: Scalar,
+    state_value: Tensor,
+    next_state_value: Tensor,
+    reward: Tensor,
+    done: Tensor,
+    terminated: Tensor | None = None,
+    rolling_gamma: bool | None = None,
+    time_dim: int = -2,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`vec_td1_return_estimate` − v_t."""
+    return vec_td_lambda_advantage_estimate(
+        gamma,
+        1.0,
+        state_value,
+        next_state_value,
+        reward,
+        done,
+        terminated,
+        rolling_gamma,
+        time_dim,
+        backend=backend,
+    )
+
+
+def td1_advantage_estimate(
+    gamma: Scalar,
+    state_value: Tensor,
+    next_state_value: Tensor,
+    reward: Tensor,
+    done: Tensor,
+    terminated: Tensor | None = None,
+    rolling_gamma: bool | None = None,
+    time_dim: int = -2,
+) -> Tensor:
+    """`vec_td1_advantage_estimate` by the reference loop."""
+    return vec_td1_advantage_estimate(
+        gamma,
+        state_value,
+        next_state_value,
+        reward,
+        done,
+        terminated,
+        rolling_gamma,
+        time_dim,
+        backend=REFERENCE,
+    )
+
+
+# -- TD(λ) -----------------------------------------------------------------------------------------------------------
+
+
+def vec_td_lambda_return_estimate(
+    gamma: Scalar,
+    lmbda: Scalar,
+    next_state_value: Tensor,
+    reward: Tensor,
+    done: Tensor,
+    terminated: Tensor | None = None,
+    rolling_gamma: bool | None = None,
+    *,
+    time_dim: int = -2,
+    backend: str | None = None,
+) -> Tensor:
+    """G_t = r_t + γ(1−term_t)[(1−λ)v'_t + λG_{t+1}], where G_{t+1} is v'_t if the trajectory ends at t.
+
+    The last step of the tensor ends a trajectory. Sutton & Barto 2018, equation 12.18.
+
+    Examples:
+        >>> next_value, reward = torch.tensor([0.0, 0.0, 8.0]), torch.ones(3)
+        >>> done, terminated = torch.tensor([False, False, True]), torch.tensor([False, False, False])
+        >>> vec_td_lambda_return_estimate(0.5, 1.0, next_value, reward, done, terminated, time_dim=-1)
+        tensor([2.7500, 3.5000, 5.0000])
+
+    """
+    _check_shapes(reward, next_state_value=next_state_value, done=done, terminated=terminated)
+    rest = (lmbda, next_state_value, reward, done, terminated)
+    if rolling_gamma is False and isinstance(gamma, Tensor) and gamma.ndim:
+        return kernels.fixed_discount_td_lambda_return(gamma, *rest, time_dim=time_dim, backend=backend)
+    return kernels.td_lambda_return(gamma, *rest, time_dim=time_dim, backend=backend)
+
+
+def td_lambda_return_estimate(
+    gamma: Scalar,
+    lmbda: Scalar,
+    next_state_value: Tensor,
+    reward: Tensor,
+    done: Tensor,
+    terminated: Tensor | None = None,
+    rolling_gamma: bool | None = None,
+    *,
+    time_dim: int = -2,
+) -> Tensor:
+    """`vec_td_lambda_return_estimate` by the reference loop."""
+    return vec_td_lambda_return_estimate(
+        gamma,
+        lmbda,
+        next_state_value,
+        reward,
+        done,
+        terminated,
+        rolling_gamma,
+        time_dim=time_dim,
+        backend=REFERENCE,
+    )
+
+
+def vec_td_lambda_advantage_estimate(
+    gamma: Scalar,
+    lmbda: Scalar,
+    state_value: Tensor,
+    next_state_value: Tensor,
+    reward: Tensor,
+    done: Tensor,
+    terminated: Tensor | None = None,
+    rolling_gamma: bool | None = None,
+    time_dim: int = -2,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`vec_td_lambda_return_estimate` − v_t."""
+    _check_shapes(reward, state_value=state_value)
+    value_target = vec_td_lambda_return_estimate(
+        gamma,
+        lmbda,
+        next_state_value,
+        reward,
+        done,
+        terminated,
+        rolling_gamma,
+        time_dim=time_dim,
+        backend=backend,
+    )
+    return value_target - state_value
+
+
+def td_lambda_advantage_estimate(
+    gamma: Scalar,
+    lmbda: Scalar,
+    state_value: Tensor,
+    next_state_value: Tensor,
+    reward: Tensor,
+    done: Tensor,
+    terminated: Tensor | None = None,
+    rolling_gamma: bool | None = None,
+    time_dim: int = -2,
+) -> Tensor:
+    """`vec_td_lambda_advantage_estimate` by the reference loop."""
+    return vec_td_lambda_advantage_estimate(
+        gamma,
+        lmbda,
+        state_value,
+        next_state_value,
+        reward,
+        done,
+        terminated,
+        rolling_gamma,
+        time_dim,
+        backend=REFERENCE,
+    )
+
+
+# -- reward-to-go ----------------------------------------------------------------------------------------------------
+
+
+def reward2go(reward: Tensor, done: Tensor, gamma: Scalar, *, time_dim: int = -2, backend: str | None = None) -> Tensor:
+    """G_t = r_t + γ(1−done_t)G_{t+1}, without bootstrap.
+
+    Examples:
+        >>> reward2go(torch.ones(4), torch.tensor([False, True, False, False]), 0.5, time_dim=-1)
+        tensor([1.5000, 1.0000, 1.5000, 1.0000])
+
+    """
+    if done.shape != reward.shape:
+        raise ValueError(
+            f"done has shape {tuple(done.shape)}, but reward has shape {tuple(reward.shape)}: both must agree"
+        )
+    return kernels.reward_to_go(gamma, reward, done, time_dim=time_dim, backend=backend)
+
+
+def _check_shapes(reward: Tensor, **tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None and x.shape != reward.shape:
+            raise RuntimeError(
+                f"{name} has shape {tuple(x.shape)}, but reward has shape {tuple(reward.shape)}: both must agree"
+            )

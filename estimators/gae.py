@@ -1,0 +1,77 @@
+"""The generalised advantage estimator."""
+
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from .base import LambdaEstimatorBase, Steps, standardize
+from .functional import vec_generalized_advantage_estimate
+from .registry import ValueEstimators, register_value_estimator
+
+
+@register_value_estimator(ValueEstimators.GAE, default_kwargs={"gamma": 0.99, "lmbda": 0.95, "differentiable": True})
+class GAE(LambdaEstimatorBase):
+    """Generalised advantage estimate A_t = δ_t + γλ(1−done_t)A_{t+1}, and value target A_t + v_t.
+
+    Args:
+        average_gae: standardise the advantages over the batch.
+        auto_reset_env: the environment resets itself, so that the next observation of a step that ends a trajectory
+            belongs to the following one: the step's own value takes the place of its next value.
+        kwargs: the arguments of `LambdaEstimatorBase`.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule
+        >>> value_network = TensorDictModule(torch.nn.Linear(3, 1), in_keys=["obs"], out_keys=["state_value"])
+        >>> gae = GAE(gamma=0.99, lmbda=0.95, value_network=value_network)
+        >>> done = torch.zeros(2, 8, 1, dtype=torch.bool)
+        >>> rollout = TensorDict(
+        ...     {
+        ...         "obs": torch.randn(2, 8, 3),
+        ...         "next": {"obs": torch.randn(2, 8, 3), "reward": torch.randn(2, 8, 1), "done": done},
+        ...     },
+        ...     batch_size=[2, 8],
+        ... )
+        >>> gae(rollout)["advantage"].shape
+        torch.Size([2, 8, 1])
+
+    Schulman et al. 2016 (arXiv:1506.02438).
+
+    """
+
+    def __init__(self, *, average_gae: bool = False, auto_reset_env: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.average_gae = average_gae
+        self.auto_reset_env = auto_reset_env
+
+    def value_estimate(  # type: ignore[override]  # `params` come second in TorchRL's order
+        self,
+        tensordict: TensorDictBase,
+        params: TensorDictBase | None = None,
+        target_params: TensorDictBase | None = None,
+        time_dim: int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The value target of `forward` alone, with its gradients; ``tensordict`` is left as it is.
+
+        Args are those of `forward`; ``kwargs`` are passed to the value network.
+        """
+        return self._compute(tensordict, params, target_params, time_dim, **kwargs).value_target
+
+    def _estimate(self, steps: Steps, value: Tensor, next_value: Tensor, time_dim: int) -> tuple[Tensor, Tensor]:
+        if self.auto_reset_env:
+            next_value = torch.where(steps.done != 0, value, next_value)
+        advantage, value_target = vec_generalized_advantage_estimate(
+            steps.gamma,
+            self.lmbda,
+            value,
+            next_value,
+            steps.reward,
+            steps.done,
+            steps.terminated,
+            time_dim=time_dim,
+            backend=self.backend,
+        )
+        return standardize(advantage, steps.valid) if self.average_gae else advantage, value_target

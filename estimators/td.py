@@ -1,0 +1,67 @@
+"""Estimators whose advantage is a TD return minus the value: TD(0), TD(1), TD(λ)."""
+
+from torch import Tensor
+
+from .base import LambdaEstimatorBase, Steps, ValueEstimatorBase
+from .functional import td0_return_estimate, vec_td1_return_estimate, vec_td_lambda_return_estimate
+from .registry import ValueEstimators, register_value_estimator
+
+
+@register_value_estimator(ValueEstimators.TD0, default_kwargs={"gamma": 0.99, "differentiable": True})
+class TD0Estimator(ValueEstimatorBase):
+    """One-step estimate: value target r_t + γ(1−term_t)v'_t.
+
+    Its constructor is that of `ValueEstimatorBase`.
+    """
+
+    needs_done = False
+
+    def _value_target(self, steps: Steps, next_value: Tensor, time_dim: int) -> Tensor:
+        return td0_return_estimate(steps.gamma, next_value, steps.reward, steps.terminated)
+
+
+@register_value_estimator(ValueEstimators.TD1, default_kwargs={"gamma": 0.99, "differentiable": True})
+class TD1Estimator(ValueEstimatorBase):
+    """Estimate from all rewards up to the end of the trajectory, and the value there (`vec_td1_return_estimate`).
+
+    Its constructor is that of `ValueEstimatorBase`.
+    """
+
+    def _value_target(self, steps: Steps, next_value: Tensor, time_dim: int) -> Tensor:
+        return vec_td1_return_estimate(
+            steps.gamma,
+            next_value,
+            steps.reward,
+            steps.done,
+            steps.terminated,
+            time_dim=time_dim,
+            backend=self.backend,
+        )
+
+
+@register_value_estimator(
+    ValueEstimators.TDLambda, default_kwargs={"gamma": 0.99, "lmbda": 0.95, "differentiable": True}
+)
+class TDLambdaEstimator(LambdaEstimatorBase):
+    """TD(λ) estimate (`vec_td_lambda_return_estimate`).
+
+    Its constructor is that of `LambdaEstimatorBase`.
+    """
+
+    def _value_target(self, steps: Steps, next_value: Tensor, time_dim: int) -> Tensor:
+        return vec_td_lambda_return_estimate(
+            steps.gamma,
+            self.lmbda,
+            next_value,
+            steps.reward,
+            steps.done,
+            steps.terminated,
+            time_dim=time_dim,
+            backend=self.backend,
+        )
+
+
+# The names that these had in older versions of TorchRL.
+TD0Estimate = TD0Estimator
+TD1Estimate = TD1Estimator
+TDLambdaEstimate = TDLambdaEstimator

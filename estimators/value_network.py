@@ -1,0 +1,139 @@
+"""Values of the current and the next observations, from one value network.
+
+The network can be called in three ways that give the same values: once on both stacked (under `torch.vmap`),
+twice, or once on the T + k observations of a trajectory in which each next observation is the observation of the
+following step (`shifted`, see `fusedrl.estimators.shifted`).
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import set_skip_existing, skip_existing
+from torch import Tensor
+
+RANDOM_MODULES = (torch.nn.modules.dropout._DropoutNd, torch.nn.RReLU)
+VMAP_RANDOMNESS = ("error", "different", "same")
+
+
+class ValueNetwork:
+    """How an estimator calls its value network: at once or in turn, whole or in chunks.
+
+    Args:
+        module: reads ``module.in_keys`` from a TensorDict and writes the value. None: the values must be there.
+        skip_existing: as in `tensordict.nn.set_skip_existing`; None leaves that setting alone.
+        deactivate_vmap: never call the network under `torch.vmap`.
+        chunk_size: call the network on at most so many elements of ``chunk_dim`` at a time.
+        num_chunks: call it on so many parts of ``chunk_dim`` in turn.
+        chunk_dim: the batch dimension that is cut.
+
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        *,
+        skip_existing: bool | None,
+        deactivate_vmap: bool,
+        chunk_size: int | None,
+        num_chunks: int | None,
+        chunk_dim: int,
+    ) -> None:
+        for name, count in (("value_chunk_size", chunk_size), ("num_chunks", num_chunks)):
+            if count is not None:
+                check_positive(name, count)
+        if chunk_size is not None and num_chunks is not None:
+            raise ValueError(
+                f"value_chunk_size is {chunk_size} and num_chunks is {num_chunks}: only one of them can be set"
+            )
+        if not isinstance(chunk_dim, int):
+            raise TypeError(f"value_chunk_dim must be an int, but is a {type(chunk_dim).__name__}")
+        self.module = module
+        self.skip_existing = skip_existing
+        self.deactivate_vmap = deactivate_vmap
+        self.chunk_size = chunk_size
+        self.num_chunks = num_chunks
+        self.chunk_dim = chunk_dim
+        self.vmap_randomness = _default_randomness(module)
+
+    def both(
+        self,
+        data: TensorDictBase,
+        next_data: TensorDictBase,
+        value_key: NestedKey,
+        params: TensorDictBase | None,
+        next_params: TensorDictBase | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """The values of ``data`` and ``next_data``, in one call where both are alike."""
+        same_keys = set(data.keys(True, True)) == set(next_data.keys(True, True))
+        chunked = self.chunk_size is not None or self.num_chunks is not None
+        if self.module is None or self.deactivate_vmap or chunked or params is not next_params or not same_keys:
+            return (
+                self.value(data, value_key, params, **kwargs),
+                self.value(next_data, value_key, next_params, **kwargs),
+            )
+
+        keys = list(data.keys(True, True))
+        shape = data.batch_size
+
+        def call(*tensors: Tensor) -> Tensor:
+            part = TensorDict({}, shape)
+            for key, x in zip(keys, tensors, strict=True):
+                part.set(key, x)
+            return self.value(part, value_key, params, **kwargs)
+
+        stacked = [torch.stack([data.get(key), next_data.get(key)]) for key in keys]
+        value, next_value = torch.vmap(call, randomness=self.vmap_randomness)(*stacked)
+        return value, next_value
+
+    def value(self, data: TensorDictBase, value_key: NestedKey, params: TensorDictBase | None, **kwargs: Any) -> Tensor:
+        """The value of ``data``, which is left as it is."""
+        if self.module is None:
+            return data.get(value_key)
+        if params is None and torch.is_grad_enabled():
+            params = TensorDict.from_module(self.module).detach()
+        with self._parameters(params), self._skipping():
+            parts = [self.module(part.copy(), **kwargs).get(value_key) for part in self._parts(data)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, self._chunk_dim(data))
+
+    def skips(self) -> bool:
+        """Whether the network uses outputs that are present instead of computing them."""
+        wanted = skip_existing() if self.skip_existing is None else self.skip_existing
+        return wanted and self.module is not None
+
+    def _parameters(self, params: TensorDictBase | None) -> AbstractContextManager[Any]:
+        return nullcontext() if params is None else params.to_module(self.module)
+
+    def _skipping(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.skip_existing is None else set_skip_existing(self.skip_existing)
+
+    def _parts(self, data: TensorDictBase) -> tuple[TensorDictBase, ...]:
+        if self.num_chunks is not None:
+            return data.chunk(self.num_chunks, self._chunk_dim(data))
+        if self.chunk_size is not None:
+            return data.split(self.chunk_size, self._chunk_dim(data))
+        return (data,)
+
+    def _chunk_dim(self, data: TensorDictBase) -> int:
+        if not -data.ndim <= self.chunk_dim < data.ndim:
+            raise ValueError(
+                f"value_chunk_dim is {self.chunk_dim}, but the TensorDict has batch size {tuple(data.batch_size)}"
+            )
+        return self.chunk_dim % data.ndim
+
+
+def check_positive(name: str, count: Any) -> None:
+    """Raise TypeError or ValueError, naming the argument, unless ``count`` is an int of at least 1."""
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise TypeError(f"{name} must be an int, but is a {type(count).__name__}")
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, but is {count}")
+
+
+def _default_randomness(module: Any) -> str:
+    """Networks with dropout draw per observation; the others must not draw at all."""
+    if isinstance(module, torch.nn.Module) and any(isinstance(m, RANDOM_MODULES) for m in module.modules()):
+        return "different"
+    return "error"
