@@ -1,0 +1,32 @@
+"""Losses: modules that read a TensorDict, estimate advantages where they are missing, and return ``loss_*`` entries."""
+
+from .base import AUTO_LOSS_MASK_KEYS, LossModule
+from .utils import (
+    ValueEstimators,
+    build_value_estimator,
+    default_value_kwargs,
+    dispatch_value_estimator,
+    distance_loss,
+    get_value_estimator_entry,
+    group_optimizers,
+    hold_out_net,
+    hold_out_params,
+    next_state_value,
+    register_value_estimator,
+)
+
+__all__ = [
+    "AUTO_LOSS_MASK_KEYS",
+    "LossModule",
+    "ValueEstimators",
+    "build_value_estimator",
+    "default_value_kwargs",
+    "dispatch_value_estimator",
+    "distance_loss",
+    "get_value_estimator_entry",
+    "group_optimizers",
+    "hold_out_net",
+    "hold_out_params",
+    "next_state_value",
+    "register_value_estimator",
+]

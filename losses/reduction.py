@@ -1,0 +1,82 @@
+"""From one loss per sample to what a loss returns: padded steps left out, priorities weighed in."""
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def check_reduction(reduction: str | None) -> str:
+    """``reduction``, or ``"mean"`` where it is None.
+
+    Raises:
+        ValueError: ``reduction`` is something else.
+
+    """
+    if reduction is None:
+        return "mean"
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}; it can be None (mean), {', '.join(map(repr, REDUCTIONS))}")
+    return reduction
+
+
+def align(x: Tensor, loss: Tensor, name: str) -> Tensor:
+    """``x``, one value per sample of shape ``[*B]`` or ``[*B, 1]``, expanded to the shape of ``loss``, ``[*B, *F]``.
+
+    Raises:
+        RuntimeError: the shapes don't agree.
+
+    """
+    shape = x.shape
+    if x.ndim > loss.ndim and shape[-1] == 1:
+        x = x.squeeze(-1)
+    x = x.reshape(x.shape + (1,) * (loss.ndim - x.ndim))
+    if x.ndim != loss.ndim or any(n not in (1, m) for n, m in zip(x.shape, loss.shape, strict=True)):
+        raise RuntimeError(
+            f"{name} has shape {tuple(shape)}, which does not fit a loss of shape {tuple(loss.shape)}: it must have "
+            "one value per sample"
+        )
+    return x.expand_as(loss)
+
+
+def reduce_loss(loss: Tensor, reduction: str, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+    r"""Reduce one loss per sample.
+
+    ========  ==================================
+    mean      Σ m·w·l / Σ m·w; 0 where m = 0 for all
+    sum       Σ m·w·l
+    none      m·w·l
+    ========  ==================================
+
+    Args:
+        loss: l, any shape.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        mask: m, bool, the same shape: the samples that count. What stands at the others is not read into a result.
+        weights: w, the same shape: importance weights, such as those of a prioritised replay buffer.
+
+    Examples:
+        >>> loss, mask = torch.tensor([1.0, 2.0, 30.0]), torch.tensor([True, True, False])
+        >>> reduce_loss(loss, "mean", mask)
+        tensor(1.5000)
+        >>> reduce_loss(loss, "sum", mask, weights=torch.tensor([2.0, 1.0, 1.0]))
+        tensor(4.)
+
+    See Schaul et al. 2016, Prioritized experience replay (arXiv:1511.05952), section 3.4, for the weights.
+
+    """
+    if mask is None and weights is None:
+        return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+    if weights is not None:
+        loss = loss * weights
+    if mask is not None:
+        loss = torch.where(mask, loss, 0)
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    if reduction == "sum":
+        return total
+    counted = torch.ones_like(loss) if weights is None else weights
+    if mask is not None:
+        counted = torch.where(mask, counted, 0)
+    count = counted.sum()
+    return total / torch.where(count == 0, 1, count)

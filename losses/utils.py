@@ -1,0 +1,221 @@
+"""What the losses share besides their base class, and the registry of value estimators by its usual address."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..estimators.registry import (
+    ValueEstimators,
+    build_value_estimator,
+    default_value_kwargs,
+    dispatch_value_estimator,
+    get_value_estimator_entry,
+    register_value_estimator,
+)
+
+__all__ = [
+    "ValueEstimators",
+    "build_value_estimator",
+    "check_distance",
+    "clipped_value_loss",
+    "default_value_kwargs",
+    "dispatch_value_estimator",
+    "distance_loss",
+    "get_value_estimator_entry",
+    "group_optimizers",
+    "hold_out_net",
+    "hold_out_params",
+    "next_state_value",
+    "register_value_estimator",
+]
+
+Distances = TypeVar("Distances", Tensor, TensorDictBase)
+
+_DISTANCES = {"l1": F.l1_loss, "l2": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
+
+
+def check_distance(loss_function: str, argument: str = "loss_function") -> str:
+    """``loss_function`` if `distance_loss` knows it.
+
+    Raises:
+        ValueError: it doesn't; the message names the ``argument``.
+
+    """
+    if loss_function not in _DISTANCES:
+        raise ValueError(f"{argument} is {loss_function!r}; it can be {', '.join(map(repr, _DISTANCES))}")
+    return loss_function
+
+
+def distance_loss(v1: Distances, v2: Distances, loss_function: str, strict_shape: bool = True) -> Distances:
+    r"""Distance between two tensors, or between all entries of two TensorDicts, element by element.
+
+    ==============  =====================================================
+    ``l1``          \|v1 − v2\|
+    ``l2``          (v1 − v2)²
+    ``smooth_l1``   (v1 − v2)²/2 where \|v1 − v2\| < 1, else \|v1 − v2\| − 1/2
+    ==============  =====================================================
+
+    Args:
+        v1: any shape.
+        v2: the same shape; with ``strict_shape=False`` one that broadcasts with it.
+        loss_function: ``"l1"``, ``"l2"`` or ``"smooth_l1"``.
+        strict_shape: refuse different shapes.
+
+    Raises:
+        RuntimeError: the shapes differ.
+        ValueError: ``loss_function`` is something else.
+
+    Examples:
+        >>> distance_loss(torch.tensor([0.5, 3.0]), torch.zeros(2), "smooth_l1")
+        tensor([0.1250, 2.5000])
+
+    """
+    check_distance(loss_function)
+    if v1.shape != v2.shape:
+        if strict_shape:
+            raise RuntimeError(f"distance_loss got shapes {tuple(v1.shape)} and {tuple(v2.shape)}: they must agree")
+        v1, v2 = torch.broadcast_tensors(v1, v2)
+    distance = _DISTANCES[loss_function]
+    if isinstance(v1, TensorDictBase):
+        return v1.apply(lambda x, y: distance(x, y, reduction="none"), v2)
+    return distance(v1, v2, reduction="none")
+
+
+def clipped_value_loss(
+    old_value: Tensor, value: Tensor, value_target: Tensor, clip_value: float | Tensor, loss_function: str
+) -> tuple[Tensor, Tensor]:
+    r"""Pessimistic critic loss: no gain is left in moving the value further than ε from the old one.
+
+    .. math::
+        L_t = \max\left(d(V_t, \hat V_t),\ d(\text{clip}(V_t, V^\text{old}_t - ε, V^\text{old}_t + ε), \hat V_t)
+        \right)
+
+    Args:
+        old_value: V^old, the value when the data was collected, shape ``[*B, 1]``.
+        value: V, the critic's value now, the same shape.
+        value_target: V̂, the same shape.
+        clip_value: ε.
+        loss_function: d, see `distance_loss`.
+
+    Returns:
+        The loss, of the same shape, and the share of the samples whose value was clipped, of the same shape too:
+        1 where it was, else 0.
+
+    Raises:
+        RuntimeError: the shapes differ.
+
+    Examples:
+        >>> old, new, target = torch.zeros(2), torch.tensor([0.1, 1.0]), torch.ones(2)
+        >>> clipped_value_loss(old, new, target, 0.2, "l1")
+        (tensor([0.9000, 0.8000]), tensor([0., 1.]))
+
+    See Schulman et al. 2016 (arXiv:1506.02438) and the implementation of Dhariwal et al. 2017, OpenAI Baselines.
+
+    """
+    step = value - old_value
+    clipped = old_value + step.clamp(-clip_value, clip_value)  # type: ignore[arg-type]  # both of one type
+    loss = torch.max(
+        distance_loss(value, value_target, loss_function), distance_loss(clipped, value_target, loss_function)
+    )
+    return loss, (step.detach().abs() > clip_value).to(value.dtype)
+
+
+@contextmanager
+def hold_out_net(network: nn.Module) -> Iterator[None]:
+    """Inside the block the parameters of ``network`` require no gradient; after it they do as before.
+
+    Examples:
+        >>> net = nn.Linear(1, 1)
+        >>> with hold_out_net(net):
+        ...     net(torch.ones(1)).requires_grad
+        False
+
+    """
+    required = [(p, p.requires_grad) for p in network.parameters()]
+    for p, _ in required:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p, requires_grad in required:
+            p.requires_grad_(requires_grad)
+
+
+@contextmanager
+def hold_out_params(params: Iterable[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """The ``params`` detached, for use inside the block."""
+    yield tuple(p.detach() for p in params)
+
+
+def next_state_value(
+    tensordict: TensorDictBase,
+    operator: Any = None,
+    next_val_key: NestedKey = "state_action_value",
+    gamma: float | Tensor = 0.99,
+    pred_next_val: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    r"""One-step value target, without gradient.
+
+    .. math::
+        r + γ^n (1 - \text{term}) v',
+
+    where n is the entry ``steps_to_next_obs`` if there is one (n-step rewards), else 1, and the entry ``done``
+    stands in for a missing ``terminated``. v' of a terminated step is never read into the result.
+
+    Args:
+        tensordict: batch size ``[*B]``, with ``("next", "reward")`` and the rest of shape ``[*B, 1]``.
+        operator: a module that writes v' at ``next_val_key`` when it reads what is under "next".
+        next_val_key: where it does.
+        gamma: γ.
+        pred_next_val: v' of shape ``[*B, 1]`` or ``[*B]``, instead of ``operator``.
+        kwargs: passed to ``operator``.
+
+    Returns:
+        Shape ``[*B]``.
+
+    Raises:
+        ValueError: not exactly one of ``operator`` and ``pred_next_val`` is given.
+
+    """
+    if (operator is None) == (pred_next_val is None):
+        raise ValueError("next_state_value needs either operator or pred_next_val, and not both")
+    with torch.no_grad():
+        following = tensordict.get("next")
+        if pred_next_val is None:
+            pred_next_val = operator(following.copy(), **kwargs).get(next_val_key)
+        reward = following.get("reward").squeeze(-1)
+        terminated = following.get("terminated", None)
+        if terminated is None:
+            terminated = following.get("done")
+        steps = tensordict.get("steps_to_next_obs", None)
+        discount = gamma if steps is None else gamma ** steps.squeeze(-1)
+        next_value = pred_next_val.reshape(reward.shape)
+        return reward + discount * next_value.masked_fill(terminated.reshape(reward.shape) != 0, 0.0)
+
+
+def group_optimizers(*optimizers: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """One optimizer with the parameter groups of all ``optimizers``, and their state.
+
+    Raises:
+        ValueError: there are none, or they are of different classes.
+
+    Examples:
+        >>> a, b = (torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=lr) for lr in (0.1, 0.2))
+        >>> [group["lr"] for group in group_optimizers(a, b).param_groups]
+        [0.1, 0.2]
+
+    """
+    classes: set[Any] = {type(optimizer) for optimizer in optimizers}
+    if len(classes) != 1:
+        names = ", ".join(sorted(cls.__name__ for cls in classes)) or "none"
+        raise ValueError(f"group_optimizers needs optimizers of one class, but got {names}")
+    group = classes.pop()([group for optimizer in optimizers for group in optimizer.param_groups])
+    for optimizer in optimizers:
+        group.state.update(optimizer.state)
+    return group
