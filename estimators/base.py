@@ -59,8 +59,8 @@ class ValueEstimatorBase(TensorDictModuleBase):
             ``"shifted_valid"``. Only for one-step data and without ``target_params``.
         differentiable: let gradients through to the values of the current observations, and to the rewards. Next
             values are constants in `forward`, and ``params`` always are.
-        skip_existing: don't call the parts of the network whose outputs are present (see
-            `tensordict.nn.set_skip_existing`). None leaves that setting alone.
+        skip_existing: take values that are present instead of calling the network. None: as
+            `tensordict.nn.set_skip_existing` says.
         advantage_key, value_target_key, value_key: shorthands for `set_keys`.
         device: where γ (and λ) are put.
         deactivate_vmap: call the network twice instead of once under `torch.vmap`; recurrent networks need it.
@@ -408,36 +408,37 @@ class ValueEstimatorBase(TensorDictModuleBase):
         return value, next_value, valid
 
     def _inputs(self, tensordict: TensorDictBase, prefix: str = "") -> TensorDictBase:
-        """What the value network reads, and what of its outputs it might skip. ``prefix`` is for the error."""
+        """What the value network reads, or the value if that is there and to be used; ``prefix`` is for the error."""
         network = self.value_network
+        if self._network.skips() and tensordict.get(self._tensor_keys.value, None) is not None:
+            return tensordict.select(self._tensor_keys.value)
         in_keys = [self._tensor_keys.value] if network is None else network.in_keys
         for key in in_keys:
             if tensordict.get(key, None) is None:
-                raise self._missing(
-                    unravel_key((prefix, key)) if prefix else key,
-                    "value" if network is None else "an input of the value network",
-                )
-        return tensordict.select(*in_keys, *(network.out_keys if self._network.skips() else ()), strict=False)
+                key = unravel_key((prefix, key)) if prefix else key
+                raise self._missing(key, "value" if network is None else None)
+        return tensordict.select(*in_keys)
 
     def _next_inputs(self, tensordict: TensorDictBase, steps: Steps) -> TensorDictBase:
-        """The network's inputs for the next observations, made finite where there is no next observation.
+        """What the value network reads of the next observations, made finite where there is none.
 
         A terminal step's next value is never read, but NaN or inf there would reach the gradients through the
         network: 0 · NaN is NaN. A NaN elsewhere stands for a next observation that wasn't stored; the current
         observation takes its place.
         """
         source = tensordict.get("next").copy()
-        if self.value_network is not None and IS_INIT in self.value_network.in_keys:
+        inputs = () if self.value_network is None else self.value_network.in_keys
+        if IS_INIT in inputs:
             # The next observations form trajectories of their own, which start where those of the observations do;
             # inserted into a shifted call they continue a trajectory.
-            is_init = self._get(tensordict, IS_INIT, IS_INIT)
+            is_init = self._get(tensordict, IS_INIT)
             source.set(IS_INIT, torch.zeros_like(is_init) if self.shifted else is_init)
         data = self._inputs(source, "next")
         data.batch_size = tensordict.batch_size
         terminal = _any_right(steps.terminated != 0, tensordict.ndim)
-        for key in data.keys(True, True):
-            x = data.get(key)
-            if x.is_floating_point():
+        for key in inputs:
+            x = data.get(key, None)
+            if isinstance(x, Tensor) and x.is_floating_point():
                 absent = x.isnan() | (expand_right(terminal, x) & x.isinf())
                 current = tensordict.get(key, None)
                 data.set(key, torch.where(absent, 0 if current is None else current, x))
@@ -450,15 +451,16 @@ class ValueEstimatorBase(TensorDictModuleBase):
                 f"{tuple(steps.reward.shape)}: both must agree"
             )
 
-    def _get(self, tensordict: TensorDictBase, key: NestedKey, name: str) -> Tensor:
+    def _get(self, tensordict: TensorDictBase, key: NestedKey, name: str | None = None) -> Tensor:
         x = tensordict.get(key, None)
         if x is None:
             raise self._missing(key, name)
         return x
 
-    def _missing(self, key: NestedKey, name: str) -> KeyError:
-        rename = f"; if it has another name, say set_keys({name}=...)" if hasattr(self._tensor_keys, name) else ""
-        return KeyError(f"{type(self).__name__} needs {key!r}, which is missing from the TensorDict{rename}")
+    def _missing(self, key: NestedKey, name: str | None) -> KeyError:
+        """The error for an entry that `set_keys` renames under ``name``, or for an input of the network (None)."""
+        advice = "the value network reads it" if name is None else f"if it has another name, say set_keys({name}=...)"
+        return KeyError(f"{type(self).__name__} needs {key!r}, which is missing from the TensorDict: {advice}")
 
 
 class LambdaEstimatorBase(ValueEstimatorBase):

@@ -5,12 +5,12 @@ twice, or once on the T + k observations of a trajectory in which each next obse
 following step (`shifted`, see `fusedrl.estimators.shifted`).
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import set_skip_existing, skip_existing
+from tensordict.nn import skip_existing
 from torch import Tensor
 
 RANDOM_MODULES = (torch.nn.modules.dropout._DropoutNd, torch.nn.RReLU)
@@ -22,7 +22,8 @@ class ValueNetwork:
 
     Args:
         module: reads ``module.in_keys`` from a TensorDict and writes the value. None: the values must be there.
-        skip_existing: as in `tensordict.nn.set_skip_existing`; None leaves that setting alone.
+        skip_existing: take values that are present instead of calling the network; None for what
+            `tensordict.nn.set_skip_existing` says.
         deactivate_vmap: never call the network under `torch.vmap`.
         chunk_size: call the network on at most so many elements of ``chunk_dim`` at a time.
         num_chunks: call it on so many parts of ``chunk_dim`` in turn.
@@ -66,10 +67,10 @@ class ValueNetwork:
         next_params: TensorDictBase | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """The values of ``data`` and ``next_data``, in one call where both are alike."""
-        same_keys = set(data.keys(True, True)) == set(next_data.keys(True, True))
+        """The values of ``data`` and ``next_data``, in one call where that is possible."""
+        present = any(_present(x, value_key) for x in (data, next_data))
         chunked = self.chunk_size is not None or self.num_chunks is not None
-        if self.module is None or self.deactivate_vmap or chunked or params is not next_params or not same_keys:
+        if present or chunked or self.deactivate_vmap or params is not next_params:
             return (
                 self.value(data, value_key, params, **kwargs),
                 self.value(next_data, value_key, next_params, **kwargs),
@@ -89,25 +90,21 @@ class ValueNetwork:
         return value, next_value
 
     def value(self, data: TensorDictBase, value_key: NestedKey, params: TensorDictBase | None, **kwargs: Any) -> Tensor:
-        """The value of ``data``, which is left as it is."""
-        if self.module is None:
+        """The value of ``data``, which is left as it is: what is there already, else what the network says.
+
+        Without ``params`` the network's own are used, as constants.
+        """
+        if _present(data, value_key):
             return data.get(value_key)
         if params is None and torch.is_grad_enabled():
             params = TensorDict.from_module(self.module).detach()
-        with self._parameters(params), self._skipping():
+        with nullcontext() if params is None else params.to_module(self.module, preserve_module_state=False):
             parts = [self.module(part.copy(), **kwargs).get(value_key) for part in self._parts(data)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, self._chunk_dim(data))
 
     def skips(self) -> bool:
-        """Whether the network uses outputs that are present instead of computing them."""
-        wanted = skip_existing() if self.skip_existing is None else self.skip_existing
-        return wanted and self.module is not None
-
-    def _parameters(self, params: TensorDictBase | None) -> AbstractContextManager[Any]:
-        return nullcontext() if params is None else params.to_module(self.module)
-
-    def _skipping(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.skip_existing is None else set_skip_existing(self.skip_existing)
+        """Whether values that are present are taken instead of calling the network."""
+        return self.module is None or (skip_existing() if self.skip_existing is None else self.skip_existing)
 
     def _parts(self, data: TensorDictBase) -> tuple[TensorDictBase, ...]:
         if self.num_chunks is not None:
@@ -122,6 +119,10 @@ class ValueNetwork:
                 f"value_chunk_dim is {self.chunk_dim}, but the TensorDict has batch size {tuple(data.batch_size)}"
             )
         return self.chunk_dim % data.ndim
+
+
+def _present(data: TensorDictBase, key: NestedKey) -> bool:
+    return data.get(key, None) is not None
 
 
 def check_positive(name: str, count: Any) -> None:
