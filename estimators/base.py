@@ -15,24 +15,13 @@ from torch import Tensor
 
 from ..kernels.backend import check_backend
 from .shifted import shifted_values
+from .steps import Steps, any_right, cut, expand_right, standardize
 from .value_network import VMAP_RANDOMNESS, ValueNetwork, check_positive
 
 Scalar = float | Tensor
 
 SHIFTED_VALID = "shifted_valid"
 IS_INIT = "is_init"
-# Below this standard deviation, standardising only shifts: it would blow noise up.
-SMALLEST_STD = 1e-4
-
-
-class Steps(NamedTuple):
-    """What an estimator reads of each step, all of the reward's shape, and the discount to its next observation."""
-
-    reward: Tensor
-    done: Tensor
-    terminated: Tensor
-    gamma: Tensor
-    valid: Tensor | None = None
 
 
 class Estimate(NamedTuple):
@@ -217,7 +206,18 @@ class ValueEstimatorBase(TensorDictModuleBase):
 
     @property
     def out_keys(self) -> list[NestedKey]:
-        """What `forward` returns when it is called with tensors."""
+        """What `forward` returns when it is called with tensors: all it has, or what select_out_keys left."""
+        return self.__dict__.get("_out_keys_apparent", self._all_out_keys)
+
+    @out_keys.setter
+    def out_keys(self, keys: list[NestedKey]) -> None:
+        # Assigned by reset_out_keys alone; the full list must go on following set_keys.
+        self.__dict__.pop("_out_keys_apparent", None)
+        if list(keys) != self._all_out_keys:
+            self._out_keys_apparent = list(keys)
+
+    @property
+    def _all_out_keys(self) -> list[NestedKey]:
         return [self._tensor_keys.advantage, self._tensor_keys.value_target]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ValueEstimatorBase":
@@ -247,12 +247,13 @@ class ValueEstimatorBase(TensorDictModuleBase):
         Args:
             tensordict: batch size ``[*B, T]`` (see ``time_dim``), with the entries of `in_keys`. ``terminated``
                 defaults to ``done``. ``steps_to_next_obs``, if there, is the n of n-step data: the discount is γⁿ.
+                Tensors given instead of it (``next_reward=...``) have as batch size the dimensions that they share.
             params: parameters of the value network, taken as constants; by default its own.
             target_params: parameters for the next values; by default ``params``.
             time_dim: the dimension of time, for this call.
 
         Returns:
-            ``tensordict``; if called with tensors (``next_reward=...``), the tuple of `out_keys`.
+            ``tensordict``; if called with tensors, the tuple of `out_keys`.
 
         """
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
@@ -315,7 +316,7 @@ class ValueEstimatorBase(TensorDictModuleBase):
         steps = self._steps(tensordict)
         value, next_value, valid = self._values(tensordict, steps, dim, params, target_params, **kwargs)
         if valid is not None:
-            steps = _cut(steps, valid, dim)
+            steps = cut(steps, valid, dim)
         advantage, value_target = self._estimate(steps, value, next_value.detach(), dim)
         if steps.valid is not None:
             advantage = torch.where(steps.valid, advantage, 0)
@@ -392,7 +393,7 @@ class ValueEstimatorBase(TensorDictModuleBase):
         next_params = params if target_params is None else target_params
         valid = None
         if self.shifted:
-            truncated = _any_right((steps.done != 0) & (steps.terminated == 0), tensordict.ndim)
+            truncated = any_right((steps.done != 0) & (steps.terminated == 0), tensordict.ndim)
             value, next_value, valid = shifted_values(
                 partial(self._network.value, value_key=key, params=params, **kwargs),
                 data,
@@ -435,7 +436,7 @@ class ValueEstimatorBase(TensorDictModuleBase):
             source.set(IS_INIT, torch.zeros_like(is_init) if self.shifted else is_init)
         data = self._inputs(source, "next")
         data.batch_size = tensordict.batch_size
-        terminal = _any_right(steps.terminated != 0, tensordict.ndim)
+        terminal = any_right(steps.terminated != 0, tensordict.ndim)
         for key in inputs:
             x = data.get(key, None)
             if isinstance(x, Tensor) and x.is_floating_point():
@@ -490,34 +491,5 @@ def as_hyperparameter(x: Scalar, device: torch.device | str | None) -> Tensor:
     return torch.as_tensor(x, dtype=torch.float64, device=device)
 
 
-def standardize(x: Tensor, valid: Tensor | None = None) -> Tensor:
-    """(x − mean) / std over all elements, or the valid ones, computed in float32 at least."""
-    dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
-    wide = x.to(torch.promote_types(dtype, torch.float32))
-    weight = torch.ones_like(wide) if valid is None else valid.to(wide.dtype)
-    count = weight.sum()
-    mean = (wide * weight).sum() / count
-    variance = ((wide - mean) * weight).square().sum() / (count - 1).clamp_min(1)
-    return ((wide - mean) / variance.sqrt().clamp_min(SMALLEST_STD)).to(dtype)
-
-
-def expand_right(x: Tensor, like: Tensor) -> Tensor:
-    """``x`` with trailing dimensions added until it has the shape of ``like``."""
-    return x.view(x.shape + (1,) * (like.ndim - x.ndim)).expand_as(like)
-
-
-def _any_right(mask: Tensor, ndim: int) -> Tensor:
-    """Whether anything is set in the dimensions of ``mask`` beyond ``ndim``."""
-    return mask.flatten(ndim).any(-1) if mask.ndim > ndim else mask
-
-
 def _next(key: NestedKey) -> NestedKey:
     return unravel_key(("next", key))
-
-
-def _cut(steps: Steps, valid: Tensor, time_dim: int) -> Steps:
-    """``steps`` of which only the first are valid: the trajectory ends, truncated, with the last valid one."""
-    length = valid.shape[time_dim]
-    following = torch.cat([valid.narrow(time_dim, 1, length - 1), valid.narrow(time_dim, length - 1, 1)], time_dim)
-    done = (steps.done != 0) | expand_right(valid & ~following, steps.done)
-    return steps._replace(done=done, valid=expand_right(valid, done))

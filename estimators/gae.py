@@ -6,9 +6,10 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from .base import LambdaEstimatorBase, Steps, standardize
+from .base import LambdaEstimatorBase
 from .functional import vec_generalized_advantage_estimate
 from .registry import ValueEstimators, register_value_estimator
+from .steps import Steps, standardize
 
 
 @register_value_estimator(ValueEstimators.GAE, default_kwargs={"gamma": 0.99, "lmbda": 0.95, "differentiable": True})

@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
-from .base import LambdaEstimatorBase, Steps, ValueEstimatorBase
+from .base import LambdaEstimatorBase, ValueEstimatorBase
 from .functional import td0_return_estimate, vec_td1_return_estimate, vec_td_lambda_return_estimate
 from .registry import ValueEstimators, register_value_estimator
+from .steps import Steps
 
 
 @register_value_estimator(ValueEstimators.TD0, default_kwargs={"gamma": 0.99, "differentiable": True})

@@ -1,0 +1,51 @@
+"""The steps of a batch of trajectories, and what estimators do to them before and after the recurrence."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Below this standard deviation, standardising only shifts: it would blow noise up.
+SMALLEST_STD = 1e-4
+
+
+class Steps(NamedTuple):
+    """What an estimator reads of each step, all of the reward's shape, and the discount to its next observation.
+
+    ``valid`` says which steps count; None: all.
+    """
+
+    reward: Tensor
+    done: Tensor
+    terminated: Tensor
+    gamma: Tensor
+    valid: Tensor | None = None
+
+
+def cut(steps: Steps, valid: Tensor, time_dim: int) -> Steps:
+    """``steps`` of which only the first are valid: the trajectory ends, truncated, with the last valid one."""
+    # The first step is always valid, so what rolls around cuts nothing.
+    last_valid = valid & ~valid.roll(-1, time_dim)
+    done = (steps.done != 0) | expand_right(last_valid, steps.done)
+    return steps._replace(done=done, valid=expand_right(valid, done))
+
+
+def standardize(x: Tensor, valid: Tensor | None = None) -> Tensor:
+    """(x − mean) / std over all elements, or the valid ones, computed in float32 at least."""
+    dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+    x = x.to(torch.promote_types(dtype, torch.float32))
+    count = torch.ones_like(x).sum() if valid is None else valid.sum()
+    centred = x - (x if valid is None else torch.where(valid, x, 0)).sum() / count
+    squares = (centred if valid is None else torch.where(valid, centred, 0)).square()
+    std = (squares.sum() / (count - 1).clamp_min(1)).sqrt()
+    return (centred / std.clamp_min(SMALLEST_STD)).to(dtype)
+
+
+def expand_right(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` with trailing dimensions added until it has the shape of ``like``."""
+    return x.view(x.shape + (1,) * (like.ndim - x.ndim)).expand_as(like)
+
+
+def any_right(mask: Tensor, ndim: int) -> Tensor:
+    """Whether anything is set in the dimensions of ``mask`` beyond ``ndim``."""
+    return mask.flatten(ndim).any(-1) if mask.ndim > ndim else mask
