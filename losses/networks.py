@@ -6,19 +6,168 @@ A loss calls a network with the parameters of its choice (trained, target, one o
         network(tensordict)
 """
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from typing import Any, TypeVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
+from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 from torch.nn import Buffer
 
 M = TypeVar("M", bound=nn.Module)
 
+VMAP_RANDOMNESS = ("error", "different", "same")
 RANDOM_MODULES = (nn.modules.dropout._DropoutNd, nn.RReLU)
+
+
+class FunctionalModule(TensorDictModuleBase):
+    """A module that holds the parameters of its networks apart from the networks (`convert_to_functional`)."""
+
+    _vmap_randomness: str | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stateless: dict[str, nn.Module] = {}
+        self._has_update_associated: dict[str, bool] = {}
+
+    def convert_to_functional(
+        self,
+        module: nn.Module | list[nn.Module],
+        module_name: str,
+        expand_dim: int | None = None,
+        create_target_params: bool = False,
+        compare_against: Iterable[Tensor] | None = None,
+    ) -> None:
+        """Take ``module`` apart: ``<name>`` without parameters, ``<name>_params`` and ``target_<name>_params``.
+
+        ``<name>_params`` are the module's own parameters, not copies: training the loss trains the module.
+        ``target_<name>_params`` are never parameters of the loss.
+
+        Args:
+            module: the network, or a list of networks that become an ensemble.
+            module_name: its name in the loss.
+            expand_dim: make an ensemble of that many members, each drawn anew (see `ensemble`), stacked
+                along dimension 0 of the parameters; a list isn't drawn anew.
+            create_target_params: keep ``target_<name>_params`` as a copy, in buffers, for an updater to move;
+                otherwise they are the current parameters, without gradient.
+            compare_against: parameters that are trained by another network: here they get no gradient.
+
+        Raises:
+            RuntimeError: a parameter isn't initialised (lazy modules).
+
+        """
+        shared = list(compare_against or ())
+        params = parameters_of(module)
+        if isinstance(module, list):
+            module = module[0]
+        elif expand_dim:
+            params = ensemble(params, expand_dim, shared)
+        else:
+            params = without_shared(params, shared)
+        # Kept out of the registered modules: what is trained and saved are the parameters.
+        self._stateless[module_name] = stateless(module)
+        self.__dict__[module_name] = self._stateless[module_name]
+        setattr(self, f"{module_name}_params", params)
+        if create_target_params:
+            setattr(self, f"target_{module_name}_params", delayed_copy(params))
+            self._has_update_associated[module_name] = False
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            network = name.removeprefix("target_").removesuffix("_params")
+            if name == f"target_{network}_params" and network in self.__dict__.get("_stateless", ()):
+                return getattr(self, f"{network}_params").data
+            raise
+
+    @property
+    def functional(self) -> bool:
+        """Whether the networks are called with parameters that the loss holds; else they are used as they are."""
+        return bool(self._stateless)
+
+    def _network_names(self) -> list[str]:
+        """The names of the networks, taken apart or not."""
+        registered = [name for name, m in self.named_children() if name.endswith("_network")]
+        return list(self._stateless) + registered
+
+    def _parameters_in(self, name: str, *, target: bool = False, detach: bool = False) -> AbstractContextManager[Any]:
+        """Within the block the network ``name`` has its current parameters, or those that the options say."""
+        if name not in self._stateless:
+            return nullcontext()
+        params = getattr(self, f"target_{name}_params" if target else f"{name}_params")
+        return (params.detach() if detach else params).to_module(self._stateless[name])
+
+    def get_stateful_net(self, network_name: str, copy: bool = True) -> nn.Module:
+        """The network with the loss's own parameters in it (not copies), such as for a policy that collects data.
+
+        Args:
+            network_name: its name in the loss.
+            copy: put them in a copy of the network; otherwise in the loss's own.
+
+        Raises:
+            AttributeError: the loss has no such network.
+
+        """
+        network = getattr(self, network_name)
+        if network_name not in self._stateless:
+            return network
+        if copy:
+            network = deepcopy(network)
+        getattr(self, f"{network_name}_params").to_module(network, return_swap=False)
+        return network
+
+    def from_stateful_net(self, network_name: str, stateful_net: nn.Module) -> None:
+        """Copy the parameters of ``stateful_net``, made by `get_stateful_net`, into the loss."""
+        if network_name not in self._stateless:
+            getattr(self, network_name).load_state_dict(stateful_net.state_dict())
+            return
+        params = TensorDict.from_module(stateful_net)
+        getattr(self, f"{network_name}_params").data.update_(params.data)
+
+    def reset_parameters_recursive(self, parameters: TensorDictBase | None = None) -> None:
+        """Initialise all networks anew, target networks as copies of the others."""
+        if parameters is not None or not self.functional:
+            super().reset_parameters_recursive(parameters)
+            return
+        for name, network in self._stateless.items():
+            params = getattr(self, f"{name}_params")
+            reset_parameters(network, params)
+            if name in self._has_update_associated:
+                getattr(self, f"target_{name}_params").data.update_(params.data)
+
+    def train(self, mode: bool = True) -> "FunctionalModule":
+        """Training mode of the loss and of its networks."""
+        super().train(mode)
+        for network in self._stateless.values():
+            network.train(mode)
+        return self
+
+    @property
+    def vmap_randomness(self) -> str:
+        """What random modules do in an ensemble under `torch.vmap`: ``"different"`` if there are any.
+
+        See `set_vmap_randomness`.
+        """
+        if self._vmap_randomness is None:
+            random = any(is_random(getattr(self, name)) for name in self._network_names())
+            self._vmap_randomness = "different" if random else "error"
+        return self._vmap_randomness
+
+    def set_vmap_randomness(self, value: str) -> None:
+        """Choose ``"error"``, ``"different"`` or ``"same"``, see `torch.vmap`.
+
+        Raises:
+            ValueError: ``value`` is something else.
+
+        """
+        if value not in VMAP_RANDOMNESS:
+            raise ValueError(f"vmap randomness is {value!r}; it can be {', '.join(map(repr, VMAP_RANDOMNESS))}")
+        self._vmap_randomness = value
 
 
 def stateless(module: M) -> M:
@@ -37,7 +186,7 @@ def stateless(module: M) -> M:
             )
         empty = torch.empty_like(x, device="meta")
         memo[id(x)] = nn.Parameter(empty, x.requires_grad) if isinstance(x, nn.Parameter) else empty
-    return copy.deepcopy(module, memo)
+    return deepcopy(module, memo)
 
 
 def parameters_of(module: nn.Module | Sequence[nn.Module]) -> TensorDictParams:
@@ -45,7 +194,7 @@ def parameters_of(module: nn.Module | Sequence[nn.Module]) -> TensorDictParams:
     if isinstance(module, nn.Module):
         return TensorDict.from_module(module, as_module=True)
     each = [TensorDict.from_module(m, as_module=True) for m in module]
-    stacked: TensorDictBase = torch.stack([params.data for params in each])  # type: ignore[assignment, arg-type]  # TensorDicts stack like tensors
+    stacked: TensorDictBase = torch.stack([params.data for params in each])
     trained = {key: x.requires_grad for key, x in each[0].items(True, True) if isinstance(x, nn.Parameter)}
     result = TensorDict({}, [len(each)])
     for key, x in stacked.items(True, True):

@@ -72,11 +72,12 @@ def reduce_loss(loss: Tensor, reduction: str, mask: Tensor | None = None, weight
         loss = torch.where(mask, loss, 0)
     if reduction == "none":
         return loss
-    total = loss.sum()
     if reduction == "sum":
-        return total
+        return loss.sum()
     counted = torch.ones_like(loss) if weights is None else weights
     if mask is not None:
         counted = torch.where(mask, counted, 0)
-    count = counted.sum()
-    return total / torch.where(count == 0, 1, count)
+    # float16 holds the mean of a large batch, but not its sum.
+    dtype = torch.promote_types(loss.dtype, torch.float32)
+    count = counted.sum(dtype=dtype)
+    return (loss.sum(dtype=dtype) / torch.where(count == 0, 1, count)).to(loss.dtype)

@@ -1,0 +1,115 @@
+"""The entries that a loss reads: their names, how a user renames them, and what is said when they don't fit."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import unravel_key
+from torch import Tensor
+
+from .networks import keys_read
+
+NEXT_KEYS = ("reward", "done", "terminated")
+"""The keys whose entries are read under "next"."""
+
+
+class KeyedModule(TensorDictModuleBase):
+    """A module with a dataclass of keys, ``default_keys``, whose fields `set_keys` renames."""
+
+    @dataclass
+    class _AcceptedKeys:
+        """The entries a loss reads; `set_keys` renames them."""
+
+    default_keys: type = _AcceptedKeys
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tensor_keys = self.default_keys()
+        self._in_keys: list[NestedKey] | None = None
+
+    @property
+    def tensor_keys(self) -> Any:
+        """The entries that the loss reads, under the names that `set_keys` takes."""
+        return self._tensor_keys
+
+    def set_keys(self, **keys: NestedKey | list[NestedKey] | None) -> None:
+        """Rename entries; None gives an entry its default name back.
+
+        Raises:
+            ValueError: the loss has no entry of that name.
+
+        """
+        accepted = list(vars(self.tensor_keys))
+        for name in keys:
+            if name not in accepted:
+                raise ValueError(f"{name} is not a key of {type(self).__name__}; its keys are: {', '.join(accepted)}")
+        default = self.default_keys()
+        for name, key in keys.items():
+            if key is None:
+                key = getattr(default, name)
+            setattr(self._tensor_keys, name, key if isinstance(key, list) else unravel_key(key))
+        self._in_keys = None
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """The entries to read, and the keyword arguments of a call without a TensorDict."""
+        if self._in_keys is None:
+            self._in_keys = list(dict.fromkeys(self._find_in_keys()))
+        return self._in_keys
+
+    @in_keys.setter
+    def in_keys(self, keys: Iterable[NestedKey]) -> None:
+        self._in_keys = [unravel_key(key) for key in keys]
+
+    def _find_in_keys(self) -> Iterator[NestedKey]:
+        """What the keys say that a loss reads; duplicates are allowed."""
+        for name in ("action", *NEXT_KEYS):
+            if hasattr(self.tensor_keys, name):
+                yield from self._keys(name)
+
+    def _keys(self, name: str) -> list[NestedKey]:
+        """The entry, or the several entries (one per action head), that the key ``name`` stands for."""
+        key = getattr(self.tensor_keys, name)
+        if name in NEXT_KEYS:
+            return [unravel_key(("next", key))]
+        return key if isinstance(key, list) else [key]
+
+    def _get(self, tensordict: TensorDictBase, name: str) -> Tensor:
+        """The entry that the key ``name`` stands for; KeyError if it's missing."""
+        self._require(tensordict, name)
+        return tensordict.get(*self._keys(name))
+
+    def _require(self, tensordict: TensorDictBase, *names: str, networks: Iterable[str] = ()) -> None:
+        """Check that what the keys ``names`` and the ``networks`` read is there.
+
+        Raises:
+            KeyError: an entry is missing; the message says how to rename it.
+
+        """
+        for name in names:
+            self._require_entries(tensordict, self._keys(name), f"rename it with set_keys({name}=...)")
+        for name in networks:
+            keys = keys_read(getattr(self, name))
+            self._require_entries(tensordict, keys, f"it is one of the in_keys of {name}")
+
+    def _require_entries(self, tensordict: TensorDictBase, keys: Iterable[NestedKey], hint: str) -> None:
+        """Check that the entries ``keys`` are there; the ``hint`` is for the message of the KeyError."""
+        for key in keys:
+            if tensordict.get(key, None) is None:
+                present = ", ".join(sorted(map(repr, tensordict.keys(True, True))))
+                raise KeyError(f"{type(self).__name__} needs the entry {key!r} ({hint}), but the input has: {present}")
+
+    def _require_shape(self, x: Tensor, key: NestedKey, of: Tensor, of_key: NestedKey) -> None:
+        """Refuse what would broadcast by accident.
+
+        Raises:
+            RuntimeError: ``x`` and ``of`` have different shapes.
+
+        """
+        if x.shape != of.shape:
+            raise RuntimeError(
+                f"{type(self).__name__}: {key!r} has shape {tuple(x.shape)}, but {of_key!r} has shape "
+                f"{tuple(of.shape)}: both must agree"
+            )
