@@ -77,7 +77,7 @@ def clip_ppo_objective(
         advantage: A_t, the same shape.
         clip_low: ε_low.
         clip_high: ε_high.
-        proximal_log_weight: log p_t, the same shape; None where π_prox is π_old.
+        proximal_log_weight: log p_t, the same shape; None (or log r_t itself) where π_prox is π_old.
 
     Examples:
         >>> ratio = torch.tensor([0.5, 0.5, 1.5, 1.5])
@@ -90,13 +90,17 @@ def clip_ppo_objective(
 
     """
     weight = log_weight.exp()
-    if proximal_log_weight is None:
-        clipped_weight = weight.clamp(1 - clip_low, 1 + clip_high)
+    if proximal_log_weight is None or proximal_log_weight is log_weight:
+        clipped_weight = _clip(weight, clip_low, clip_high)
     else:
         # π_θ cancels in r/p, which holds no gradient; in floating point it cancels only nearly.
         old_to_proximal = (log_weight - proximal_log_weight).detach().exp()
-        clipped_weight = proximal_log_weight.exp().clamp(1 - clip_low, 1 + clip_high) * old_to_proximal
+        clipped_weight = _clip(proximal_log_weight.exp(), clip_low, clip_high) * old_to_proximal
     return torch.min(weight * advantage, clipped_weight * advantage)
+
+
+def _clip(weight: Tensor, low: Scalar, high: Scalar) -> Tensor:
+    return weight.clamp(1 - low, 1 + high)  # type: ignore[arg-type]  # takes numbers and tensors alike
 
 
 def kl_penalty_objective(log_weight: Tensor, advantage: Tensor, kl: Tensor, beta: Scalar) -> Tensor:
@@ -264,6 +268,12 @@ def effective_sample_size(log_weight: Tensor, mask: Tensor | None = None) -> Ten
     # Relative to the largest weight nothing overflows, and the sum of squares is at least 1.
     weight = torch.where(mask, (log_weight - log_weight.amax(0)).exp(), 0)
     return weight.sum(0).square() / weight.square().sum(0).clamp_min(1) / mask.sum(0).clamp_min(1)
+
+
+def largest_ratio(log_weight: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The largest r_t of the samples that count, 0 where none does. A 0-d tensor."""
+    ratio = log_weight.exp()
+    return (ratio if mask is None else torch.where(mask, ratio, 0)).max()
 
 
 def explained_variance(value: Tensor, value_target: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -1,47 +1,67 @@
 """What a loss asks of a policy's distribution: log-probability, entropy and divergence, for one head or several.
 
 A policy with one action head gives a plain distribution, one with several a
-`tensordict.nn.CompositeDistribution`. Both are a mapping from the action's key to a distribution (`action_heads`):
-heads are independent given the observation, so log-probabilities, entropies and divergences add up over them, and
-over the dimensions of a head that the samples don't have (the agents of a team with one common reward). Nothing
-here depends on `tensordict.nn.set_composite_lp_aggregate`.
+`tensordict.nn.CompositeDistribution`; `ActionHeads` makes them alike. Nothing here depends on
+`tensordict.nn.set_composite_lp_aggregate`.
 """
 
-from collections.abc import Iterable
-
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import CompositeDistribution
-from tensordict.utils import NestedKey
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
-Heads = dict[NestedKey, Distribution]
+
+class ActionHeads:
+    """The distribution of an action that is made of one or several parts, independent given the observation.
+
+    Log-probabilities, entropies and divergences add up over the heads of a `CompositeDistribution`, and over the
+    dimensions of a head that the samples don't have (the agents of a team with one common reward). Those of a plain
+    distribution are taken as they are: summing over the dimensions of an action is `torch.distributions.Independent`'s
+    task. All have one trailing dimension more than the batch: ``[*B, 1]``.
+
+    Args:
+        dist: the policy's distribution.
+        action: the key of the action that a plain distribution draws.
+        batch_ndim: number of dimensions ``*B`` of the samples.
+
+    """
+
+    def __init__(self, dist: Distribution, action: NestedKey, batch_ndim: int) -> None:
+        self.composite = isinstance(dist, CompositeDistribution)
+        self.heads: dict[NestedKey, Distribution] = (
+            dict(dist.dists) if isinstance(dist, CompositeDistribution) else {action: dist}
+        )
+        self.batch_ndim = batch_ndim
+
+    def like(self, dist: Distribution) -> "ActionHeads":
+        """Those of another distribution over the same action."""
+        return ActionHeads(dist, next(iter(self.heads)), self.batch_ndim)
+
+    def log_prob(self, tensordict: TensorDictBase) -> Tensor:
+        """Log-probability of the action in ``tensordict``."""
+        return self.total([head.log_prob(tensordict.get(key)) for key, head in self.heads.items()])
+
+    def entropies(self, samples: int) -> dict[NestedKey, Tensor]:
+        """Entropy of each head, see `entropy`."""
+        return {key: self.per_sample(entropy(head, samples)) for key, head in self.heads.items()}
+
+    def divergence_from(self, old: "ActionHeads", samples: int) -> Tensor:
+        """KL[old | this], see `divergence`."""
+        return self.total([divergence(old.heads[key], head, samples) for key, head in self.heads.items()])
+
+    def total(self, parts: list[Tensor]) -> Tensor:
+        """Sum of what belongs to each head."""
+        return torch.stack([self.per_sample(part) for part in parts]).sum(0)
+
+    def per_sample(self, x: Tensor) -> Tensor:
+        """``x``, of a distribution's batch shape, as one value per sample."""
+        if self.composite and x.ndim > self.batch_ndim:
+            x = x.flatten(self.batch_ndim).sum(-1)
+        return x.unsqueeze(-1) if x.ndim == self.batch_ndim else x
 
 
-def action_heads(dist: Distribution, action: NestedKey | list[NestedKey]) -> Heads:
-    """The action heads of ``dist`` by the key of the action that each draws; ``action`` names a single head."""
-    if isinstance(dist, CompositeDistribution):
-        return dict(dist.dists)
-    return {action[0] if isinstance(action, list) else action: dist}
-
-
-def log_prob(heads: Heads, tensordict: TensorDictBase) -> dict[NestedKey, Tensor]:
-    """Log-probability of the actions in ``tensordict``, for each head."""
-    return {key: dist.log_prob(tensordict.get(key)) for key, dist in heads.items()}
-
-
-def entropy(heads: Heads, samples: int) -> dict[NestedKey, Tensor]:
-    """Entropy of each head: `head_entropy`."""
-    return {key: head_entropy(dist, samples) for key, dist in heads.items()}
-
-
-def divergence(old: Heads, new: Heads, samples: int) -> dict[NestedKey, Tensor]:
-    """KL[old | new] of each head: `head_divergence`."""
-    return {key: head_divergence(old[key], dist, samples) for key, dist in new.items()}
-
-
-def head_entropy(dist: Distribution, samples: int) -> Tensor:
+def entropy(dist: Distribution, samples: int) -> Tensor:
     """Entropy in closed form; where there is none, the mean of −log p over ``samples`` draws."""
     try:
         return dist.entropy()
@@ -54,15 +74,10 @@ def head_entropy(dist: Distribution, samples: int) -> Tensor:
     return (surprise - surprise.detach() * (surprise - surprise.detach())).mean(0)
 
 
-def head_divergence(old: Distribution, new: Distribution, samples: int) -> Tensor:
+def divergence(old: Distribution, new: Distribution, samples: int) -> Tensor:
     """KL[old | new] in closed form; where there is none, the mean of log old − log new over draws from old."""
     try:
         return kl_divergence(old, new)
     except NotImplementedError:
         action = old.sample((samples,))
         return (old.log_prob(action) - new.log_prob(action)).mean(0)
-
-
-def total(parts: Iterable[Tensor], ndim: int) -> Tensor:
-    """Sum of the heads' ``parts``, each summed over its dimensions beyond the ``ndim`` of the samples."""
-    return torch.stack([part.flatten(ndim).sum(-1) if part.ndim > ndim else part for part in parts]).sum(0)
