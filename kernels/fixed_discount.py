@@ -38,7 +38,7 @@ def backward(
     """Each start's gradients, added to the steps they belong to: γ's and λ's to the start, the rest from there on."""
     (grad,) = grads
     assert grad is not None
-    dtype = torch.float64 if problem.dtype == torch.float64 else torch.float32
+    dtype = problem.compute_dtype
     found = [torch.zeros_like(problem.reward, dtype=dtype) for need in needs if need]
     constants = sum(needs[:2])
     for t in range(grad.shape[time_dim]):

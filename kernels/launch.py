@@ -1,7 +1,7 @@
 """Host side of the scan kernel: from a problem to tiles, strides and launches; the ``triton`` backend."""
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -13,43 +13,41 @@ from . import fixed_discount
 from .recurrence import FIXED_DISCOUNT, GAE, Recurrence
 from .scan import STEPS_PER_LANE, scan_kernel
 
+# Steps by rows of a tile. A program is one warp, which keeps every exchange between lanes a shuffle: 512 elements are
+# 16 per thread, that is four 128-bit loads of each float32 input in flight.
+_TILE = 512
+_WARPS = 1
+
 
 class Tiling(NamedTuple):
-    """The shape of a tile, the programs that share a row, and the warps of a program."""
+    """The shape of a tile, and the number of programs that share a row."""
 
     rows: int
     lanes: int
     split: int
-    warps: int
 
 
 def tiling(rows: int, steps: int, *, time_is_contiguous: bool, processors: int) -> Tiling:
-    """Choose tiles that give every thread a few 128-bit loads and the device at least two programs per processor.
+    """Choose a tile of 512 elements and as many programs as keep the device busy.
 
-    With contiguous time a tile has 1024 elements, 8 per thread: a longer row is walked, shorter rows are stacked.
-    Otherwise it has 4096, 32 per thread: 32 adjacent rows (the 128 bytes of a cache line in float32) by 32 lanes, or
-    more lanes where there are fewer rows, fewer where time is shorter. If that leaves processors idle, tiles become
-    narrower; if even one row per program does, rows are split.
+    With contiguous time a tile has 4 rows of 128 steps: 512 bytes of a row in float32. Otherwise it has 32 adjacent
+    rows (a cache line in float32) of 16 steps, or narrower ones, down to the 32 bytes that memory moves at least, while
+    there are fewer than 8 programs per processor. Shorter time is made up by more rows and the other way round. Rows
+    are split where there is less than one program per processor; a share is two tiles or more, and the compositions of
+    all shares of a program's rows are scanned at once, hence at most 1024.
     """
-    lanes_needed = triton.next_power_of_2(triton.cdiv(steps, STEPS_PER_LANE))
-    if time_is_contiguous:
-        tile = 1024 // STEPS_PER_LANE
-        lanes = min(tile, lanes_needed)
-        tile_rows = min(tile // lanes, triton.next_power_of_2(rows))
-    else:
-        tile = 4096 // STEPS_PER_LANE
-        tile_rows = min(32, triton.next_power_of_2(rows))
-        while tile_rows > 8 and triton.cdiv(rows, tile_rows) < 2 * processors:
-            tile_rows //= 2
-        lanes = min(tile // tile_rows, lanes_needed)
+    tile = _TILE // STEPS_PER_LANE
+    lanes_of_row = triton.next_power_of_2(triton.cdiv(steps, STEPS_PER_LANE))
+    tile_rows = min(tile // min(lanes_of_row, 32 if time_is_contiguous else 4), triton.next_power_of_2(rows))
+    while not time_is_contiguous and tile_rows > 8 and triton.cdiv(rows, tile_rows) < 8 * processors:
+        tile_rows //= 2
+    lanes = min(tile // tile_rows, lanes_of_row)
     programs = triton.cdiv(rows, tile_rows)
     split = 1
-    tiles = triton.cdiv(steps, lanes * STEPS_PER_LANE)
-    if programs < processors and tiles > 4:
-        # A share of two tiles or more, so that the second reading of the inputs pays; at most 1024 shares,
-        # whose compositions one program scans at once.
-        split = min(tiles // 2, triton.cdiv(2 * processors, programs), 1024)
-    return Tiling(tile_rows, lanes, split, warps=4)
+    if programs < processors:
+        tiles = triton.cdiv(steps, lanes * STEPS_PER_LANE)
+        split = max(1, min(tiles // 2, triton.cdiv(8 * processors, programs), 1024 // tile_rows))
+    return Tiling(tile_rows, lanes, split)
 
 
 def forward(problem: Recurrence, time_dim: int) -> list[Tensor]:
@@ -58,7 +56,9 @@ def forward(problem: Recurrence, time_dim: int) -> list[Tensor]:
         return fixed_discount.forward(forward, problem, time_dim)
     outputs = [problem.new_output() for _ in range(2 if problem.kind == GAE else 1)]
     y, target = [*outputs, None][:2]
-    _launch(problem, time_dim, y=y, target=target)
+    if not _launch(problem, time_dim, y=y, target=target):
+        for output, copy in zip(outputs, forward(Recurrence(*map(_dense, problem)), time_dim), strict=True):
+            output.copy_(copy)
     return outputs
 
 
@@ -69,14 +69,23 @@ def backward(
     if problem.kind == FIXED_DISCOUNT:
         return fixed_discount.backward(forward, backward, problem, time_dim, grads, needs)
     grad_y, grad_target = [*grads, None][:2]
-    precise = _compute_dtype(problem)
-    dtypes = (precise, precise, *(x.dtype if x is not None and x.is_floating_point() else precise for x in problem[3:6]))
+    precise = problem.compute_dtype
+    dtypes = (
+        precise,
+        precise,
+        *(x.dtype if x is not None and x.is_floating_point() else precise for x in problem[3:6]),
+    )
     found = [
         torch.empty_like(problem.reward, dtype=dtype) if need else None
         for need, dtype in zip(needs, dtypes, strict=True)
     ]
-    _launch(problem, time_dim, y=y, grad_y=grad_y, grad_target=grad_target, found=found)
-    return [x for x in found if x is not None]
+    results = [x for x in found if x is not None]
+    if not _launch(problem, time_dim, y=y, grad_y=grad_y, grad_target=grad_target, found=found):
+        dense = Recurrence(*map(_dense, problem))
+        copies = backward(dense, time_dim, _dense(y), [*map(_dense, grads)], needs)
+        for result, copy in zip(results, copies, strict=True):
+            result.copy_(copy)
+    return results
 
 
 def _launch(
@@ -88,11 +97,15 @@ def _launch(
     grad_y: Tensor | None = None,
     grad_target: Tensor | None = None,
     found: Sequence[Tensor | None] | None = None,
-) -> None:
-    """Run the recurrence, writing ``y`` and ``target``; or, where ``found`` is given, its adjoint, writing that."""
+) -> bool:
+    """Run the recurrence, writing ``y`` and ``target``; or, where ``found`` is given, its adjoint, writing that.
+
+    False, and nothing is done, if the strides keep three or more dimensions of rows apart (slices of several batch
+    dimensions): the kernel knows two.
+    """
     reward = problem.reward
     adjoint = found is not None
-    tensors = (
+    tensors: Sequence[Tensor | None] = (
         None if adjoint else reward,
         problem.value,
         problem.next_value,
@@ -105,43 +118,45 @@ def _launch(
         *(found or (None,) * 5),
         *(x.expand_as(reward) if isinstance(x, Tensor) and x.ndim else None for x in problem[1:3]),
     )
-    plan = _plan(
-        reward.shape,
-        time_dim,
-        tuple(None if x is None else x.stride() for x in tensors),
-        _processors(reward.device),
-    )
+    strides = tuple(None if x is None else x.stride() for x in tensors)
+    plan = _plan(reward.shape, time_dim, strides, _processors(reward.device))
     if plan is None:
-        raise NotImplementedError
+        return False
+    rows, lanes, split = plan.tiling
+    dtype = problem.compute_dtype
     arguments: list[Any] = [
-        None if x is None else (x, *strides) for x, strides in zip(tensors, plan.strides, strict=True)
+        None if x is None or s is None else (x, *s) for x, s in zip(tensors, plan.strides, strict=True)
     ]
-    *arguments, gamma_tensor, lmbda_tensor = arguments
-    tile = plan.tiling
-    dtype = _compute_dtype(problem)
-    split = tile.split
+    lmbda_tensor, gamma_tensor = arguments.pop(), arguments.pop()
     compositions = reward.new_empty(2 * plan.rows * split, dtype=dtype) if split > 1 else None
-    for compose in (True, False) if split > 1 else (False,):
-        scan_kernel[(triton.cdiv(plan.rows, tile.rows) * split,)](
-            *arguments,
-            *_scalar_arguments(problem.gamma, gamma_tensor, reward.device),
-            *_scalar_arguments(problem.lmbda, lmbda_tensor, reward.device),
-            compositions,
-            plan.rows,
-            plan.inner,
-            plan.steps,
-            KIND=problem.kind,
-            ADJOINT=adjoint,
-            DTYPE=_TRITON_DTYPE[dtype],
-            INDEX=plan.index,
-            TIME_IS_CONTIGUOUS=plan.time_is_contiguous,
-            TILE_ROWS=tile.rows,
-            TILE_LANES=tile.lanes,
-            COMPOSE=compose,
-            SPLIT=split,
-            SPLIT_POWER=triton.next_power_of_2(split),
-            num_warps=tile.warps,
-        )
+    grid = (triton.cdiv(plan.rows, rows) * split,)
+    with torch.cuda.device_of(reward):
+        for compose in (True, False) if split > 1 else (False,):
+            scan_kernel[grid](
+                *arguments,
+                *_scalar_arguments(problem.gamma, gamma_tensor, reward.device),
+                *_scalar_arguments(problem.lmbda, lmbda_tensor, reward.device),
+                compositions,
+                plan.rows,
+                plan.inner,
+                plan.steps,
+                KIND=problem.kind,
+                ADJOINT=adjoint,
+                DTYPE=_TRITON_DTYPE[dtype],
+                INDEX=plan.index,
+                TIME_IS_CONTIGUOUS=plan.time_is_contiguous,
+                TILE_ROWS=rows,
+                TILE_LANES=lanes,
+                COMPOSE=compose,
+                SPLIT=split,
+                SPLIT_POWER=triton.next_power_of_2(split),
+                num_warps=_WARPS,
+            )
+    return True
+
+
+def _dense(x: Any) -> Any:
+    return x.contiguous() if isinstance(x, Tensor) else x
 
 
 class Plan(NamedTuple):
@@ -156,7 +171,7 @@ class Plan(NamedTuple):
     tiling: Tiling
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _plan(
     shape: Sequence[int], time_dim: int, strides: tuple[tuple[int, ...] | None, ...], processors: int
 ) -> Plan | None:
@@ -205,7 +220,3 @@ def _processors(device: torch.device) -> int:
 
 
 _TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
-
-
-def _compute_dtype(problem: Recurrence) -> torch.dtype:
-    return torch.float64 if problem.dtype == torch.float64 else torch.float32

@@ -1,6 +1,7 @@
 """The ``reference`` backend: the loops of `fusedrl.kernels.reference`, with gradients from autograd."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of the needed inputs among γ, λ, reward, value and next value: the loop again, under autograd."""
-    fields = list(problem)
+    fields: list[Any] = list(problem)
     inputs = []
     for i, need in enumerate(needs, start=1):
         if need:
@@ -42,7 +43,7 @@ def backward(
 
 def _solve(problem: Recurrence, time_dim: int) -> list[Tensor]:
     """The loop in the precision that the kernels compute in: float64 for float64, otherwise float32."""
-    dtype = torch.float64 if problem.dtype == torch.float64 else torch.float32
+    dtype = problem.compute_dtype
     gamma, lmbda, reward, value, next_value = (x.to(dtype) if isinstance(x, Tensor) else x for x in problem[1:6])
     done, terminated = problem.done, problem.terminated
     if done is None:

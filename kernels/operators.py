@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from .backend import resolve_backend
-from .recurrence import Recurrence, Scalar, checked
+from .recurrence import Recurrence, Scalar, checked, fit
 from .second_order import differentiable_backward
 
 # Where each backend's `forward` and `backward` live; imported at the first use, since Triton may be absent.
@@ -58,11 +57,11 @@ class _Solve(torch.autograd.Function):
         return tuple(_forward(name, time_dim, Recurrence(*fields)))
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         name, time_dim, kind, *fields = inputs
         ctx.set_materialize_grads(False)
-        ctx.settings = name, time_dim, kind  # type: ignore[attr-defined]
-        ctx.numbers = [None if isinstance(x, Tensor) else x for x in fields]  # type: ignore[attr-defined]
+        ctx.settings = name, time_dim, kind
+        ctx.numbers = [None if isinstance(x, Tensor) else x for x in fields]
         # y enters only the gradients of γ and λ.
         y = output[0] if any(isinstance(x, Tensor) and x.requires_grad for x in fields[:2]) else None
         ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in fields), y)
@@ -74,7 +73,7 @@ class _Solve(torch.autograd.Function):
         problem = Recurrence(kind, *(n if t is None else t for t, n in zip(tensors, ctx.numbers, strict=True)))
         needs = list(ctx.needs_input_grad[3:8])
         if all(g is None for g in grads):
-            found = [None] * sum(needs)
+            found: Sequence[Tensor | None] = [None] * sum(needs)
         elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
             found = differentiable_backward(lambda inner: solve(inner, time_dim, name), time_dim, problem, grads, needs)
         else:
@@ -118,13 +117,13 @@ def _recurrence(
     gamma: Tensor | None,
     lmbda_number: float | None,
     lmbda: Tensor | None,
-    *tensors: Tensor | None,
+    *tensors: Any,
 ) -> list[Tensor]:
     problem = Recurrence(
         kind,
-        gamma_number if gamma is None else gamma,  # type: ignore[arg-type]  # one of the two is there
+        gamma_number if gamma is None else gamma,
         lmbda_number if lmbda is None else lmbda,
-        *tensors,  # type: ignore[arg-type]
+        *tensors,
     )
     if problem.reward.numel() == 0:
         return _empty_outputs(problem)
@@ -150,7 +149,7 @@ def _recurrence_backward(
 ) -> list[Tensor]:
     problem = Recurrence(
         kind,
-        gamma_number if gamma is None else gamma,  # type: ignore[arg-type]  # one of the two is there
+        gamma_number if gamma is None else gamma,
         lmbda_number if lmbda is None else lmbda,
         reward,
         value,
@@ -162,14 +161,7 @@ def _recurrence_backward(
     if reward.numel() == 0:
         return [torch.zeros_like(x) for x in wanted]
     found = backend_module(backend).backward(problem, time_dim, y, grads, needs)
-    return [_fit(g, x) for g, x in zip(found, wanted, strict=True)]
-
-
-def _fit(gradient: Tensor, x: Tensor) -> Tensor:
-    """A per-step gradient summed to the shape of the input it belongs to, in that input's dtype."""
-    if gradient.shape != x.shape:
-        gradient = gradient.sum_to_size(x.shape)
-    return gradient if gradient.dtype == x.dtype else gradient.to(x.dtype)
+    return [fit(g, x) for g, x in zip(found, wanted, strict=True)]
 
 
 def _empty_outputs(problem: Recurrence) -> list[Tensor]:
@@ -184,9 +176,9 @@ def _recurrence_fake(
     gamma: Tensor | None,
     lmbda_number: float | None,
     lmbda: Tensor | None,
-    *tensors: Tensor | None,
+    *tensors: Any,
 ) -> list[Tensor]:
-    return _empty_outputs(Recurrence(kind, 0.0, None, *tensors))  # type: ignore[arg-type]
+    return _empty_outputs(Recurrence(kind, 0.0, None, *tensors))
 
 
 def _recurrence_backward_fake(

@@ -13,7 +13,7 @@ FIXED_DISCOUNT  as TD_LAMBDA, but γ and λ of the trajectory's first step hold 
 trajectory bootstraps from v' whether or not it goes on.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,16 +24,24 @@ Scalar = float | Tensor
 
 
 class Recurrence(NamedTuple):
-    """Inputs of one recurrence: tensors of one shape, γ and λ numbers or broadcastable tensors, masks bool."""
+    """Inputs of one recurrence: tensors of one shape, γ and λ numbers or broadcastable tensors, masks bool.
+
+    Which of the fields typed Any are there and which are None depends on the kind.
+    """
 
     kind: str
-    gamma: Scalar
-    lmbda: Scalar | None
-    reward: Tensor
-    value: Tensor | None = None
-    next_value: Tensor | None = None
-    done: Tensor | None = None
-    terminated: Tensor | None = None
+    gamma: Any
+    lmbda: Any
+    reward: Any
+    value: Any = None
+    next_value: Any = None
+    done: Any = None
+    terminated: Any = None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that backends compute in: float64 for float64, otherwise float32."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,6 +89,13 @@ def checked(problem: Recurrence, time_dim: int) -> tuple[Recurrence, int]:
     if done is not problem.done or terminated is not problem.terminated:
         problem = problem._replace(done=done, terminated=terminated)
     return problem, time_dim % len(shape)
+
+
+def fit(gradient: Tensor, x: Tensor) -> Tensor:
+    """A per-step gradient summed to the shape of the input it belongs to, in that input's dtype."""
+    if gradient.shape != x.shape:
+        gradient = gradient.sum_to_size(x.shape)
+    return gradient if gradient.dtype == x.dtype else gradient.to(x.dtype)
 
 
 def _as_mask(mask: Tensor | None) -> Tensor | None:

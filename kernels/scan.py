@@ -21,8 +21,8 @@ its composition, the pair (a, b) with x_out = b + a·x_in. The second scans the 
 for the state that enters it, and solves its share. There are no atomics: results are bitwise reproducible.
 
 A tensor is passed as (pointer, outer stride, inner stride, time stride), and row n lies at outer index n // inner and
-inner index n % inner. A tensor that isn't there is None. γ and λ are numbers, or tensors, whose strides are None if they
-are 0-d.
+inner index n % inner. A tensor that isn't there is None. γ and λ are numbers, or tensors, with None for the
+strides of a 0-d tensor.
 """
 
 import triton
@@ -54,9 +54,9 @@ def scan_kernel(
     grad_reward,
     grad_value,
     grad_next_value,
-    gamma: "fp64",  # noqa: F821  # Triton's name of a type; without it a float arrives in single precision
+    gamma: "fp64",  # noqa: F821  # type: ignore[name-defined]  # Triton's type: a bare float would be single precision
     gamma_tensor,
-    lmbda: "fp64",  # noqa: F821
+    lmbda: "fp64",  # noqa: F821  # type: ignore[name-defined]  # likewise
     lmbda_tensor,
     compositions,
     rows,
@@ -129,51 +129,52 @@ def scan_kernel(
             else:
                 o3, o2, o1, o0 = _replay_lane(c3, c2, c1, c0, d3, d2, d1, d0, entering, ADJOINT)
             if TIME_IS_CONTIGUOUS:
-                _epilogue(outputs, at, _join4(o0, o1, o2, o3), kept, KIND, ADJOINT)
+                _epilogue(inputs, outputs, at, _join4(o0, o1, o2, o3), kept, KIND, ADJOINT)
             else:
-                _epilogue(outputs, at0, o0, kept0, KIND, ADJOINT)
-                _epilogue(outputs, at1, o1, kept1, KIND, ADJOINT)
-                _epilogue(outputs, at2, o2, kept2, KIND, ADJOINT)
-                _epilogue(outputs, at3, o3, kept3, KIND, ADJOINT)
+                _epilogue(inputs, outputs, at0, o0, kept0, KIND, ADJOINT)
+                _epilogue(inputs, outputs, at1, o1, kept1, KIND, ADJOINT)
+                _epilogue(inputs, outputs, at2, o2, kept2, KIND, ADJOINT)
+                _epilogue(inputs, outputs, at3, o3, kept3, KIND, ADJOINT)
     if COMPOSE:
-        offset = row * SPLIT + share
+        offset = (row * SPLIT + share) * 2
         tl.store(compositions + offset, a, mask=row < rows)
-        tl.store(compositions + rows.to(INDEX) * SPLIT + offset, x, mask=row < rows)
+        tl.store(compositions + offset + 1, x, mask=row < rows)
 
 
 @triton.jit
 def _prologue(inputs, outputs, scalars, at, KIND: tl.constexpr, ADJOINT: tl.constexpr, DTYPE: tl.constexpr):
     """c and d of some steps, and what the epilogue will need of their inputs."""
     reward, value, next_value, done, terminated, y, grad_y, grad_target = inputs
-    _, _, grad_gamma, grad_lmbda, _, _, grad_next_value = outputs
+    _, _, grad_gamma, grad_lmbda, _, _, _ = outputs
     gamma = _scalar(scalars[0], scalars[1], at, DTYPE)
 
-    cut = None
-    terminal = None
+    # Names that a kind doesn't use hold a placeholder, since all kinds return the same tuple.
+    cut = at[2]
     if done is not None:
         cut = _load_mask(done, at)
-        terminal = cut
+    terminal = cut
     if terminated is not None:
         terminal = _load_mask(terminated, at)
         cut = cut | terminal
 
-    lmbda = None
-    weight = gamma
     if KIND == _SCAN:
+        lmbda = gamma
+        weight = gamma
         c = gamma + tl.zeros_like(at[1]).to(DTYPE)
+        if done is not None:
+            c = tl.where(cut, 0.0, c)
     else:
         lmbda = _scalar(scalars[2], scalars[3], at, DTYPE)
-        c = gamma * lmbda + tl.zeros_like(at[1]).to(DTYPE)
-    if KIND == _TD_LAMBDA:
-        cut = cut | (at[1] == at[4] - 1)
-        weight = tl.where(cut, gamma, gamma - gamma * lmbda)
-    if cut is not None:
-        c = tl.where(cut, 0.0, c)
+        weight = gamma
+        if KIND == _TD_LAMBDA:
+            cut = cut | (at[1] == at[4] - 1)
+            weight = tl.where(cut, gamma, gamma - gamma * lmbda)
+        c = tl.where(cut, 0.0, gamma * lmbda)
 
-    v = None
-    next_v = None
-    g_target = None
-    y_next = None
+    v = c
+    next_v = c
+    g_target = c
+    y_next = c
     if ADJOINT:
         d = tl.zeros_like(c)
         if grad_y is not None:
@@ -197,10 +198,11 @@ def _prologue(inputs, outputs, scalars, at, KIND: tl.constexpr, ADJOINT: tl.cons
 
 
 @triton.jit
-def _epilogue(outputs, at, o, kept, KIND: tl.constexpr, ADJOINT: tl.constexpr):
+def _epilogue(inputs, outputs, at, o, kept, KIND: tl.constexpr, ADJOINT: tl.constexpr):
     """Stores what follows from y_t (recurrence) or from ∂L/∂d_t (adjoint); ∂L/∂c_t is ∂L/∂d_t · y_{t+1}."""
     y, target, grad_gamma, grad_lmbda, grad_reward, grad_value, grad_next_value = outputs
     v, next_v, g_target, y_next, gamma, lmbda, weight, cut, terminal = kept
+    _, _, _, done, _, _, _, incoming_target = inputs
     if not ADJOINT:
         _store(y, at, o)
         if KIND == _GAE:
@@ -209,7 +211,7 @@ def _epilogue(outputs, at, o, kept, KIND: tl.constexpr, ADJOINT: tl.constexpr):
         if grad_reward is not None:
             _store(grad_reward, at, o)
         if grad_value is not None:
-            if g_target is not None:
+            if incoming_target is not None:
                 _store(grad_value, at, g_target - o)
             else:
                 _store(grad_value, at, -o)
@@ -217,7 +219,7 @@ def _epilogue(outputs, at, o, kept, KIND: tl.constexpr, ADJOINT: tl.constexpr):
             _store(grad_next_value, at, tl.where(terminal, 0.0, weight * o))
         if KIND == _SCAN:
             if grad_gamma is not None:
-                if cut is not None:
+                if done is not None:
                     _store(grad_gamma, at, tl.where(cut, 0.0, o * y_next))
                 else:
                     _store(grad_gamma, at, o * y_next)
@@ -272,14 +274,34 @@ def _compose(a_first, b_first, a_second, b_second):
 @triton.jit
 def _enter_lanes(lane_a, lane_b, x, lane, AXIS: tl.constexpr):
     """The state that enters each lane, and the state that leaves the last one."""
-    OTHER: tl.constexpr = 1 - AXIS
-    a, b = tl.associative_scan((lane_a, lane_b), AXIS, _compose)
     x = tl.expand_dims(x, AXIS)
-    lane = tl.expand_dims(lane, OTHER)
-    leaving = b + a * x
-    previous = tl.maximum(lane - 1, 0).to(tl.int32) + tl.zeros_like(leaving).to(tl.int32)
-    entering = tl.where(lane == 0, x, tl.gather(leaving, previous, AXIS))
+    lane = tl.expand_dims(lane, 1 - AXIS)
+    if AXIS == 1:
+        # The lanes of a row are the threads of a warp, so that a gather is one shuffle.
+        a, b = tl.associative_scan((lane_a, lane_b), AXIS, _compose)
+        leaving = b + a * x
+        previous = tl.maximum(lane - 1, 0).to(tl.int32) + tl.zeros_like(leaving).to(tl.int32)
+        entering = tl.where(lane == 0, x, tl.gather(leaving, previous, AXIS))
+    else:
+        # A gather would move the whole tile through shared memory into a layout of its own; a scan that also carries
+        # the composition of all lanes but the last stays in the layout of the loads.
+        one = tl.full(lane_a.shape, 1.0, lane_a.dtype)
+        a, b, a_before, b_before = tl.associative_scan(
+            (lane_a, lane_b, one, tl.zeros_like(one)), AXIS, _compose_keeping_previous
+        )
+        leaving = b + a * x
+        entering = b_before + a_before * x
     return entering, _last(leaving, lane, AXIS)
+
+
+@triton.jit
+def _compose_keeping_previous(
+    a_first, b_first, a_first_before, b_first_before, a_second, b_second, a_second_before, b_second_before
+):
+    """`_compose`, and the composition of all but the last lane."""
+    a, b = _compose(a_first, b_first, a_second, b_second)
+    a_before, b_before = _compose(a_first, b_first, a_second_before, b_second_before)
+    return a, b, a_before, b_before
 
 
 @triton.jit
@@ -292,18 +314,23 @@ def _append(a, x, lane_a, lane_b, lane, AXIS: tl.constexpr):
 
 @triton.jit
 def _last(tile, lane, AXIS: tl.constexpr):
-    """The last lane of a tile; a sum over one term."""
-    return tl.sum(tl.where(lane == tile.shape[AXIS] - 1, tile, 0.0), AXIS)
+    """The last lane of a tile."""
+    if AXIS == 1:
+        index = tl.full((tile.shape[0], 1), tile.shape[1] - 1, tl.int32)
+        return tl.reshape(tl.gather(tile, index, 1), (tile.shape[0],))
+    else:
+        # A sum over one term: see `_enter_lanes` for why there is no gather along this axis.
+        return tl.sum(tl.where(lane == tile.shape[0] - 1, tile, 0.0), 0)
 
 
 @triton.jit
 def _entering_state(compositions, row, rows, share, SPLIT: tl.constexpr, SPLIT_POWER: tl.constexpr):
     """The state that enters a share: the composition of all shares before it, from state 0."""
     k = tl.arange(0, SPLIT_POWER)
-    offset = row[:, None] * SPLIT + k[None, :]
+    offset = (row[:, None] * SPLIT + k[None, :]) * 2
     mask = (row < rows)[:, None] & (k < share)[None, :]
     a = tl.load(compositions + offset, mask=mask, other=1.0)
-    b = tl.load(compositions + rows.to(row.dtype) * SPLIT + offset, mask=mask, other=0.0)
+    b = tl.load(compositions + offset + 1, mask=mask, other=0.0)
     a, b = tl.associative_scan((a, b), 1, _compose)
     return _last(b, k[None, :], 1)
 

@@ -4,6 +4,7 @@ Everything is written with torch operators and `solve` on a SCAN, whose own back
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +30,7 @@ def differentiable_backward(
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
 
 
-def _scan_backward(
-    solve: Solver, time_dim: int, problem: Recurrence, grad: Tensor, needs: Sequence[bool]
-) -> list[Tensor]:
+def _scan_backward(solve: Solver, time_dim: int, problem: Recurrence, grad: Any, needs: Sequence[bool]) -> list[Tensor]:
     """λ_t = g_t + c_{t−1} λ_{t−1};  ∂L/∂d_t = λ_t;  ∂L/∂c_t = λ_t y_{t+1}."""
     coefficient = _coefficient(problem)
     adjoint = solve(Recurrence(SCAN, _shift(coefficient, 1, time_dim).flip(time_dim), None, grad.flip(time_dim)))[
@@ -43,7 +42,7 @@ def _scan_backward(
         d_gamma = adjoint * y_next
         if problem.done is not None:
             d_gamma = torch.where(problem.done, 0, d_gamma)
-        found.append(d_gamma.sum_to_size(problem.gamma.shape).to(problem.gamma.dtype))  # type: ignore[union-attr]  # needed, so a tensor
+        found.append(d_gamma.sum_to_size(problem.gamma.shape).to(problem.gamma.dtype))
     if needs[2]:
         found.append(adjoint.to(problem.reward.dtype))
     return found
@@ -52,8 +51,6 @@ def _scan_backward(
 def _composed(solve: Solver, time_dim: int, problem: Recurrence) -> list[Tensor]:
     """``problem`` with its prologue and epilogue in torch operators around a SCAN."""
     _, gamma, lmbda, reward, value, next_value, done, terminated = problem
-    assert next_value is not None
-    assert done is not None
     terminated = done if terminated is None else terminated
     if problem.kind == FIXED_DISCOUNT:
         return [

@@ -28,7 +28,7 @@ def forward(problem: Recurrence, time_dim: int) -> list[Tensor]:
     """The outputs of ``problem``."""
     if problem.kind == FIXED_DISCOUNT:
         return fixed_discount.forward(forward, problem, time_dim)
-    dtype = _compute_dtype(problem)
+    dtype = problem.compute_dtype
     outputs = [problem.new_output() for _ in range(2 if problem.kind == GAE else 1)]
     problem = _with_tensor_scalars(problem, dtype)
     for tiles in _tiles_of_rows((*problem, *outputs), problem.reward, time_dim):
@@ -54,7 +54,7 @@ def backward(
     """Per-step gradients of the needed inputs among γ, λ, reward, value and next value."""
     if problem.kind == FIXED_DISCOUNT:
         return fixed_discount.backward(forward, backward, problem, time_dim, grads, needs)
-    dtype = _compute_dtype(problem)
+    dtype = problem.compute_dtype
     found = [torch.empty_like(problem.reward, dtype=dtype) if need else None for need in needs]
     y_next = None if y is None else _next_step(y, time_dim)
     grad_y, grad_target = [*grads, None][:2]
@@ -77,11 +77,11 @@ def backward(
 def _write_gradients(
     part: Recurrence,
     time_dim: int,
-    weight: Tensor | None,
+    weight: Any,
     adjoint: Tensor,
     y_next: Tensor | None,
     grad_target: Tensor | None,
-    out: Sequence[Tensor | None],
+    out: Sequence[Any],
     *,
     ends: bool,
 ) -> None:
@@ -99,7 +99,6 @@ def _write_gradients(
     if y_next is None:
         return
     if kind == SCAN:
-        assert for_gamma is not None
         d_coefficient = adjoint * y_next
         for_gamma.copy_(d_coefficient if done is None else torch.where(done, 0.0, d_coefficient))
         return
@@ -141,7 +140,7 @@ def _passes(coefficient: Tensor, steps: int, time_dim: int) -> Iterator[tuple[in
         stride *= 2
 
 
-def _coefficients(part: Recurrence, time_dim: int, *, ends: bool) -> tuple[Tensor, Tensor | None]:
+def _coefficients(part: Recurrence, time_dim: int, *, ends: bool) -> tuple[Tensor, Any]:
     """c_t, and the weight of the next value where the step isn't terminated (None if it has none)."""
     kind, gamma, lmbda, reward, *_ = part
     if kind == SCAN:
@@ -152,8 +151,9 @@ def _coefficients(part: Recurrence, time_dim: int, *, ends: bool) -> tuple[Tenso
     return coefficient, gamma if kind == GAE else torch.where(cut, gamma, gamma * (1 - lmbda))
 
 
-def _increment(part: Recurrence, weight: Tensor | None, dtype: torch.dtype, *, out: Tensor | None) -> Tensor:
+def _increment(part: Recurrence, weight: Any, dtype: torch.dtype, *, out: Tensor | None) -> Tensor:
     """d_t, in ``out`` if given, else in a new tensor."""
+    reward: Any
     reward, value, next_value = (None if x is None else x.to(dtype) for x in part[3:6])
     if out is None:
         out = torch.empty_like(reward)
@@ -167,7 +167,6 @@ def _increment(part: Recurrence, weight: Tensor | None, dtype: torch.dtype, *, o
 def _cut(part: Recurrence, time_dim: int, *, ends: bool) -> Tensor:
     """Where the trajectory ends; ``ends``: the tile holds the tensor's last step, which ends every TD(λ) return."""
     done, terminated = part.done, part.terminated
-    assert done is not None
     close = ends and part.kind == TD_LAMBDA
     cut = done if terminated is None else done | terminated
     if close:
@@ -177,9 +176,7 @@ def _cut(part: Recurrence, time_dim: int, *, ends: bool) -> Tensor:
 
 
 def _no_bootstrap(part: Recurrence) -> Tensor:
-    mask = part.done if part.terminated is None else part.terminated
-    assert mask is not None
-    return mask
+    return part.done if part.terminated is None else part.terminated
 
 
 def _with_tensor_scalars(problem: Recurrence, dtype: torch.dtype) -> Recurrence:
@@ -195,10 +192,6 @@ def _with_tensor_scalars(problem: Recurrence, dtype: torch.dtype) -> Recurrence:
         return x.expand_as(reward) if x.ndim else x
 
     return problem._replace(gamma=as_tensor(problem.gamma), lmbda=as_tensor(problem.lmbda))
-
-
-def _compute_dtype(problem: Recurrence) -> torch.dtype:
-    return torch.float64 if problem.dtype == torch.float64 else torch.float32
 
 
 def _sum(a: Tensor | None, b: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,24 @@
+"""Where the tests run: on the CUDA device if there is one, otherwise the Triton kernels run in the interpreter."""
+
+import os
+
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    # Before fusedrl imports Triton. With the interpreter on, `auto` would mean the (slow) interpreted kernels
+    # everywhere, so the tests that don't name a backend get the one that `auto` means on a CPU.
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("FUSEDRL_BACKEND", "torch")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if CUDA else "cpu")
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each fast backend in turn."""
+    return request.param
