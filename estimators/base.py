@@ -430,10 +430,11 @@ class ValueEstimatorBase(TensorDictModuleBase):
         source = tensordict.get("next").copy()
         inputs = () if self.value_network is None else self.value_network.in_keys
         if IS_INIT in inputs:
-            # The next observations form trajectories of their own, which start where those of the observations do;
-            # inserted into a shifted call they continue a trajectory.
+            # The next observations form trajectories of their own, which start (also) where those of the observations
+            # do; inserted into a shifted call they continue a trajectory.
             is_init = self._get(tensordict, IS_INIT)
-            source.set(IS_INIT, torch.zeros_like(is_init) if self.shifted else is_init)
+            starts = is_init | source.get(IS_INIT, is_init)
+            source.set(IS_INIT, torch.zeros_like(is_init) if self.shifted else starts)
         data = self._inputs(source, "next")
         data.batch_size = tensordict.batch_size
         terminal = any_right(steps.terminated != 0, tensordict.ndim)
