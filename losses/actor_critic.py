@@ -1,8 +1,6 @@
-"""What the losses of a policy with a critic share: the advantage, the entropy bonus, the critic's loss."""
+"""What A2C and the PPO family add to a policy gradient: an entropy bonus, and the coefficients of the three terms."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -10,75 +8,34 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, c
 from tensordict.utils import unravel_key
 from torch import Tensor
 
-from .base import LossModule
-from .functional import explained_variance
-from .networks import keys_read
 from .policy import ActionHeads
-from .utils import ValueEstimators, check_distance, clipped_value_loss, distance_loss
+from .policy_gradient import PolicyGradientLoss, Terms
 
 DEFAULT_ENTROPY_COEFF = 0.01
-DEFAULT_CRITIC_COEFF = 1.0
-
-Terms = dict[str, Tensor | TensorDictBase]
-"""Entries of a loss's output: losses per sample under names ``loss_*``, and metrics."""
 
 
-class ActorCriticLoss(LossModule):
-    """Base of the losses of a policy with a critic.
+class ActorCriticLoss(PolicyGradientLoss):
+    """Base of the losses of the form objective + c₁ · critic − c₂ · entropy.
 
     Args:
-        actor_network: the policy, a ``ProbabilisticTensorDictSequential``; its action can have several heads
-            (`tensordict.nn.CompositeDistribution`).
-        critic_network: writes the value of the observation. None: no critic loss, and the advantage must come with
-            the data. It may read what the policy's own layers write, so that a common trunk runs once.
+        actor_network: see `PolicyGradientLoss`, as for all that isn't here.
+        critic_network: see `PolicyGradientLoss`.
         entropy_bonus: reward the policy's entropy.
         samples_mc_entropy: draws from which the entropy is estimated where it has no closed form.
-        entropy_coeff: weight of the entropy (0.01). For several heads it can be a mapping from each head's action
-            key (or ``<action>_log_prob``, or ``<action>_entropy``) to the head's weight.
-        critic_coeff: weight of the critic's loss (1.0). 0: no critic loss.
-        loss_critic_type: ``"l1"``, ``"l2"`` or ``"smooth_l1"`` (`distance_loss`).
-        separate_losses: parameters that the policy shares with the critic are trained by the policy's loss only.
-        functional: take the networks apart (`convert_to_functional`). False uses them as they are.
-        reduction: ``"mean"`` (None), ``"sum"`` or ``"none"``: losses of shape ``[*B]``.
-        clip_value: bound on the step of the value away from the one in the data (`clipped_value_loss`).
-        delay_actor: keep target parameters of the policy.
-        device: where the coefficients are put; by default where the parameters are.
+        entropy_coeff: c₂ (0.01). For several heads it can be a mapping from each head's action key (or
+            ``<action>_log_prob``, or ``<action>_entropy``) to the head's coefficient.
+        critic_coeff: c₁. None: no critic loss.
 
     Raises:
-        TypeError: an actor without a distribution; a critic coefficient without a critic; an entropy coefficient
-            that is neither a number nor a mapping.
-        ValueError: an option has none of its values, or needs ``functional=True``.
+        TypeError: a critic coefficient without a critic; an entropy coefficient that is neither a number nor a mapping.
         KeyError: the heads of ``entropy_coeff`` are not those of the policy.
 
     """
 
-    @dataclass
-    class _AcceptedKeys:
-        """The entries read. ``action`` and ``sample_log_prob`` are the policy's own, lists if it has several heads.
+    _schedulable_buffers = frozenset({"entropy_coeff", "critic_coeff"})
 
-        ``reward``, ``done`` and ``terminated`` are read under "next".
-        """
-
-        advantage: NestedKey = "advantage"
-        value_target: NestedKey = "value_target"
-        value: NestedKey = "state_value"
-        sample_log_prob: NestedKey | list[NestedKey] = "action_log_prob"
-        action: NestedKey | list[NestedKey] = "action"
-        reward: NestedKey = "reward"
-        done: NestedKey = "done"
-        terminated: NestedKey = "terminated"
-
-    default_keys = _AcceptedKeys
-    default_value_estimator = ValueEstimators.GAE
-    SUPPORTED_VALUE_ESTIMATORS = tuple(ValueEstimators)
-    _schedulable_buffers = frozenset({"entropy_coeff", "critic_coeff", "clip_value"})
-    log_explained_variance = False
-
-    actor_network: Any
-    critic_network: Any
     entropy_coeff: Tensor
-    critic_coeff: Tensor
-    clip_value: Tensor | None
+    critic_coeff: Tensor | None
 
     def __init__(
         self,
@@ -97,23 +54,21 @@ class ActorCriticLoss(LossModule):
         delay_actor: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(reduction)
-        if not hasattr(actor_network, "get_dist"):
-            raise TypeError(
-                f"{type(self).__name__} needs an actor_network that has a distribution, such as a "
-                f"ProbabilisticTensorDictSequential, but it is a {type(actor_network).__name__}"
-            )
         if critic_network is None and critic_coeff is not None:
             raise TypeError(f"critic_coeff is {critic_coeff}, but there is no critic_network")
-        self.loss_critic_type = check_distance(loss_critic_type, "loss_critic_type")
+        super().__init__(
+            actor_network,
+            critic_network,
+            loss_critic_type=loss_critic_type,
+            separate_losses=separate_losses,
+            functional=functional,
+            reduction=reduction,
+            clip_value=clip_value,
+            delay_actor=delay_actor,
+            device=device,
+        )
         self.entropy_bonus = entropy_bonus
         self.samples_mc_entropy = samples_mc_entropy
-        self._actor_keys = {
-            "action": _one_or_list(actor_network.dist_sample_keys),
-            "sample_log_prob": _one_or_list(actor_network.log_prob_keys),
-        }
-        self._take_networks(actor_network, critic_network, functional, separate_losses, delay_actor)
-        self.set_keys(**self._actor_keys)
         self._head_coeffs: dict[NestedKey, float] | None = None
         if isinstance(entropy_coeff, Mapping):
             self._head_coeffs = self._coeff_of_each_head(entropy_coeff)
@@ -122,34 +77,8 @@ class ActorCriticLoss(LossModule):
             raise TypeError(f"entropy_coeff must be a number or a mapping, but is {entropy_coeff!r}")
         entropy_coeff = DEFAULT_ENTROPY_COEFF if entropy_coeff is None else entropy_coeff
         self.register_coeff_buffer("entropy_coeff", entropy_coeff, device=device)
-        self.has_critic_loss = critic_network is not None and critic_coeff != 0
-        if self.has_critic_loss:
-            critic_coeff = DEFAULT_CRITIC_COEFF if critic_coeff is None else critic_coeff
-            self.register_coeff_buffer("critic_coeff", critic_coeff, device=device)
-        self.register_coeff_buffer("clip_value", clip_value, device=device)
-
-    def _take_networks(
-        self,
-        actor_network: ProbabilisticTensorDictSequential,
-        critic_network: TensorDictModule | None,
-        functional: bool,
-        separate_losses: bool,
-        delay_actor: bool,
-    ) -> None:
-        if not functional:
-            if delay_actor or separate_losses:
-                raise ValueError(
-                    "delay_actor and separate_losses need functional=True: the loss has to hold parameters of its own"
-                )
-            self.actor_network = actor_network
-            self.critic_network = critic_network
-            return
-        self.convert_to_functional(actor_network, "actor_network", create_target_params=delay_actor)
-        if critic_network is None:
-            self.critic_network = None
-        else:
-            shared = actor_network.parameters() if separate_losses else None
-            self.convert_to_functional(critic_network, "critic_network", compare_against=shared)
+        self.register_coeff_buffer("critic_coeff", critic_coeff, device=device)
+        self.has_critic_loss = critic_coeff is not None
 
     def _coeff_of_each_head(self, coeffs: Mapping[NestedKey, float]) -> dict[NestedKey, float]:
         by_head = {_head_of(key): float(coeff) for key, coeff in coeffs.items()}
@@ -157,82 +86,6 @@ class ActorCriticLoss(LossModule):
         if set(by_head) != set(heads):
             raise KeyError(f"entropy_coeff has the heads {sorted(map(str, by_head))}, but the policy's are {heads}")
         return by_head
-
-    # --- keys ---------------------------------------------------------------------------------------------------
-
-    def set_keys(self, **keys: NestedKey | list[NestedKey] | None) -> None:
-        """Rename entries; None gives an entry its default name back. The value estimator follows.
-
-        Raises:
-            ValueError: the loss has no entry of that name.
-
-        """
-        super().set_keys(**{name: self._actor_keys.get(name) if key is None else key for name, key in keys.items()})
-
-    def _forward_value_estimator_keys(self, **keys: Any) -> None:
-        # Several heads' log-probabilities are no single entry; no estimator built here reads them.
-        super()._forward_value_estimator_keys(
-            **{name: key for name, key in keys.items() if name not in self._actor_keys}
-        )
-
-    # --- reading ------------------------------------------------------------------------------------------------
-
-    def _with_advantage(self, tensordict: TensorDictBase, *names: str) -> TensorDictBase:
-        """A shallow copy with advantage and value target, estimated if the data has none.
-
-        Raises:
-            KeyError: an entry that the loss reads is missing; among them are those that the keys ``names`` stand for.
-
-        """
-        self._require(tensordict, "action", *names, networks=["actor_network"])
-        if self.has_critic_loss:
-            written = {unravel_key(key) for key in self.actor_network.out_keys}
-            for key in keys_read(self.critic_network):
-                if key not in written and tensordict.get(key, None) is None:
-                    raise KeyError(self._missing(tensordict, key, "it is one of the in_keys of critic_network"))
-        tensordict = tensordict.copy()
-        if tensordict.get(self.tensor_keys.advantage, None) is None:
-            self._estimate_advantage(tensordict)
-        if self.has_critic_loss:
-            self._require(tensordict, "value_target", *(() if self.clip_value is None else ("value",)))
-        return tensordict
-
-    def _estimate_advantage(self, tensordict: TensorDictBase) -> None:
-        """Write what the value estimator finds, to which the critic is a constant."""
-        if self.value_estimator.value_network is None:
-            self._require(tensordict, "advantage")
-        if self.critic_network is not None and self.functional:
-            self.value_estimator(tensordict, params=self.critic_network_params)
-        else:
-            with torch.no_grad():
-                self.value_estimator(tensordict)
-
-    def _action_heads(self, tensordict: TensorDictBase, advantage: Tensor, *, target: bool = False) -> ActionHeads:
-        """The policy's distribution; writes what the policy's layers find into ``tensordict``."""
-        with self._parameters_in("actor_network", target=target):
-            dist = self.actor_network.get_dist(tensordict)
-        return ActionHeads(dist, self._keys("action")[0], advantage.ndim - 1)
-
-    def _log_prob(self, heads: ActionHeads, tensordict: TensorDictBase, advantage: Tensor) -> Tensor:
-        """log π(a|s) of the actions in the data, one for each advantage.
-
-        Raises:
-            RuntimeError: an action requires grad; there are more or fewer than advantages.
-
-        """
-        self._refuse_gradient(tensordict, "action")
-        log_prob = heads.log_prob(tensordict)
-        name = "the log-probability of the action"
-        self._require_shape(log_prob, name, advantage, self.tensor_keys.advantage)
-        return log_prob
-
-    def _refuse_gradient(self, tensordict: TensorDictBase, name: str) -> None:
-        for key in self._keys(name):
-            if tensordict.get(key).requires_grad:
-                raise RuntimeError(
-                    f"{type(self).__name__}: the entry {key!r} requires grad, but collected data must be a constant: "
-                    "detach it"
-                )
 
     # --- the terms of the loss ----------------------------------------------------------------------------------
 
@@ -254,54 +107,11 @@ class ActorCriticLoss(LossModule):
         return terms
 
     def _critic_terms(self, tensordict: TensorDictBase) -> Terms:
-        """c·d(V, V̂) per sample, and the critic's metrics; nothing without a critic."""
-        if not self.has_critic_loss:
+        """c·d(V, V̂) per sample, and the critic's metrics; nothing without a critic's coefficient."""
+        if self.critic_coeff is None:
             return {}
-        value, value_target = self._value_and_target(tensordict)
-        terms: Terms = {}
-        if self.clip_value is None:
-            loss = distance_loss(value, value_target, self.loss_critic_type)
-        else:
-            old_value = self._only_valid(self._get(tensordict, "value"), tensordict)
-            self._require_shape(old_value, self.tensor_keys.value, value_target, self.tensor_keys.value_target)
-            loss, clipped = clipped_value_loss(old_value, value, value_target, self.clip_value, self.loss_critic_type)
-            terms["value_clip_fraction"] = self._metric(clipped, tensordict)
-        terms["loss_critic"] = self.critic_coeff * loss
-        if self.log_explained_variance:
-            mask = self._mask(tensordict, value)
-            terms["explained_variance"] = explained_variance(value.detach(), value_target.detach(), mask)
-        return terms
-
-    def _value_and_target(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
-        with self._parameters_in("critic_network"):
-            value = self.critic_network(tensordict.copy()).get(self.tensor_keys.value, None)
-        if value is None:
-            raise KeyError(
-                f"{type(self).__name__}: the critic network doesn't write {self.tensor_keys.value!r} but "
-                f"{self.critic_network.out_keys}; say which is the value with set_keys(value=...)"
-            )
-        value_target = self._get(tensordict, "value_target")
-        self._require_shape(value, self.tensor_keys.value, value_target, self.tensor_keys.value_target)
-        return value, self._only_valid(value_target, tensordict)
-
-    def _only_valid(self, x: Tensor, tensordict: TensorDictBase) -> Tensor:
-        """``x`` with 0 at the steps that don't count: what padding holds must not reach a gradient as 0 · NaN."""
-        mask = self._mask(tensordict, x)
-        return x if mask is None else torch.where(mask, x, 0)
-
-    def _result(self, terms: Terms, tensordict: TensorDictBase) -> TensorDictBase:
-        """The loss's output: ``terms`` with the losses reduced."""
-        return TensorDict(
-            {
-                name: self._reduce_loss(term, tensordict) if name.startswith("loss_") else term
-                for name, term in terms.items()
-            }
-        )
-
-
-def _one_or_list(keys: Iterable[NestedKey]) -> NestedKey | list[NestedKey]:
-    keys = list(keys)
-    return keys[0] if len(keys) == 1 else keys
+        loss, metrics = self._critic_loss(tensordict)
+        return {"loss_critic": self.critic_coeff * loss, **metrics}
 
 
 def _suffixed(key: NestedKey, suffix: str) -> NestedKey:

@@ -124,7 +124,12 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
         if not torch.compiler.is_compiling():
             self._warn_of_idle_targets()
         with set_interaction_type(self.deterministic_sampling_mode):
-            return super().__call__(*args, **kwargs)
+            out = super().__call__(*args, **kwargs)
+        # Whether tensordict.nn's own hook selects depends on the optional in_keys being there.
+        chosen = getattr(self, "_out_keys_apparent", None)
+        if isinstance(out, TensorDictBase) and chosen is not None and chosen != getattr(self, "_out_keys", None):
+            return out.select(*chosen)
+        return out
 
     def _warn_of_idle_targets(self) -> None:
         idle = [name for name, associated in self._has_update_associated.items() if not associated]

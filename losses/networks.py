@@ -31,7 +31,7 @@ class FunctionalModule(TensorDictModuleBase):
 
     def __init__(self) -> None:
         super().__init__()
-        self._stateless: dict[str, nn.Module] = {}
+        self._functional_networks: dict[str, nn.Module] = {}
         self._has_update_associated: dict[str, bool] = {}
 
     def convert_to_functional(
@@ -42,10 +42,11 @@ class FunctionalModule(TensorDictModuleBase):
         create_target_params: bool = False,
         compare_against: Iterable[Tensor] | None = None,
     ) -> None:
-        """Take ``module`` apart: ``<name>`` without parameters, ``<name>_params`` and ``target_<name>_params``.
+        """Take ``module`` apart: a network ``<name>``, its ``<name>_params`` and ``target_<name>_params``.
 
-        ``<name>_params`` are the module's own parameters, not copies: training the loss trains the module.
-        ``target_<name>_params`` are never parameters of the loss.
+        The network is ``module`` itself and ``<name>_params`` are its own parameters, not copies: training the loss
+        trains the module. The network of an ensemble is a copy of it without parameters. ``target_<name>_params`` are
+        never parameters of the loss.
 
         Args:
             module: the network, or a list of networks that become an ensemble.
@@ -62,15 +63,15 @@ class FunctionalModule(TensorDictModuleBase):
         """
         shared = list(compare_against or ())
         params = parameters_of(module)
+        network = module[0] if isinstance(module, list) else module
         if isinstance(module, list):
-            module = module[0]
+            network = stateless(network)
         elif expand_dim:
-            params = ensemble(params, expand_dim, shared)
+            params, network = ensemble(params, expand_dim, shared), stateless(network)
         else:
             params = without_shared(params, shared)
-        # Kept out of the registered modules: what is trained and saved are the parameters.
-        self._stateless[module_name] = stateless(module)
-        self.__dict__[module_name] = self._stateless[module_name]
+        # Not among the registered modules: what is trained and saved are the parameters.
+        self._functional_networks[module_name] = self.__dict__[module_name] = network
         setattr(self, f"{module_name}_params", params)
         if create_target_params:
             setattr(self, f"target_{module_name}_params", delayed_copy(params))
@@ -81,26 +82,26 @@ class FunctionalModule(TensorDictModuleBase):
             return super().__getattr__(name)
         except AttributeError:
             network = name.removeprefix("target_").removesuffix("_params")
-            if name == f"target_{network}_params" and network in self.__dict__.get("_stateless", ()):
+            if name == f"target_{network}_params" and network in self.__dict__.get("_functional_networks", ()):
                 return getattr(self, f"{network}_params").data
             raise
 
     @property
     def functional(self) -> bool:
         """Whether the networks are called with parameters that the loss holds; else they are used as they are."""
-        return bool(self._stateless)
+        return bool(self._functional_networks)
 
     def _network_names(self) -> list[str]:
         """The names of the networks, taken apart or not."""
         registered = [name for name, m in self.named_children() if name.endswith("_network")]
-        return list(self._stateless) + registered
+        return list(self._functional_networks) + registered
 
     def _parameters_in(self, name: str, *, target: bool = False, detach: bool = False) -> AbstractContextManager[Any]:
         """Within the block the network ``name`` has its current parameters, or those that the options say."""
-        if name not in self._stateless:
+        if name not in self._functional_networks:
             return nullcontext()
         params = getattr(self, f"target_{name}_params" if target else f"{name}_params")
-        return (params.detach() if detach else params).to_module(self._stateless[name])
+        return (params.detach() if detach else params).to_module(self._functional_networks[name])
 
     def get_stateful_net(self, network_name: str, copy: bool = True) -> nn.Module:
         """The network with the loss's own parameters in it (not copies), such as for a policy that collects data.
@@ -114,7 +115,7 @@ class FunctionalModule(TensorDictModuleBase):
 
         """
         network = getattr(self, network_name)
-        if network_name not in self._stateless:
+        if network_name not in self._functional_networks:
             return network
         if copy:
             network = deepcopy(network)
@@ -123,7 +124,7 @@ class FunctionalModule(TensorDictModuleBase):
 
     def from_stateful_net(self, network_name: str, stateful_net: nn.Module) -> None:
         """Copy the parameters of ``stateful_net``, made by `get_stateful_net`, into the loss."""
-        if network_name not in self._stateless:
+        if network_name not in self._functional_networks:
             getattr(self, network_name).load_state_dict(stateful_net.state_dict())
             return
         params = TensorDict.from_module(stateful_net)
@@ -134,7 +135,7 @@ class FunctionalModule(TensorDictModuleBase):
         if parameters is not None or not self.functional:
             super().reset_parameters_recursive(parameters)
             return
-        for name, network in self._stateless.items():
+        for name, network in self._functional_networks.items():
             params = getattr(self, f"{name}_params")
             reset_parameters(network, params)
             if name in self._has_update_associated:
@@ -143,7 +144,7 @@ class FunctionalModule(TensorDictModuleBase):
     def train(self, mode: bool = True) -> "FunctionalModule":
         """Training mode of the loss and of its networks."""
         super().train(mode)
-        for network in self._stateless.values():
+        for network in self._functional_networks.values():
             network.train(mode)
         return self
 
@@ -171,29 +172,30 @@ class FunctionalModule(TensorDictModuleBase):
 
 
 def stateless(module: M) -> M:
-    """A copy of ``module`` whose parameters and buffers have shapes but no data (device ``meta``).
-
-    Raises:
-        RuntimeError: the module is lazy and has not seen data yet, so that its parameters have no shape.
-
-    """
+    """A copy of ``module`` whose parameters and buffers have shapes but no data (device ``meta``)."""
     memo: dict[int, Tensor] = {}
-    for name, x in (*module.named_parameters(), *module.named_buffers()):
-        if nn.parameter.is_lazy(x):
-            raise RuntimeError(
-                f"{name} of the {type(module).__name__} is not initialised: call the network once on data before the "
-                "loss is built"
-            )
+    for x in (*module.parameters(), *module.buffers()):
         empty = torch.empty_like(x, device="meta")
         memo[id(x)] = nn.Parameter(empty, x.requires_grad) if isinstance(x, nn.Parameter) else empty
     return deepcopy(module, memo)
 
 
 def parameters_of(module: nn.Module | Sequence[nn.Module]) -> TensorDictParams:
-    """The parameters and buffers of ``module`` itself, not copies; those of several modules are stacked."""
+    """The parameters and buffers of ``module`` itself, not copies; those of several modules are stacked.
+
+    Raises:
+        RuntimeError: a module is lazy and has not seen data yet, so that its parameters have no shape.
+
+    """
     if isinstance(module, nn.Module):
+        for name, x in (*module.named_parameters(), *module.named_buffers()):
+            if nn.parameter.is_lazy(x):
+                raise RuntimeError(
+                    f"{name} of the {type(module).__name__} is not initialised: call the network once on data before "
+                    "the loss is built"
+                )
         return TensorDict.from_module(module, as_module=True)
-    each = [TensorDict.from_module(m, as_module=True) for m in module]
+    each = [parameters_of(m) for m in module]
     stacked: TensorDictBase = torch.stack([params.data for params in each])
     trained = {key: x.requires_grad for key, x in each[0].items(True, True) if isinstance(x, nn.Parameter)}
     result = TensorDict({}, [len(each)])

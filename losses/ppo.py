@@ -12,8 +12,9 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributions import Distribution
 
-from .actor_critic import ActorCriticLoss, Terms
+from .actor_critic import ActorCriticLoss
 from .functional import (
     adapted_beta,
     approximate_kl,
@@ -28,6 +29,9 @@ from .functional import (
     weight_excess,
 )
 from .policy import ActionHeads
+from .policy_gradient import Terms
+
+DEFAULT_CRITIC_COEFF = 1.0
 
 
 @dataclass
@@ -139,6 +143,9 @@ class PPOLoss(ActorCriticLoss):
         max_importance_ratio: float | Tensor | None = None,
         device: torch.device | str | None = None,
     ) -> None:
+        if critic_network is not None:
+            critic_coeff = DEFAULT_CRITIC_COEFF if critic_coeff is None else critic_coeff
+            critic_coeff = None if critic_coeff == 0 else critic_coeff
         super().__init__(
             actor_network,
             critic_network,
@@ -161,7 +168,6 @@ class PPOLoss(ActorCriticLoss):
         self.normalize_advantage = normalize_advantage
         self.normalize_advantage_exclude_dims = normalize_advantage_exclude_dims
         self.normalize_advantage_over_ranks = normalize_advantage_over_ranks
-        self.delay_actor = delay_actor
         self.out_keys = self._names_of_outputs()
 
     @dispatch
@@ -384,8 +390,9 @@ class KLPENPPOLoss(PPOLoss):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """The loss and its metrics (see the class), for data of batch size ``[*B]``; β adapts."""
+        old = None if self.delay_actor else self._old_policy(tensordict)
         new = self._compare(tensordict)
-        kl = self._divergence(new, tensordict)
+        kl = self._divergence(old, new)
         # A copy, since β changes before the backward pass.
         gain = kl_penalty_objective(new.log_weight, new.advantage, kl, self.beta.clone())
         with torch.no_grad():
@@ -398,14 +405,19 @@ class KLPENPPOLoss(PPOLoss):
         if not self.delay_actor:
             yield from self.actor_network.dist_params_keys
 
-    def _divergence(self, new: Comparison, tensordict: TensorDictBase) -> Tensor:
-        """KL[π_old | π_θ] at each sample, π_old being the delayed policy if there is one."""
-        if self.delay_actor:
+    def _old_policy(self, tensordict: TensorDictBase) -> Distribution:
+        parameters = self.actor_network.dist_params_keys
+        self._require_entries(tensordict, parameters, "it is a parameter of the policy that collected the data")
+        return self.actor_network.build_dist_from_params(tensordict)
+
+    def _divergence(self, old: Distribution | None, new: Comparison) -> Tensor:
+        """KL[π_old | π_θ] at each sample; π_old is the delayed policy if there is one."""
+        if old is None:
             with torch.no_grad():
-                old = self._proximal_heads(new.tensordict, new.advantage)
+                heads = self._proximal_heads(new.tensordict, new.advantage)
         else:
-            old = new.heads.like(self.actor_network.build_dist_from_params(tensordict))
-        kl = new.heads.divergence_from(old, self.samples_mc_kl)
+            heads = new.heads.like(old)
+        kl = new.heads.divergence_from(heads, self.samples_mc_kl)
         return self._only_valid(kl, new.tensordict)
 
     def reset(self) -> None:
