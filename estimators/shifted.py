@@ -42,6 +42,9 @@ def shifted_values(
 
     """
     steps = truncated.shape[time_dim]
+    if steps == 0:
+        nothing = network(data)
+        return nothing, nothing, truncated
     length = steps + budget
     shape = [1] * truncated.ndim
     shape[time_dim] = steps

@@ -5,7 +5,6 @@ twice, or once on the T + k observations of a trajectory in which each next obse
 following step (`shifted`, see `fusedrl.estimators.shifted`).
 """
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -98,8 +97,17 @@ class ValueNetwork:
             return data.get(value_key)
         if params is None and torch.is_grad_enabled():
             params = TensorDict.from_module(self.module).detach()
-        with nullcontext() if params is None else params.to_module(self.module, preserve_module_state=False):
-            parts = [self.module(part.copy(), **kwargs).get(value_key) for part in self._parts(data)]
+        if params is None:
+            return self._call(data, value_key, **kwargs)
+        # Not as a context manager: that one leaves `params` in the module when an error passes through it.
+        own = params.to_module(self.module, preserve_module_state=False)
+        try:
+            return self._call(data, value_key, **kwargs)
+        finally:
+            own.to_module(self.module, return_swap=False, preserve_module_state=False)
+
+    def _call(self, data: TensorDictBase, value_key: NestedKey, **kwargs: Any) -> Tensor:
+        parts = [self.module(part.copy(), **kwargs).get(value_key) for part in self._parts(data)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, self._chunk_dim(data))
 
     def skips(self) -> bool:

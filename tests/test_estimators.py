@@ -1,0 +1,477 @@
+"""What the estimators promise about numbers: semantics, precision, compilation, waiting on the host."""
+
+import copy
+import pickle
+
+import fusedrl.estimators as E
+import pytest
+import torch
+from fusedrl.estimators import functional as F
+from fusedrl.kernels import use_backend
+from helpers_estimators import (
+    BACKENDS,
+    TOLERANCE,
+    as_keywords,
+    assert_close,
+    assert_untouched,
+    critic,
+    no_host_sync,
+    rollout,
+    snapshot,
+)
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+
+HYPERPARAMETERS = {
+    "GAE": {"gamma": 0.9, "lmbda": 0.8},
+    "TD0Estimator": {"gamma": 0.9},
+    "TD1Estimator": {"gamma": 0.9},
+    "TDLambdaEstimator": {"gamma": 0.9, "lmbda": 0.8},
+}
+NAMES = list(HYPERPARAMETERS)
+WRITTEN = ["advantage", "value_target", "state_value", ("next", "state_value")]
+every_estimator = pytest.mark.parametrize("name", NAMES)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def estimator(name, **options):
+    """An estimator with a small network; ``backend`` is torch unless said otherwise."""
+    options.setdefault("value_network", critic())
+    return getattr(E, name)(**{**HYPERPARAMETERS[name], "backend": "torch", **options})
+
+
+def expected_from_functional(name, td, **hyperparameters):
+    """Advantage and value target from the plain functionals, given the values in ``td``."""
+    h = {**HYPERPARAMETERS[name], **hyperparameters}
+    value, next_value = td["state_value"], td["next", "state_value"]
+    masks = td["next", "done"], td["next", "terminated"]
+    reward = td["next", "reward"]
+    if name == "GAE":
+        return F.generalized_advantage_estimate(h["gamma"], h["lmbda"], value, next_value, reward, *masks)
+    if name == "TD0Estimator":
+        target = F.td0_return_estimate(h["gamma"], next_value, reward, masks[1])
+    elif name == "TD1Estimator":
+        target = F.td1_return_estimate(h["gamma"], next_value, reward, *masks)
+    else:
+        target = F.td_lambda_return_estimate(h["gamma"], h["lmbda"], next_value, reward, *masks)
+    return target - value, target
+
+
+@every_estimator
+@every_backend
+def test_estimates_are_the_functionals_of_the_networks_values(name, backend):
+    network = critic()
+    td = estimator(name, backend=backend, value_network=network)(rollout())
+    assert_close(td["state_value"], network(rollout())["state_value"].detach())
+    assert_close(td["next", "state_value"], network(rollout()["next"])["state_value"].detach())
+    advantage, value_target = expected_from_functional(name, td)
+    assert_close(td["advantage"], advantage)
+    assert_close(td["value_target"], value_target)
+
+
+@every_estimator
+@every_backend
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf")])
+def test_next_observation_of_a_terminal_step_reaches_no_result_and_no_gradient(name, backend, garbage):
+    def results(data):
+        network = critic()
+        leaves = [data["obs"].requires_grad_(), *network.parameters()]
+        e = estimator(name, backend=backend, value_network=network, differentiable=True)
+        out = e(data.copy())
+        estimate = e.value_estimate(data, *([] if name == "GAE" else [TensorDict.from_module(network)]))
+        total = out["advantage"].sum() + out["value_target"].sum() + out["state_value"].sum() + estimate.sum()
+        grads = torch.autograd.grad(total, leaves, allow_unused=True)
+        return [out["advantage"], out["value_target"], estimate, *(g for g in grads if g is not None)]
+
+    clean, dirty = rollout(), rollout()
+    terminal = dirty["next", "terminated"].expand_as(dirty["next", "obs"])
+    assert terminal.any()
+    dirty["next", "obs"] = dirty["next", "obs"].masked_fill(terminal, garbage)
+    for a, e in zip(results(dirty), results(clean), strict=True):
+        assert_close(a, e)
+
+
+@every_estimator
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf")])
+def test_next_value_of_a_terminal_step_that_is_given_reaches_no_result(name, garbage):
+    def data():
+        td = rollout()
+        td["state_value"], td["next", "state_value"] = td["obs"][..., :1], td["next", "obs"][..., :1]
+        return td
+
+    dirty = data()
+    dirty["next", "state_value"] = dirty["next", "state_value"].masked_fill(dirty["next", "terminated"], garbage)
+    expected, actual = (estimator(name, value_network=None)(x) for x in (data(), dirty))
+    for key in ("advantage", "value_target"):
+        assert_close(actual[key], expected[key])
+
+
+@every_estimator
+def test_a_next_observation_that_was_not_stored_is_replaced_by_the_observation(name):
+    data = rollout()
+    data["next", "terminated"][0, 3], data["next", "done"][0, 3] = False, True
+    data["next", "obs"][0, 3] = float("nan")
+    td = estimator(name)(data)
+    assert_close(td["next", "state_value"][0, 3], td["state_value"][0, 3])
+    assert td["next", "obs"][0, 3].isnan().all()
+
+
+@every_estimator
+@every_backend
+def test_terminated_without_done_ends_the_trajectory(name, backend):
+    data = rollout()
+    data["next", "terminated"][:, 4] = True
+    without = data.clone()
+    without["next", "done"] &= ~without["next", "terminated"]
+    data["next", "done"] |= data["next", "terminated"]
+    for key in ("advantage", "value_target"):
+        assert_close(*(estimator(name, backend=backend)(x)[key] for x in (without, data)))
+
+
+@every_estimator
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_masks_of_any_dtype_are_true_where_not_zero(name, backend, dtype):
+    data = rollout()
+    expected = estimator(name, backend=backend)(data.clone())
+    for key in ("done", "terminated"):
+        data["next", key] = data["next", key].to(dtype) * 2
+    assert_close(estimator(name, backend=backend)(data)["advantage"], expected["advantage"])
+
+
+@every_estimator
+@every_backend
+def test_integer_rewards_are_computed_in_floating_point(name, backend):
+    data = rollout()
+    data["next", "reward"] = torch.arange(18).view(2, 9, 1) - 9
+    td = estimator(name, backend=backend)(data)
+    assert td["advantage"].dtype == torch.float64
+    assert_close(
+        td["value_target"], expected_from_functional(name, td.set(("next", "reward"), td["next", "reward"].double()))[1]
+    )
+
+
+@every_estimator
+@every_backend
+@pytest.mark.parametrize("batch", [(3, 1), (3, 0), (0, 4), (5,)], ids=str)
+def test_degenerate_batches_give_the_shape_of_the_reward(name, backend, batch):
+    td = estimator(name, backend=backend)(rollout(batch))
+    for key in WRITTEN:
+        assert td[key].shape == (*batch, 1)
+        assert td[key].isfinite().all()
+
+
+@every_estimator
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_comes_out_as_it_came_and_is_computed_in_float32(name, backend, dtype):
+    data = rollout((2, 40), dtype=dtype)
+    td = estimator(name, backend=backend, value_network=critic(dtype))(data)
+    assert all(td[key].dtype == dtype for key in WRITTEN)
+    _, value_target = expected_from_functional(name, td.apply(lambda x: x.double() if x.is_floating_point() else x))
+    # Rounding the output is the only error: half a unit in the last place of the largest.
+    tolerance = {"rtol": 0, "atol": TOLERANCE[dtype]["atol"] * (1 + value_target.abs().max().item())}
+    torch.testing.assert_close(td["value_target"].double(), value_target, **tolerance)
+
+
+@every_estimator
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double"])
+def test_casting_a_module_leaves_gamma_and_lambda_alone(name, cast):
+    parent = nn.ModuleList([estimator(name)])
+    getattr(parent, cast)()
+    for key, x in HYPERPARAMETERS[name].items():
+        buffer = getattr(parent[0], key)
+        assert buffer.dtype == torch.float64
+        assert buffer.item() == x
+    tensors = estimator(name, **{key: torch.tensor(x) for key, x in HYPERPARAMETERS[name].items()})
+    getattr(tensors, cast)()
+    assert tensors.gamma.dtype == torch.float32
+
+
+@every_estimator
+def test_moving_a_module_moves_gamma_and_lambda(name):
+    e = estimator(name).to("meta").to(torch.bfloat16)
+    assert all(x.device.type == "meta" and x.dtype == torch.float64 for x in e.buffers())
+
+
+@every_estimator
+@every_backend
+def test_float64_data_is_discounted_in_float64(name, backend):
+    td = estimator(name, backend=backend, gamma=0.99)(rollout((1, 30)))
+    # 0.99 in float32 is off by 5e-10, thousands of times this tolerance.
+    for key, expected in zip(
+        ("advantage", "value_target"), expected_from_functional(name, td, gamma=0.99), strict=True
+    ):
+        torch.testing.assert_close(td[key], expected, rtol=1e-13, atol=1e-13)
+
+
+@every_estimator
+@every_backend
+@pytest.mark.parametrize("shape", [(), (1,), (2, 1, 1), (2, 9, 1)], ids=str)
+def test_gamma_and_lambda_of_any_broadcastable_shape(name, backend, shape):
+    tensors = {key: torch.full(shape, x, dtype=torch.float64) for key, x in HYPERPARAMETERS[name].items()}
+    expected = estimator(name, backend=backend)(rollout())
+    actual = estimator(name, backend=backend, **tensors)(rollout())
+    assert_close(actual["advantage"], expected["advantage"])
+
+
+@every_estimator
+def test_gradient_reaches_a_tensor_gamma(name):
+    data = rollout()
+
+    def target(gamma):
+        return estimator(name, gamma=gamma, differentiable=True)(data.clone())["value_target"]
+
+    gamma = torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(target, (gamma,))
+
+
+@every_estimator
+@every_backend
+def test_nothing_waits_on_the_host(name, backend):
+    e = estimator(name, backend=backend, differentiable=True)
+    data = rollout()
+    data["next", "reward"].requires_grad_()
+    with no_host_sync():
+        td = e(data)
+        e.value_estimate(data)
+        if backend == "torch":  # the reference loop differentiates itself, which no dispatch mode lets it do
+            td["advantage"].sum().backward()
+
+
+@every_estimator
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shifted": True, "shifted_budget": 2},
+        {"average_rewards": True},
+        {"value_chunk_size": 1},
+        {"deactivate_vmap": True},
+    ],
+    ids=str,
+)
+def test_nothing_waits_on_the_host_whatever_the_options(name, options):
+    e, data = estimator(name, **options), rollout()
+    data["next", "reward"] = data["next", "reward"].abs()
+    with no_host_sync():
+        e(data)
+
+
+@pytest.mark.parametrize(
+    "options", [{"average_gae": True}, {"average_gae": True, "shifted": True}, {"auto_reset_env": True}], ids=str
+)
+def test_nothing_waits_on_the_host_whatever_the_options_of_gae(options):
+    e, data = estimator("GAE", **options), rollout()
+    with no_host_sync():
+        e(data)
+
+
+@every_estimator
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"differentiable": True},
+        {"deactivate_vmap": True},
+        {"shifted": True, "shifted_budget": 2},
+        {"skip_existing": True},
+        {"value_chunk_size": 1, "average_rewards": True},
+    ],
+    ids=str,
+)
+def test_compiled_as_one_graph_equals_eager(name, options):
+    torch._dynamo.reset()
+    network = critic()
+    params = TensorDict.from_module(network).data.clone() if "differentiable" in options else None
+    e = estimator(name, value_network=network, **options)
+    compiled = torch.compile(e, fullgraph=True, backend="eager")
+    expected, actual = (f(rollout(), params=params) for f in (e, compiled))
+    assert set(actual.keys(True, True)) == set(expected.keys(True, True))
+    for key in WRITTEN:
+        assert_close(actual[key], expected[key])
+
+
+@every_estimator
+def test_compiled_value_estimate_with_gradients_equals_eager(name):
+    torch._dynamo.reset()
+    e = estimator(name, gamma=torch.tensor(0.9, dtype=torch.float64))
+    compiled = torch.compile(e.value_estimate, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (e.value_estimate, compiled):
+        data = rollout()
+        data["next", "reward"].requires_grad_()
+        output = function(data)
+        results.append((output, *torch.autograd.grad(output.sum(), data["next", "reward"])))
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", ["GAE", "TDLambdaEstimator"])
+def test_without_flags_the_fast_path_is_taken(name, monkeypatch):
+    from fusedrl.kernels import operators
+
+    ran = []
+    module = operators.backend_module
+    monkeypatch.setattr(operators, "backend_module", lambda backend: ran.append(backend) or module(backend))
+    monkeypatch.delenv("FUSEDRL_BACKEND", raising=False)
+    estimator(name, backend=None)(rollout())
+    estimator(name, backend=None, vectorized=True)(rollout())
+    assert set(ran) <= {"torch", "triton"}
+    assert len(ran) == 2
+    estimator(name, backend=None, vectorized=False)(rollout())
+    assert ran[2:] == ["reference"]
+
+
+def test_the_nearest_choice_of_backend_wins(monkeypatch):
+    from fusedrl.kernels import operators
+
+    ran = []
+    module = operators.backend_module
+    monkeypatch.setattr(operators, "backend_module", lambda backend: ran.append(backend) or module(backend))
+    monkeypatch.setenv("FUSEDRL_BACKEND", "torch")
+    with use_backend("reference"):
+        estimator("GAE", backend=None)(rollout())
+        estimator("GAE", backend="torch")(rollout())
+    estimator("GAE", backend=None)(rollout())
+    assert ran == ["reference", "torch", "torch"]
+
+
+def test_average_gae_standardises_over_the_batch_in_float32_at_least():
+    plain = estimator("GAE")(rollout())["advantage"]
+    actual = estimator("GAE", average_gae=True)(rollout())["advantage"]
+    assert_close(actual, (plain - plain.mean()) / plain.std())
+    half = estimator("GAE", average_gae=True, value_network=critic(torch.float16))(rollout(dtype=torch.float16))
+    torch.testing.assert_close(half["advantage"].double(), actual, rtol=0, atol=0.02)
+
+
+def test_average_gae_of_a_single_step_is_zero():
+    assert estimator("GAE", average_gae=True)(rollout((1, 1)))["advantage"].item() == 0
+
+
+@pytest.mark.parametrize("name", [x for x in NAMES if x != "GAE"])
+def test_average_rewards_leaves_the_callers_rewards_alone(name):
+    data = rollout()
+    reward = data["next", "reward"]
+    td = estimator(name, average_rewards=True)(data)
+    assert td["next", "reward"] is reward
+    assert_close(td["value_target"], estimator(name, average_rewards=True).value_estimate(td))
+    td["next", "reward"] = (reward - reward.mean()) / reward.std()
+    assert_close(td["value_target"], expected_from_functional(name, td)[1])
+
+
+def test_an_environment_that_resets_itself_bootstraps_from_the_steps_own_value():
+    td = estimator("GAE", auto_reset_env=True)(rollout())
+    td["next", "state_value"] = torch.where(td["next", "done"], td["state_value"], td["next", "state_value"])
+    assert_close(td["advantage"], expected_from_functional("GAE", td)[0])
+
+
+@every_estimator
+def test_n_step_data_is_discounted_by_gamma_to_the_n(name):
+    data = rollout()
+    n = torch.randint(1, 4, (2, 9, 1), generator=torch.Generator().manual_seed(0))
+    for steps in (n, n.squeeze(-1)):
+        td = estimator(name)(data.clone().set("steps_to_next_obs", steps))
+        assert_close(td["value_target"], expected_from_functional(name, td, gamma=0.9 ** n.double())[1])
+
+
+@every_estimator
+@pytest.mark.parametrize("time_dim", [0, 1, 2, -1, -3])
+def test_time_dim_of_the_constructor_and_of_a_call(name, time_dim):
+    data = rollout((3, 4, 5))
+    moved = TensorDict({"obs": data["obs"], "next": data["next"]}, data.batch_size).apply(
+        lambda x: x.movedim(time_dim % 3, 2), batch_size=torch.empty(data.batch_size).movedim(time_dim, -1).shape
+    )
+    expected = estimator(name)(moved)["value_target"].movedim(2, time_dim % 3)
+    assert_close(estimator(name, time_dim=time_dim)(data.clone())["value_target"], expected)
+    assert_close(estimator(name)(data.clone(), time_dim=time_dim)["value_target"], expected)
+    assert_close(estimator(name).value_estimate(data, time_dim=time_dim), expected)
+
+
+@every_estimator
+def test_value_estimate_leaves_the_tensordict_as_it_is(name):
+    data = rollout()
+    before = snapshot(data)
+    assert_close(estimator(name).value_estimate(data), estimator(name)(rollout())["value_target"])
+    assert_untouched(data, before)
+
+
+@pytest.mark.parametrize("name", [x for x in NAMES if x != "GAE"])
+def test_value_estimate_needs_no_current_observation(name):
+    data = rollout()
+    expected = estimator(name).value_estimate(data)
+    data.pop("obs")
+    assert_close(estimator(name).value_estimate(data), expected)
+
+
+@every_estimator
+def test_without_differentiable_nothing_has_a_graph(name):
+    data = rollout()
+    data["obs"].requires_grad_()
+    td = estimator(name)(data)
+    assert not any(td[key].requires_grad for key in WRITTEN)
+
+
+@every_estimator
+def test_the_networks_parameters_are_constants(name):
+    network = critic()
+    data = rollout()
+    data["obs"].requires_grad_()
+    td = estimator(name, value_network=network, differentiable=True)(data)
+    total = sum(td[key].sum() for key in WRITTEN)
+    grads = torch.autograd.grad(total, list(network.parameters()), allow_unused=True)
+    assert all(g is None for g in grads)
+    assert all(p.requires_grad for p in network.parameters())
+
+
+@every_estimator
+def test_called_with_tensors_it_returns_the_out_keys_in_order(name):
+    e = estimator(name)
+    td = e(rollout())
+    advantage, value_target = e(**as_keywords(rollout()))
+    assert torch.equal(advantage, td["advantage"])
+    assert torch.equal(value_target, td["value_target"])
+
+
+def test_select_out_keys_and_reset_out_keys():
+    e = estimator("GAE")
+    e.select_out_keys("value_target")
+    assert e.out_keys == ["value_target"]
+    assert torch.equal(e(**as_keywords(rollout())), estimator("GAE")(rollout())["value_target"])
+    assert "advantage" not in e(rollout())
+    e.reset_out_keys()
+    e.set_keys(advantage="adv")
+    assert e.out_keys == ["adv", "value_target"]
+
+
+@every_estimator
+def test_keys_can_be_renamed_in_the_constructor_and_by_set_keys(name):
+    network = TensorDictModule(nn.Linear(3, 1).double(), in_keys=["obs"], out_keys=["v"])
+    e = estimator(name, value_network=network, value_key="v", advantage_key="adv", value_target_key=("t", "v"))
+    e.set_keys(reward=("agent", "reward"), done="end", terminated="dead")
+    data = rollout()
+    for old, new in (("reward", ("agent", "reward")), ("done", "end"), ("terminated", "dead")):
+        data["next"].rename_key_(old, new)
+    td = e(data)
+    assert {"v", "adv", ("t", "v"), ("next", "v")} <= set(td.keys(True, True))
+    assert "advantage" not in td
+
+
+@every_estimator
+def test_estimators_can_be_copied_and_pickled(name):
+    e = estimator(name)
+    expected = e(rollout())["advantage"]
+    for other in (copy.deepcopy(e), pickle.loads(pickle.dumps(e))):
+        assert torch.equal(other(rollout())["advantage"], expected)
+
+
+@every_estimator
+def test_a_state_dict_restores_gamma_and_lambda(name):
+    e = estimator(name, **dict.fromkeys(HYPERPARAMETERS[name], 0.5))
+    e.load_state_dict(estimator(name).state_dict(), strict=True)
+    assert {k: getattr(e, k).item() for k in HYPERPARAMETERS[name]} == HYPERPARAMETERS[name]
+    assert list(e.parameters()) == []
+
+
+def test_the_older_names_are_the_same_classes():
+    assert (E.TD0Estimate, E.TD1Estimate, E.TDLambdaEstimate) == (E.TD0Estimator, E.TD1Estimator, E.TDLambdaEstimator)

@@ -1,0 +1,283 @@
+"""How estimators call their value network: at once, in turn, in chunks, shifted, not at all, with whose parameters."""
+
+import fusedrl.estimators as E
+import pytest
+import torch
+from fusedrl.estimators.shifted import shifted_values
+from fusedrl.estimators.steps import standardize
+from helpers_estimators import assert_close, critic, rollout
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule, set_skip_existing
+from torch import nn
+
+HYPERPARAMETERS = {
+    "GAE": {"gamma": 0.5, "lmbda": 1.0},
+    "TD0Estimator": {"gamma": 0.5},
+    "TD1Estimator": {"gamma": 0.5},
+    "TDLambdaEstimator": {"gamma": 0.5, "lmbda": 1.0},
+}
+NAMES = list(HYPERPARAMETERS)
+every_estimator = pytest.mark.parametrize("name", NAMES)
+
+
+def estimator(name, **options):
+    return getattr(E, name)(**{**HYPERPARAMETERS[name], "backend": "torch", **options})
+
+
+class Recording(nn.Module):
+    """The sum over features; remembers the shapes and values it was called on (under vmap, the shapes alone)."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes, self.seen = [], []
+
+    def forward(self, obs):
+        self.shapes.append(tuple(obs.shape))
+        if not torch._C._functorch.is_batchedtensor(obs):
+            self.seen.append(obs.flatten().tolist())
+        return obs.sum(-1, keepdim=True)
+
+
+def recording():
+    module = Recording()
+    return module, TensorDictModule(module, in_keys=["obs"], out_keys=["state_value"])
+
+
+def trajectory(steps=6, truncated=(), terminated=()):
+    """Observations 1, 2, 3 …; the next observation of a step t that ends a trajectory is 100 + t."""
+    obs = torch.arange(1.0, steps + 1).view(1, steps, 1)
+    next_obs = obs + 1
+    done, term = torch.zeros(2, 1, steps, 1, dtype=torch.bool)
+    for t in (*truncated, *terminated):
+        done[:, t], next_obs[:, t] = True, 100 + t
+    term[:, list(terminated)] = True
+    entries = {"obs": next_obs, "reward": torch.ones(1, steps, 1), "done": done, "terminated": term}
+    return TensorDict({"obs": obs, "next": entries}, [1, steps])
+
+
+@every_estimator
+def test_both_observations_go_through_the_network_in_one_call_under_vmap(name):
+    module, network = recording()
+    estimator(name, value_network=network)(rollout((2, 5)))
+    assert module.shapes == [(2, 5, 3)]
+    assert module.seen == []
+
+
+@every_estimator
+def test_without_vmap_the_network_is_called_twice(name):
+    module, network = recording()
+    estimator(name, value_network=network, deactivate_vmap=True)(rollout((2, 5)))
+    assert module.shapes == [(2, 5, 3)] * 2
+    assert len(module.seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "shapes"),
+    [
+        ({"value_chunk_size": 2}, [(2, 4, 3), (1, 4, 3)] * 2),
+        ({"num_chunks": 3}, [(1, 4, 3)] * 6),
+        ({"num_chunk": 3}, [(1, 4, 3)] * 6),
+        ({"value_chunk_size": 3, "value_chunk_dim": 1}, [(3, 3, 3), (3, 1, 3)] * 2),
+        ({"num_chunks": 2, "value_chunk_dim": -1}, [(3, 2, 3)] * 4),
+        ({"value_chunk_size": 100}, [(3, 4, 3)] * 2),
+        ({"value_chunk_size": 3, "value_chunk_dim": 1, "shifted": True}, [(3, 3, 3), (3, 2, 3)]),
+    ],
+    ids=str,
+)
+def test_chunks_of_the_network_call(options, shapes):
+    module, network = recording()
+    estimator("GAE", value_network=network, **options)(rollout((3, 4)))
+    assert module.shapes == shapes
+
+
+@every_estimator
+@pytest.mark.parametrize("targets", [False, True])
+def test_parameters_are_those_that_are_passed(name, targets):
+    network, other, third = critic(), critic(), critic()
+    for i, module in enumerate((other, third), start=1):
+        for p in module.parameters():
+            p.data += 0.1 * i
+    params = TensorDict.from_module(other).data
+    target_params = TensorDict.from_module(third).data if targets else None
+    td = estimator(name, value_network=network)(rollout(), params=params, target_params=target_params)
+    assert_close(td["state_value"], other(rollout())["state_value"].detach())
+    assert_close(td["next", "state_value"], (third if targets else other)(rollout()["next"])["state_value"].detach())
+    assert_close(network(rollout())["state_value"], critic()(rollout())["state_value"])
+
+
+@every_estimator
+def test_without_a_network_the_values_of_the_tensordict_are_used_and_stay(name):
+    data = rollout()
+    data["state_value"], data["next", "state_value"] = data["obs"][..., :1], data["next", "obs"][..., :1]
+    value, next_value = data["state_value"], data["next", "state_value"]
+    td = estimator(name, value_network=None)(data)
+    assert td["state_value"] is value
+    assert td["next", "state_value"] is next_value
+    identity = TensorDictModule(lambda obs: obs[..., :1], in_keys=["obs"], out_keys=["state_value"])
+    assert_close(td["advantage"], estimator(name, value_network=identity)(rollout())["advantage"])
+
+
+@every_estimator
+@pytest.mark.parametrize(
+    ("skip_existing", "globally", "skips"),
+    [(True, False, True), (False, True, False), (None, True, True), (None, False, False)],
+)
+def test_values_that_exist_are_used_only_if_told(name, skip_existing, globally, skips):
+    module, network = recording()
+    data = rollout()
+    data["state_value"], data["next", "state_value"] = torch.full((2, 2, 9, 1), 7.0).double().unbind(0)
+    e = estimator(name, value_network=network, skip_existing=skip_existing)
+    with set_skip_existing(globally):
+        td = e(data)
+    assert bool(module.shapes) != skips
+    assert (td["state_value"] == 7).all() == skips
+    assert (td["next", "state_value"] == 7).all() == skips
+
+
+@every_estimator
+def test_a_value_that_exists_for_one_of_the_observations_spares_half_of_the_call(name):
+    module, network = recording()
+    data = rollout()
+    data["state_value"] = torch.full((2, 9, 1), 7.0).double()
+    td = estimator(name, value_network=network, skip_existing=True)(data)
+    assert module.shapes == [(2, 9, 3)]
+    assert_close(td["next", "state_value"], data["next", "obs"].sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("truncated", "terminated", "budget", "sequence", "valid"),
+    [
+        ((), (), 1, [1, 2, 3, 4, 5, 6, 7], 6),
+        ((5,), (), 1, [1, 2, 3, 4, 5, 6, 105], 6),
+        ((2,), (), 1, [1, 2, 3, 102, 4, 5, 6], 5),
+        ((2,), (), 2, [1, 2, 3, 102, 4, 5, 6, 7], 6),
+        ((), (2,), 1, [1, 2, 3, 4, 5, 6, 7], 6),
+        ((1, 3), (), 1, [1, 2, 101, 3, 4, 103, 5], 4),
+        ((1, 3), (), 2, [1, 2, 101, 3, 4, 103, 5, 6], 5),
+        ((0, 1), (3,), 1, [1, 100, 2, 101, 3, 4, 5], 4),
+    ],
+    ids=str,
+)
+def test_a_shifted_call_sees_each_observation_once_and_true_next_ones_after_truncations(
+    truncated, terminated, budget, sequence, valid
+):
+    module, network = recording()
+    td = estimator("GAE", value_network=network, shifted=True, shifted_budget=budget)(
+        trajectory(truncated=truncated, terminated=terminated)
+    )
+    assert module.seen == [sequence]
+    assert td["shifted_valid"].tolist() == [[t < valid for t in range(6)]]
+    assert td["state_value"].flatten()[:valid].tolist() == list(range(1, valid + 1))
+    for t in range(valid):
+        if t not in terminated:
+            assert td["next", "state_value"][0, t] == trajectory(truncated=truncated)["next", "obs"][0, t]
+
+
+@every_estimator
+@pytest.mark.parametrize(("truncated", "terminated"), [((2,), ()), ((1, 3), ()), ((0, 1), (3,)), ((1,), (4,))], ids=str)
+def test_steps_that_do_not_fit_a_shifted_call_count_for_nothing(name, truncated, terminated):
+    _, network = recording()
+    td = estimator(name, value_network=network, shifted=True)(trajectory(truncated=truncated, terminated=terminated))
+    valid = int(td["shifted_valid"].sum())
+    assert 0 < valid < 6
+    # The valid steps are estimated as though the trajectory had been truncated after the last of them.
+    data = trajectory(truncated=truncated, terminated=terminated)[:, :valid]
+    expected = estimator(name, value_network=network)(data)
+    for key in ("advantage", "value_target"):
+        assert_close(td[key][:, :valid], expected[key])
+        assert (td[key][:, valid:] == 0).all()
+
+
+@every_estimator
+@pytest.mark.parametrize("shape", [(3, 8), (2, 3, 8)], ids=str)
+def test_a_shifted_call_with_enough_budget_equals_the_unshifted(name, shape):
+    data = rollout(shape, seed=5, consistent=True)
+    # A terminal step's next value is that of another observation, and not read.
+    expected = estimator(name, value_network=critic())(data.clone())
+    actual = estimator(name, value_network=critic(), shifted=True, shifted_budget=8)(data.clone())
+    assert actual["shifted_valid"].all()
+    for key in ("advantage", "value_target", "state_value"):
+        assert_close(actual[key], expected[key])
+
+
+def test_average_gae_standardises_over_the_valid_steps():
+    _, network = recording()
+    data = trajectory(truncated=(2,))
+    plain = estimator("GAE", value_network=network, shifted=True)(data.clone())["advantage"]
+    actual = estimator("GAE", value_network=network, shifted=True, average_gae=True)(data)["advantage"]
+    valid = plain[:, :5]
+    assert_close(actual[:, :5], (valid - valid.mean()) / valid.std())
+    assert actual[:, 5] == 0
+
+
+@pytest.mark.parametrize("batch", [(2, 0), (0, 3), (2, 1)], ids=str)
+def test_degenerate_batches_can_be_shifted(batch):
+    td = estimator("GAE", value_network=critic(), shifted=True)(rollout(batch))
+    assert td["advantage"].shape == (*batch, 1)
+
+
+def test_shifted_time_can_be_any_dimension():
+    data = rollout((3, 8), seed=5, consistent=True)
+    truncated = (data["next", "done"] & ~data["next", "terminated"]).squeeze(-1)
+
+    def network(x):
+        return x["obs"].sum(-1, keepdim=True)
+
+    expected = shifted_values(network, data.select("obs"), data["next"].select("obs"), truncated, 1, 2)
+    flipped = [x.transpose(0, 1) for x in (data.select("obs"), data["next"].select("obs"), truncated)]
+    actual = shifted_values(network, *flipped, 0, 2)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a.transpose(0, 1), e)
+
+
+class Cumulative(nn.Module):
+    """A recurrent network over dimension 1: observations summed since the last start of an episode."""
+
+    def forward(self, obs, is_init):
+        state, states = torch.zeros_like(obs[:, 0]), []
+        for t in range(obs.shape[1]):
+            state = torch.where(is_init[:, t], 0, state) + obs[:, t]
+            states.append(state)
+        return torch.stack(states, 1)
+
+
+def test_recurrent_networks_continue_into_an_inserted_next_observation_and_start_afresh_after_it():
+    network = TensorDictModule(Cumulative(), in_keys=["obs", "is_init"], out_keys=["state_value"])
+    data = trajectory(truncated=(0, 2))
+    data["is_init"] = torch.tensor([1, 1, 0, 1, 0, 0], dtype=torch.bool).view(1, 6, 1)
+    td = estimator("TD0Estimator", value_network=network, shifted=True, shifted_budget=3)(data)
+    assert td["state_value"].flatten().tolist() == [1, 2, 5, 4, 9, 15]
+    assert td["next", "state_value"].flatten().tolist() == [101, 5, 107, 9, 15, 22]
+
+
+def test_dropout_draws_differently_for_each_observation_unless_told():
+    network = critic(module=nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 1).double()))
+    assert estimator("GAE", value_network=critic()).vmap_randomness == "error"
+    e = estimator("GAE", value_network=network)
+    assert e.vmap_randomness == "different"
+    data = rollout()
+    data["next", "obs"] = data["obs"].clone()
+    td = e(data.clone())
+    assert not torch.equal(td["state_value"], td["next", "state_value"])
+    e.set_vmap_randomness("same")
+    td = e(data.clone())
+    assert torch.equal(td["state_value"], td["next", "state_value"])
+    with pytest.raises(ValueError, match="'sometimes'"):
+        e.set_vmap_randomness("sometimes")
+
+
+@every_estimator
+def test_the_network_gets_the_keywords_of_value_estimate(name):
+    class Scaled(nn.Module):
+        def forward(self, obs, scale=1.0):
+            return obs.sum(-1, keepdim=True) * scale
+
+    network = TensorDictModule(Scaled(), in_keys=["obs"], out_keys=["state_value"])
+    e = estimator(name, value_network=network, deactivate_vmap=True)
+    assert not torch.equal(e.value_estimate(rollout(), scale=2.0), e.value_estimate(rollout()))
+
+
+def test_standardising_ignores_what_is_not_valid_even_nan():
+    x = torch.tensor([1.0, 2.0, 6.0, float("nan")])
+    actual = standardize(x, torch.tensor([True, True, True, False]))
+    assert_close(actual[:3], (x[:3] - x[:3].mean()) / x[:3].std())
