@@ -31,6 +31,30 @@ def masked_mean(x: Tensor, mask: Tensor | None = None, dim: int | None = None) -
     return kept.sum(dim) / mask.sum(dim).clamp_min(1)
 
 
+# --- REINFORCE and A2C ------------------------------------------------------------------------------------------
+
+
+def policy_gradient_objective(log_prob: Tensor, advantage: Tensor) -> Tensor:
+    r"""Likelihood-ratio objective, whose gradient is that of the expected return if A is a constant.
+
+    .. math::
+        L_t = A_t \log π_θ(a_t|s_t)
+
+    Args:
+        log_prob: log π_θ(a_t|s_t), shape ``[*B, 1]``.
+        advantage: A_t, the same shape: a return, less a baseline that doesn't depend on the action.
+
+    Examples:
+        >>> policy_gradient_objective(torch.tensor([-0.5, -1.0]), torch.tensor([2.0, -1.0]))
+        tensor([-1.,  1.])
+
+    See Williams 1992, Simple statistical gradient-following algorithms for connectionist reinforcement learning,
+    https://doi.org/10.1007/BF00992696, section 5.
+
+    """
+    return log_prob * advantage
+
+
 # --- PPO: the objectives ----------------------------------------------------------------------------------------
 
 

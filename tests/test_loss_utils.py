@@ -1,0 +1,200 @@
+"""The small functions that losses share."""
+
+import pytest
+import torch
+from fusedrl import losses
+from fusedrl.losses.reduction import align, reduce_loss
+from fusedrl.losses.utils import check_distance, clipped_value_loss
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+
+# --- distances --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("l1", [0.0, 0.5, 3.0]), ("l2", [0.0, 0.25, 9.0]), ("smooth_l1", [0.0, 0.125, 2.5])]
+)
+def test_distance_is_taken_element_by_element(name, expected):
+    distance = losses.distance_loss(torch.tensor([0.0, -0.5, 3.0]), torch.zeros(3), name)
+    assert distance.tolist() == expected
+
+
+def test_distance_of_tensordicts_is_taken_entry_by_entry():
+    a, b = TensorDict(x=torch.ones(2), y=torch.zeros(2)), TensorDict(x=torch.zeros(2), y=torch.zeros(2))
+    distance = losses.distance_loss(a, b, "l2")
+    assert distance["x"].tolist() == [1, 1]
+    assert distance["y"].tolist() == [0, 0]
+
+
+def test_distance_refuses_to_broadcast_unless_told():
+    a, b = torch.zeros(2, 1), torch.ones(3)
+    with pytest.raises(RuntimeError, match=r"\(2, 1\) and \(3,\)"):
+        losses.distance_loss(a, b, "l2")
+    assert losses.distance_loss(a, b, "l2", strict_shape=False).shape == (2, 3)
+
+
+def test_unknown_distance_is_named():
+    with pytest.raises(ValueError, match="'foo'"):
+        losses.distance_loss(torch.zeros(1), torch.zeros(1), "foo")
+    with pytest.raises(ValueError, match="loss_critic_type is 'foo'"):
+        check_distance("foo", "loss_critic_type")
+
+
+@pytest.mark.parametrize("clip_value", [0.25, torch.tensor(0.25)])
+def test_clipped_value_loss_takes_the_worse_of_both(clip_value):
+    old = torch.zeros(4)
+    value = torch.tensor([0.125, 1.0, -1.0, 1.0], requires_grad=True)
+    target = torch.tensor([1.0, 1.0, 1.0, -1.0])
+    loss, clipped = clipped_value_loss(old, value, target, clip_value, "l1")
+    # within the range; clipped at 0.25, 0.75 off; −1 itself is further off; 1 itself is further off
+    assert loss.tolist() == [0.875, 0.75, 2.0, 2.0]
+    assert clipped.tolist() == [0, 1, 1, 1]
+    # No gain is left where the clipped one is worse.
+    assert torch.autograd.grad(loss.sum(), value)[0].tolist() == [-1, 0, -1, 1]
+
+
+# --- holding out ------------------------------------------------------------------------------------------------
+
+
+def test_held_out_network_requires_no_grad_and_then_what_it_did():
+    net = nn.Linear(2, 1)
+    net.bias.requires_grad_(False)
+    with losses.hold_out_net(net):
+        assert not any(p.requires_grad for p in net.parameters())
+    assert net.weight.requires_grad
+    assert not net.bias.requires_grad
+
+
+def test_held_out_parameters_are_detached():
+    p = torch.ones(2, requires_grad=True)
+    with losses.hold_out_params([p]) as (held,):
+        assert not held.requires_grad
+        assert held.data_ptr() == p.data_ptr()
+    assert p.requires_grad
+
+
+# --- next_state_value -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data():
+    torch.manual_seed(0)
+    following = {
+        "observation": torch.randn(5, 3),
+        "reward": torch.randn(5, 1),
+        "done": torch.tensor([[False], [True], [True], [False], [False]]),
+        "terminated": torch.tensor([[False], [True], [False], [False], [False]]),
+    }
+    return TensorDict({"next": following}, [5])
+
+
+def test_next_state_value_is_the_one_step_target(data):
+    value = torch.randn(5, 1)
+    expected = data["next", "reward"] + 0.9 * value * ~data["next", "terminated"]
+    for shaped in (value, value.squeeze(-1)):
+        torch.testing.assert_close(losses.next_state_value(data, gamma=0.9, pred_next_val=shaped), expected.squeeze(-1))
+
+
+def test_next_state_value_asks_the_operator_without_touching_the_data(data):
+    operator = TensorDictModule(nn.Linear(3, 1), ["observation"], ["v"])
+    before = set(data.keys(True, True))
+    result = losses.next_state_value(data, operator, "v")
+    expected = losses.next_state_value(data, pred_next_val=operator.module(data["next", "observation"]))
+    torch.testing.assert_close(result, expected)
+    assert not result.requires_grad
+    assert set(data.keys(True, True)) == before
+
+
+def test_next_state_value_discounts_n_steps(data):
+    value = torch.ones(5, 1)
+    data["steps_to_next_obs"] = torch.tensor([[1], [1], [2], [3], [1]])
+    result = losses.next_state_value(data, gamma=0.5, pred_next_val=value)
+    expected = data["next", "reward"].squeeze(-1) + torch.tensor([0.5, 0.0, 0.25, 0.125, 0.5])
+    torch.testing.assert_close(result, expected)
+
+
+def test_next_value_of_a_terminal_step_is_never_read(data):
+    value = torch.ones(5, 1)
+    value[1] = torch.nan
+    assert losses.next_state_value(data, pred_next_val=value).isfinite().all()
+
+
+def test_done_stands_in_for_terminated(data):
+    del data["next", "terminated"]
+    result = losses.next_state_value(data, gamma=0.5, pred_next_val=torch.ones(5, 1))
+    assert (result - data["next", "reward"].squeeze(-1)).round(decimals=5).tolist() == [0.5, 0, 0, 0.5, 0.5]
+
+
+def test_next_state_value_needs_one_source(data):
+    with pytest.raises(ValueError, match="either operator or pred_next_val"):
+        losses.next_state_value(data)
+
+
+# --- optimizers -------------------------------------------------------------------------------------------------
+
+
+def test_grouped_optimizers_step_together():
+    nets = [nn.Linear(1, 1, bias=False) for _ in range(2)]
+    optimizers = [torch.optim.SGD(net.parameters(), lr=lr) for net, lr in zip(nets, (0.25, 0.5), strict=True)]
+    before = [net.weight.item() for net in nets]
+    group = losses.group_optimizers(*optimizers)
+    sum(net.weight.sum() for net in nets).backward()
+    group.step()
+    after = [net.weight.item() for net in nets]
+    assert [round(a - b, 5) for a, b in zip(before, after, strict=True)] == [0.25, 0.5]
+
+
+def test_grouped_optimizers_keep_their_state():
+    net = nn.Linear(1, 1)
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.ones(1)).sum().backward()
+    optimizer.step()
+    assert losses.group_optimizers(optimizer).state[net.weight]["step"] == 1
+
+
+def test_optimizers_of_different_classes_are_not_grouped():
+    p = nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match="Adam, SGD"):
+        losses.group_optimizers(torch.optim.SGD([p]), torch.optim.Adam([p]))
+    with pytest.raises(ValueError, match="none"):
+        losses.group_optimizers()
+
+
+# --- reduction --------------------------------------------------------------------------------------------------
+
+
+def test_weighted_mean_is_divided_by_the_weights_that_count():
+    loss, weights = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 3.0, 100.0])
+    mask = torch.tensor([True, True, False])
+    assert reduce_loss(loss, "mean", mask, weights) == 7 / 4
+    assert reduce_loss(loss, "sum", mask, weights) == 7
+    assert reduce_loss(loss, "none", mask, weights).tolist() == [1, 6, 0]
+
+
+def test_what_is_masked_gets_no_gradient():
+    loss = torch.tensor([1.0, torch.nan], requires_grad=True)
+    reduce_loss(loss, "mean", torch.tensor([True, False])).backward()
+    assert loss.grad.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1), (2, 3)])
+def test_one_value_per_sample_is_spread_over_features(shape):
+    x = torch.arange(2.0).reshape(2, *(1,) * (len(shape) - 1)).expand(shape)
+    assert align(x, torch.zeros(2, 3), "x").tolist() == [[0, 0, 0], [1, 1, 1]]
+    if shape != (2, 3):
+        assert align(x, torch.zeros(2), "x").tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 2), (2, 3, 2)])
+def test_values_that_are_not_one_per_sample_are_refused(shape):
+    with pytest.raises(RuntimeError, match="the mask has shape"):
+        align(torch.zeros(shape), torch.zeros(2, 3), "the mask")
+
+
+# --- re-exports -------------------------------------------------------------------------------------------------
+
+
+def test_everything_public_is_there():
+    for name in losses.__all__:
+        assert getattr(losses, name) is not None
