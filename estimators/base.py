@@ -14,6 +14,7 @@ from tensordict.nn import TensorDictModuleBase, composite_lp_aggregate, dispatch
 from torch import Tensor
 
 from ..kernels.backend import check_backend
+from .functional import widened
 from .shifted import shifted_values
 from .steps import Steps, any_right, cut, expand_right, standardize
 from .value_network import VMAP_RANDOMNESS, ValueNetwork, check_positive
@@ -301,8 +302,9 @@ class ValueEstimatorBase(TensorDictModuleBase):
 
     def _estimate(self, steps: Steps, value: Tensor, next_value: Tensor, time_dim: int) -> tuple[Tensor, Tensor]:
         """Advantage and value target of each step."""
-        value_target = self._value_target(steps, next_value, time_dim)
-        return value_target - value, value_target
+        reward, dtype = widened(steps.reward, value, next_value)
+        value_target = self._value_target(steps._replace(reward=reward), next_value, time_dim)
+        return (value_target - value).to(dtype), value_target.to(dtype)
 
     def _compute(
         self,
@@ -425,7 +427,7 @@ class ValueEstimatorBase(TensorDictModuleBase):
 
         A terminal step's next value is never read, but NaN or inf there would reach the gradients through the
         network: 0 · NaN is NaN. A NaN elsewhere stands for a next observation that wasn't stored; the current
-        observation takes its place.
+        observation takes its place, as a constant.
         """
         source = tensordict.get("next").copy()
         inputs = () if self.value_network is None else self.value_network.in_keys
@@ -443,7 +445,7 @@ class ValueEstimatorBase(TensorDictModuleBase):
             if isinstance(x, Tensor) and x.is_floating_point():
                 absent = x.isnan() | (expand_right(terminal, x) & x.isinf())
                 current = tensordict.get(key, None)
-                data.set(key, torch.where(absent, 0 if current is None else current, x))
+                data.set(key, torch.where(absent, 0 if current is None else current.detach(), x))
         return data
 
     def _check_value(self, key: NestedKey, value: Tensor, steps: Steps) -> None:

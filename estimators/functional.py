@@ -153,7 +153,9 @@ def td0_advantage_estimate(
 ) -> Tensor:
     """r_t + γ(1−term_t)v'_t − v_t."""
     _check_shapes(reward, state_value=state_value)
-    return td0_return_estimate(gamma, next_state_value, reward, terminated, done=done) - state_value
+    wide, dtype = widened(reward, next_state_value, state_value)
+    value_target = td0_return_estimate(gamma, next_state_value, wide, terminated, done=done)
+    return (value_target - state_value).to(dtype)
 
 
 # -- TD(1) -----------------------------------------------------------------------------------------------------------
@@ -324,18 +326,19 @@ def vec_td_lambda_advantage_estimate(
 ) -> Tensor:
     """`vec_td_lambda_return_estimate` − v_t."""
     _check_shapes(reward, state_value=state_value)
+    wide, dtype = widened(reward, next_state_value, state_value)
     value_target = vec_td_lambda_return_estimate(
         gamma,
         lmbda,
         next_state_value,
-        reward,
+        wide,
         done,
         terminated,
         rolling_gamma,
         time_dim=time_dim,
         backend=backend,
     )
-    return value_target - state_value
+    return (value_target - state_value).to(dtype)
 
 
 def td_lambda_advantage_estimate(
@@ -380,6 +383,19 @@ def reward2go(reward: Tensor, done: Tensor, gamma: Scalar, *, time_dim: int = -2
             f"done has shape {tuple(done.shape)}, but reward has shape {tuple(reward.shape)}: both must agree"
         )
     return kernels.reward_to_go(gamma, reward, done, time_dim=time_dim, backend=backend)
+
+
+def widened(reward: Tensor, *values: Tensor) -> tuple[Tensor, torch.dtype]:
+    """``reward`` so that an estimate comes out in float32 at least, and the dtype that its result is to have.
+
+    For differences of estimates, which are rounded to half precision once.
+    """
+    dtype = reward.dtype
+    for x in values:
+        dtype = torch.promote_types(dtype, x.dtype)
+    if not dtype.is_floating_point:
+        dtype = torch.get_default_dtype()
+    return (reward.float() if dtype in (torch.float16, torch.bfloat16) else reward), dtype
 
 
 def _check_shapes(reward: Tensor, **tensors: Tensor | None) -> None:

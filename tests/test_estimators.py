@@ -10,7 +10,6 @@ from fusedrl.estimators import functional as F
 from fusedrl.kernels import use_backend
 from helpers_estimators import (
     BACKENDS,
-    TOLERANCE,
     as_keywords,
     assert_close,
     assert_untouched,
@@ -20,7 +19,7 @@ from helpers_estimators import (
     snapshot,
 )
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictParams
 from torch import nn
 
 HYPERPARAMETERS = {
@@ -165,14 +164,13 @@ def test_degenerate_batches_give_the_shape_of_the_reward(name, backend, batch):
 @every_estimator
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_comes_out_as_it_came_and_is_computed_in_float32(name, backend, dtype):
-    data = rollout((2, 40), dtype=dtype)
-    td = estimator(name, backend=backend, value_network=critic(dtype))(data)
-    assert all(td[key].dtype == dtype for key in WRITTEN)
-    _, value_target = expected_from_functional(name, td.apply(lambda x: x.double() if x.is_floating_point() else x))
-    # Rounding the output is the only error: half a unit in the last place of the largest.
-    tolerance = {"rtol": 0, "atol": TOLERANCE[dtype]["atol"] * (1 + value_target.abs().max().item())}
-    torch.testing.assert_close(td["value_target"].double(), value_target, **tolerance)
+def test_half_precision_is_computed_in_float32_and_rounded_once(name, backend, dtype):
+    td = estimator(name, backend=backend, value_network=critic(dtype))(rollout((2, 40), dtype=dtype))
+    wide = td.apply(lambda x: x.float() if x.is_floating_point() else x)
+    expected = estimator(name, backend=backend, value_network=None)(wide)
+    for key in ("advantage", "value_target"):
+        assert td[key].dtype == dtype
+        assert torch.equal(td[key], expected[key].to(dtype))
 
 
 @every_estimator
@@ -267,16 +265,15 @@ def test_nothing_waits_on_the_host_whatever_the_options_of_gae(options):
         e(data)
 
 
-@every_estimator
 @pytest.mark.parametrize(
-    "options",
+    ("name", "options"),
     [
-        {},
-        {"differentiable": True},
-        {"deactivate_vmap": True},
-        {"shifted": True, "shifted_budget": 2},
-        {"skip_existing": True},
-        {"value_chunk_size": 1, "average_rewards": True},
+        *((name, {}) for name in NAMES),
+        *((name, {"differentiable": True}) for name in NAMES),
+        ("GAE", {"deactivate_vmap": True, "average_gae": True}),
+        ("GAE", {"shifted": True, "shifted_budget": 2, "auto_reset_env": True}),
+        ("TD0Estimator", {"skip_existing": True}),
+        ("TDLambdaEstimator", {"value_chunk_size": 1, "average_rewards": True}),
     ],
     ids=str,
 )
@@ -422,6 +419,53 @@ def test_the_networks_parameters_are_constants(name):
     grads = torch.autograd.grad(total, list(network.parameters()), allow_unused=True)
     assert all(g is None for g in grads)
     assert all(p.requires_grad for p in network.parameters())
+
+
+@every_estimator
+def test_parameters_that_are_passed_are_constants_and_target_parameters_enter_no_estimate(name):
+    network = critic()
+    data = rollout()
+    data["obs"].requires_grad_()
+    params, target_params = (TensorDictParams(TensorDict.from_module(network).data.clone()) for _ in range(2))
+    td = estimator(name, value_network=network, differentiable=True)(data, params=params, target_params=target_params)
+    total = td["advantage"].sum() + td["value_target"].sum()
+    leaves = [*params.values(True, True), *target_params.values(True, True)]
+    assert all(g is None for g in torch.autograd.grad(total, leaves, allow_unused=True))
+
+
+@every_estimator
+def test_next_values_are_constants_in_forward_and_differentiable_in_value_estimate(name):
+    data = rollout()
+    for key in ("obs", ("next", "obs")):
+        data[key].requires_grad_()
+    e = estimator(name, differentiable=True, deactivate_vmap=True)
+    td = e(data)
+    inputs = data["obs"], data["next", "obs"]
+    current, following = torch.autograd.grad(td["advantage"].sum(), inputs, allow_unused=True)
+    assert current is not None
+    assert following is None
+    if name != "GAE":
+        current, following = torch.autograd.grad(e.value_estimate(data).sum(), inputs, allow_unused=True)
+        assert current is None
+        assert following is not None
+
+
+@pytest.mark.parametrize("name", ["GAE", "TD1Estimator", "TDLambdaEstimator"])
+def test_the_dimension_named_time_is_time_else_the_last(name):
+    data = rollout((4, 5))
+    expected = [estimator(name, time_dim=d)(data.clone())["value_target"] for d in range(2)]
+    assert torch.equal(estimator(name)(data.clone())["value_target"], expected[1])
+    data.names = ["time", None]
+    assert torch.equal(estimator(name)(data.clone())["value_target"], expected[0])
+    assert torch.equal(estimator(name, time_dim=1)(data)["value_target"], expected[1])
+
+
+@every_estimator
+def test_the_next_tensordict_may_have_a_batch_size_of_its_own(name):
+    data = rollout()
+    expected = estimator(name)(data.clone())["advantage"]
+    data["next"].batch_size = [2]
+    assert torch.equal(estimator(name, value_chunk_size=4, value_chunk_dim=1)(data)["advantage"], expected)
 
 
 @every_estimator

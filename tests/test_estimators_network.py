@@ -250,6 +250,17 @@ def test_recurrent_networks_continue_into_an_inserted_next_observation_and_start
     assert td["next", "state_value"].flatten().tolist() == [101, 5, 107, 9, 15, 22]
 
 
+def test_next_trajectories_start_where_the_trajectories_do():
+    network = TensorDictModule(Cumulative(), in_keys=["obs", "is_init"], out_keys=["state_value"])
+    data = trajectory(truncated=(2,))
+    data["is_init"] = torch.tensor([1, 0, 0, 1, 0, 0], dtype=torch.bool).view(1, 6, 1)
+    for is_init in (None, torch.zeros(1, 6, 1, dtype=torch.bool)):
+        if is_init is not None:
+            data["next", "is_init"] = is_init
+        td = estimator("TD0Estimator", value_network=network, deactivate_vmap=True)(data.clone())
+        assert td["next", "state_value"].flatten().tolist() == [2, 5, 107, 5, 11, 18]
+
+
 def test_dropout_draws_differently_for_each_observation_unless_told():
     network = critic(module=nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 1).double()))
     assert estimator("GAE", value_network=critic()).vmap_randomness == "error"
