@@ -3,7 +3,9 @@
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
+import pytest
 import torch
+from fusedrl import estimators
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -19,6 +21,22 @@ TOLERANCE = {
 }
 BACKENDS = ("reference", "torch")
 OBSERVATION = 3
+HYPERPARAMETERS = {
+    "GAE": {"gamma": 0.9, "lmbda": 0.8},
+    "TD0Estimator": {"gamma": 0.9},
+    "TD1Estimator": {"gamma": 0.9},
+    "TDLambdaEstimator": {"gamma": 0.9, "lmbda": 0.8},
+}
+ESTIMATORS = list(HYPERPARAMETERS)
+WRITTEN = ["advantage", "value_target", "state_value", ("next", "state_value")]
+every_estimator = pytest.mark.parametrize("name", ESTIMATORS)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def estimator(name, **options):
+    """An estimator by name, on the torch backend and with a small network unless said otherwise."""
+    options.setdefault("value_network", critic())
+    return getattr(estimators, name)(**{**HYPERPARAMETERS[name], "backend": "torch", **options})
 
 
 def assert_close(actual, expected, **tolerance):

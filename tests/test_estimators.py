@@ -1,43 +1,24 @@
-"""What the estimators promise about numbers: semantics, precision, compilation, waiting on the host."""
+"""What the estimators promise about numbers: semantics, precision, gradients."""
 
-import copy
-import pickle
-
-import fusedrl.estimators as E
 import pytest
 import torch
 from fusedrl.estimators import functional as F
-from fusedrl.kernels import use_backend
 from helpers_estimators import (
-    BACKENDS,
-    as_keywords,
+    ESTIMATORS,
+    HYPERPARAMETERS,
+    WRITTEN,
     assert_close,
     assert_untouched,
     critic,
-    no_host_sync,
+    estimator,
+    every_backend,
+    every_estimator,
     rollout,
     snapshot,
 )
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule, TensorDictParams
+from tensordict.nn import TensorDictParams
 from torch import nn
-
-HYPERPARAMETERS = {
-    "GAE": {"gamma": 0.9, "lmbda": 0.8},
-    "TD0Estimator": {"gamma": 0.9},
-    "TD1Estimator": {"gamma": 0.9},
-    "TDLambdaEstimator": {"gamma": 0.9, "lmbda": 0.8},
-}
-NAMES = list(HYPERPARAMETERS)
-WRITTEN = ["advantage", "value_target", "state_value", ("next", "state_value")]
-every_estimator = pytest.mark.parametrize("name", NAMES)
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
-
-
-def estimator(name, **options):
-    """An estimator with a small network; ``backend`` is torch unless said otherwise."""
-    options.setdefault("value_network", critic())
-    return getattr(E, name)(**{**HYPERPARAMETERS[name], "backend": "torch", **options})
 
 
 def expected_from_functional(name, td, **hyperparameters):
@@ -225,115 +206,6 @@ def test_gradient_reaches_a_tensor_gamma(name):
     assert torch.autograd.gradcheck(target, (gamma,))
 
 
-@every_estimator
-@every_backend
-def test_nothing_waits_on_the_host(name, backend):
-    e = estimator(name, backend=backend, differentiable=True)
-    data = rollout()
-    data["next", "reward"].requires_grad_()
-    with no_host_sync():
-        td = e(data)
-        e.value_estimate(data)
-        if backend == "torch":  # the reference loop differentiates itself, which no dispatch mode lets it do
-            td["advantage"].sum().backward()
-
-
-@every_estimator
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"shifted": True, "shifted_budget": 2},
-        {"average_rewards": True},
-        {"value_chunk_size": 1},
-        {"deactivate_vmap": True},
-    ],
-    ids=str,
-)
-def test_nothing_waits_on_the_host_whatever_the_options(name, options):
-    e, data = estimator(name, **options), rollout()
-    data["next", "reward"] = data["next", "reward"].abs()
-    with no_host_sync():
-        e(data)
-
-
-@pytest.mark.parametrize(
-    "options", [{"average_gae": True}, {"average_gae": True, "shifted": True}, {"auto_reset_env": True}], ids=str
-)
-def test_nothing_waits_on_the_host_whatever_the_options_of_gae(options):
-    e, data = estimator("GAE", **options), rollout()
-    with no_host_sync():
-        e(data)
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        *((name, {}) for name in NAMES),
-        *((name, {"differentiable": True}) for name in NAMES),
-        ("GAE", {"deactivate_vmap": True, "average_gae": True}),
-        ("GAE", {"shifted": True, "shifted_budget": 2, "auto_reset_env": True}),
-        ("TD0Estimator", {"skip_existing": True}),
-        ("TDLambdaEstimator", {"value_chunk_size": 1, "average_rewards": True}),
-    ],
-    ids=str,
-)
-def test_compiled_as_one_graph_equals_eager(name, options):
-    torch._dynamo.reset()
-    network = critic()
-    params = TensorDict.from_module(network).data.clone() if "differentiable" in options else None
-    e = estimator(name, value_network=network, **options)
-    compiled = torch.compile(e, fullgraph=True, backend="eager")
-    expected, actual = (f(rollout(), params=params) for f in (e, compiled))
-    assert set(actual.keys(True, True)) == set(expected.keys(True, True))
-    for key in WRITTEN:
-        assert_close(actual[key], expected[key])
-
-
-@every_estimator
-def test_compiled_value_estimate_with_gradients_equals_eager(name):
-    torch._dynamo.reset()
-    e = estimator(name, gamma=torch.tensor(0.9, dtype=torch.float64))
-    compiled = torch.compile(e.value_estimate, fullgraph=True, backend="aot_eager")
-    results = []
-    for function in (e.value_estimate, compiled):
-        data = rollout()
-        data["next", "reward"].requires_grad_()
-        output = function(data)
-        results.append((output, *torch.autograd.grad(output.sum(), data["next", "reward"])))
-    for actual, expected in zip(*results, strict=True):
-        assert_close(actual, expected)
-
-
-@pytest.mark.parametrize("name", ["GAE", "TDLambdaEstimator"])
-def test_without_flags_the_fast_path_is_taken(name, monkeypatch):
-    from fusedrl.kernels import operators
-
-    ran = []
-    module = operators.backend_module
-    monkeypatch.setattr(operators, "backend_module", lambda backend: ran.append(backend) or module(backend))
-    monkeypatch.delenv("FUSEDRL_BACKEND", raising=False)
-    estimator(name, backend=None)(rollout())
-    estimator(name, backend=None, vectorized=True)(rollout())
-    assert set(ran) <= {"torch", "triton"}
-    assert len(ran) == 2
-    estimator(name, backend=None, vectorized=False)(rollout())
-    assert ran[2:] == ["reference"]
-
-
-def test_the_nearest_choice_of_backend_wins(monkeypatch):
-    from fusedrl.kernels import operators
-
-    ran = []
-    module = operators.backend_module
-    monkeypatch.setattr(operators, "backend_module", lambda backend: ran.append(backend) or module(backend))
-    monkeypatch.setenv("FUSEDRL_BACKEND", "torch")
-    with use_backend("reference"):
-        estimator("GAE", backend=None)(rollout())
-        estimator("GAE", backend="torch")(rollout())
-    estimator("GAE", backend=None)(rollout())
-    assert ran == ["reference", "torch", "torch"]
-
-
 def test_average_gae_standardises_over_the_batch_in_float32_at_least():
     plain = estimator("GAE")(rollout())["advantage"]
     actual = estimator("GAE", average_gae=True)(rollout())["advantage"]
@@ -346,7 +218,7 @@ def test_average_gae_of_a_single_step_is_zero():
     assert estimator("GAE", average_gae=True)(rollout((1, 1)))["advantage"].item() == 0
 
 
-@pytest.mark.parametrize("name", [x for x in NAMES if x != "GAE"])
+@pytest.mark.parametrize("name", [x for x in ESTIMATORS if x != "GAE"])
 def test_average_rewards_leaves_the_callers_rewards_alone(name):
     data = rollout()
     reward = data["next", "reward"]
@@ -393,7 +265,7 @@ def test_value_estimate_leaves_the_tensordict_as_it_is(name):
     assert_untouched(data, before)
 
 
-@pytest.mark.parametrize("name", [x for x in NAMES if x != "GAE"])
+@pytest.mark.parametrize("name", [x for x in ESTIMATORS if x != "GAE"])
 def test_value_estimate_needs_no_current_observation(name):
     data = rollout()
     expected = estimator(name).value_estimate(data)
@@ -466,56 +338,3 @@ def test_the_next_tensordict_may_have_a_batch_size_of_its_own(name):
     expected = estimator(name)(data.clone())["advantage"]
     data["next"].batch_size = [2]
     assert torch.equal(estimator(name, value_chunk_size=4, value_chunk_dim=1)(data)["advantage"], expected)
-
-
-@every_estimator
-def test_called_with_tensors_it_returns_the_out_keys_in_order(name):
-    e = estimator(name)
-    td = e(rollout())
-    advantage, value_target = e(**as_keywords(rollout()))
-    assert torch.equal(advantage, td["advantage"])
-    assert torch.equal(value_target, td["value_target"])
-
-
-def test_select_out_keys_and_reset_out_keys():
-    e = estimator("GAE")
-    e.select_out_keys("value_target")
-    assert e.out_keys == ["value_target"]
-    assert torch.equal(e(**as_keywords(rollout())), estimator("GAE")(rollout())["value_target"])
-    assert "advantage" not in e(rollout())
-    e.reset_out_keys()
-    e.set_keys(advantage="adv")
-    assert e.out_keys == ["adv", "value_target"]
-
-
-@every_estimator
-def test_keys_can_be_renamed_in_the_constructor_and_by_set_keys(name):
-    network = TensorDictModule(nn.Linear(3, 1).double(), in_keys=["obs"], out_keys=["v"])
-    e = estimator(name, value_network=network, value_key="v", advantage_key="adv", value_target_key=("t", "v"))
-    e.set_keys(reward=("agent", "reward"), done="end", terminated="dead")
-    data = rollout()
-    for old, new in (("reward", ("agent", "reward")), ("done", "end"), ("terminated", "dead")):
-        data["next"].rename_key_(old, new)
-    td = e(data)
-    assert {"v", "adv", ("t", "v"), ("next", "v")} <= set(td.keys(True, True))
-    assert "advantage" not in td
-
-
-@every_estimator
-def test_estimators_can_be_copied_and_pickled(name):
-    e = estimator(name)
-    expected = e(rollout())["advantage"]
-    for other in (copy.deepcopy(e), pickle.loads(pickle.dumps(e))):
-        assert torch.equal(other(rollout())["advantage"], expected)
-
-
-@every_estimator
-def test_a_state_dict_restores_gamma_and_lambda(name):
-    e = estimator(name, **dict.fromkeys(HYPERPARAMETERS[name], 0.5))
-    e.load_state_dict(estimator(name).state_dict(), strict=True)
-    assert {k: getattr(e, k).item() for k in HYPERPARAMETERS[name]} == HYPERPARAMETERS[name]
-    assert list(e.parameters()) == []
-
-
-def test_the_older_names_are_the_same_classes():
-    assert (E.TD0Estimate, E.TD1Estimate, E.TDLambdaEstimate) == (E.TD0Estimator, E.TD1Estimator, E.TDLambdaEstimator)

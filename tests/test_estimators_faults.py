@@ -5,24 +5,10 @@ import re
 import fusedrl.estimators as E
 import pytest
 import torch
-from helpers_estimators import assert_untouched, critic, rollout, snapshot
+from helpers_estimators import HYPERPARAMETERS, assert_untouched, critic, estimator, every_estimator, rollout, snapshot
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
-
-HYPERPARAMETERS = {
-    "GAE": {"gamma": 0.9, "lmbda": 0.8},
-    "TD0Estimator": {"gamma": 0.9},
-    "TD1Estimator": {"gamma": 0.9},
-    "TDLambdaEstimator": {"gamma": 0.9, "lmbda": 0.8},
-}
-NAMES = list(HYPERPARAMETERS)
-every_estimator = pytest.mark.parametrize("name", NAMES)
-
-
-def estimator(name, **options):
-    options.setdefault("value_network", critic())
-    return getattr(E, name)(**{**HYPERPARAMETERS[name], "backend": "torch", **options})
 
 
 def assert_rejected(estimator, data, error, match, **call):

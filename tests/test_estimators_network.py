@@ -1,27 +1,19 @@
 """How estimators call their value network: at once, in turn, in chunks, shifted, not at all, with whose parameters."""
 
-import fusedrl.estimators as E
 import pytest
 import torch
 from fusedrl.estimators.shifted import shifted_values
 from fusedrl.estimators.steps import standardize
-from helpers_estimators import assert_close, critic, rollout
+from helpers_estimators import HYPERPARAMETERS, assert_close, critic, every_estimator, rollout
+from helpers_estimators import estimator as build
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, set_skip_existing
 from torch import nn
 
-HYPERPARAMETERS = {
-    "GAE": {"gamma": 0.5, "lmbda": 1.0},
-    "TD0Estimator": {"gamma": 0.5},
-    "TD1Estimator": {"gamma": 0.5},
-    "TDLambdaEstimator": {"gamma": 0.5, "lmbda": 1.0},
-}
-NAMES = list(HYPERPARAMETERS)
-every_estimator = pytest.mark.parametrize("name", NAMES)
-
 
 def estimator(name, **options):
-    return getattr(E, name)(**{**HYPERPARAMETERS[name], "backend": "torch", **options})
+    """With γ = 0.5 and λ = 1, which keep the estimates of whole numbers exact."""
+    return build(name, **{**dict(zip(HYPERPARAMETERS[name], (0.5, 1.0), strict=False)), **options})
 
 
 class Recording(nn.Module):

@@ -5,7 +5,7 @@ import inspect
 import fusedrl.estimators as ours
 import pytest
 import torch
-from helpers_estimators import as_keywords, critic, rollout
+from helpers_estimators import ESTIMATORS, HYPERPARAMETERS, as_keywords, critic, every_estimator, rollout
 from tensordict import TensorDict, unravel_key_list
 from tensordict.nn import TensorDictModule, TensorDictParams
 from torch import nn
@@ -16,16 +16,8 @@ import torchrl.objectives.value as theirs
 
 # TorchRL keeps γ and λ in float32 whatever the dtype of the data: 0.9 is off by 3e-8, and sums of a dozen terms follow.
 TOLERANCE = {"rtol": 5e-6, "atol": 5e-6}
-HYPERPARAMETERS = {
-    "GAE": {"gamma": 0.9, "lmbda": 0.8},
-    "TD0Estimator": {"gamma": 0.9},
-    "TD1Estimator": {"gamma": 0.9},
-    "TDLambdaEstimator": {"gamma": 0.9, "lmbda": 0.8},
-}
-NAMES = list(HYPERPARAMETERS)
 MULTISTEP = ["GAE", "TD1Estimator", "TDLambdaEstimator"]
 LEAVES = ["obs", ("next", "obs"), ("next", "reward")]
-every_estimator = pytest.mark.parametrize("name", NAMES)
 
 
 def pair(name, network=None, **options):
@@ -120,7 +112,7 @@ def test_options_of_gae(options, differentiable):
     assert_parity("GAE", data, differentiable=differentiable, **options)
 
 
-@pytest.mark.parametrize("name", [x for x in NAMES if x != "GAE"])
+@pytest.mark.parametrize("name", [x for x in ESTIMATORS if x != "GAE"])
 def test_average_rewards(name):
     # Theirs also writes the standardised rewards over the caller's.
     assert_parity(name, rollout(), average_rewards=True)
@@ -193,7 +185,7 @@ def test_functional_parameters(name, deactivate_vmap, targets, differentiable):
     )
 
 
-@pytest.mark.parametrize("name", [x for x in NAMES if x != "GAE"])
+@pytest.mark.parametrize("name", [x for x in ESTIMATORS if x != "GAE"])
 @pytest.mark.parametrize("how", ["network", "target_params", "next_value"])
 def test_value_estimate(name, how):
     network = critic()
