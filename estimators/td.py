@@ -47,6 +47,16 @@ class TDLambdaEstimator(LambdaEstimatorBase):
     """TD(λ) estimate (`vec_td_lambda_return_estimate`).
 
     Its constructor is that of `LambdaEstimatorBase`.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> zero = torch.zeros(3, 1)
+        >>> step = {"reward": torch.ones(3, 1), "done": zero.bool(), "state_value": torch.tensor([[0.0], [0.0], [8.0]])}
+        >>> rollout = TensorDict({"state_value": zero, "next": step}, batch_size=[3])
+        >>> TDLambdaEstimator(gamma=0.5, lmbda=1.0, value_network=None)(rollout)["value_target"].flatten()
+        tensor([2.7500, 3.5000, 5.0000])
+
     """
 
     def _value_target(self, steps: Steps, next_value: Tensor, time_dim: int) -> Tensor:

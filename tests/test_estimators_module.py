@@ -1,9 +1,12 @@
 """Estimators as modules: keys, dispatch, copies, state."""
 
 import copy
+import doctest
+import importlib
 import pickle
 
 import fusedrl.estimators as E
+import pytest
 import torch
 from helpers_estimators import HYPERPARAMETERS, as_keywords, estimator, every_estimator, rollout
 from tensordict.nn import TensorDictModule
@@ -61,3 +64,10 @@ def test_a_state_dict_restores_gamma_and_lambda(name):
 
 def test_the_older_names_are_the_same_classes():
     assert (E.TD0Estimate, E.TD1Estimate, E.TDLambdaEstimate) == (E.TD0Estimator, E.TD1Estimator, E.TDLambdaEstimator)
+
+
+@pytest.mark.parametrize("module", ["functional", "gae", "registry", "td"])
+def test_the_examples_in_the_docstrings_run(module):
+    result = doctest.testmod(importlib.import_module(f"fusedrl.estimators.{module}"))
+    assert result.attempted > 0
+    assert result.failed == 0
