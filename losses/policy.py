@@ -9,7 +9,8 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import CompositeDistribution
 from torch import Tensor
-from torch.distributions import Distribution, kl_divergence
+from torch.distributions import Distribution, Independent, TransformedDistribution, kl_divergence
+from torch.distributions.kl import _KL_MEMOIZE, _dispatch_kl
 
 
 class ActionHeads:
@@ -48,7 +49,10 @@ class ActionHeads:
 
     def divergence_from(self, old: "ActionHeads", samples: int) -> Tensor:
         """KL[old | this], see `divergence`."""
-        return self.total([divergence(old.heads[key], head, samples) for key, head in self.heads.items()])
+        pairs = [(old.heads[key], head) for key, head in self.heads.items()]
+        for pair in pairs:
+            _look_up_divergence(*pair)
+        return self.total([divergence(*pair, samples) for pair in pairs])
 
     def total(self, parts: list[Tensor]) -> Tensor:
         """Sum of what belongs to each head."""
@@ -81,3 +85,21 @@ def divergence(old: Distribution, new: Distribution, samples: int) -> Tensor:
     except NotImplementedError:
         action = old.sample((samples,))
         return (old.log_prob(action) - new.log_prob(action)).mean(0)
+
+
+WRAPPERS = (Independent, TransformedDistribution)
+
+
+def _look_up_divergence(old: Distribution, new: Distribution) -> None:
+    """Fill the table in which `kl_divergence` keeps its formulas.
+
+    torch.compile can't, and it reads the table only once for all heads.
+    """
+    _fill_table(type(old), type(new))
+    if isinstance(old, WRAPPERS) and isinstance(new, WRAPPERS):
+        _look_up_divergence(old.base_dist, new.base_dist)
+
+
+@torch.compiler.assume_constant_result
+def _fill_table(old: type, new: type) -> bool:
+    return _KL_MEMOIZE.setdefault((old, new), _dispatch_kl(old, new)) is not NotImplemented

@@ -97,7 +97,8 @@ class PPOLoss(ActorCriticLoss):
         TypeError: no actor; a critic coefficient without a critic; ``gamma`` (see `make_value_estimator`).
         ValueError: an argument that can't be used.
         KeyError: on call, an entry is missing; the message says how to rename it.
-        RuntimeError: on call, advantage and log-probability (or value and value target) have different shapes.
+        RuntimeError: on call, advantage and log-probability (or value and value target) have different shapes, data
+            that must be constant requires grad, or there is no process group to normalise over.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -196,6 +197,7 @@ class PPOLoss(ActorCriticLoss):
 
     def _compare(self, tensordict: TensorDictBase) -> Comparison:
         """Evaluate the policy at the actions in the data, and find their advantages."""
+        group = self._ranks() if self.normalize_advantage_over_ranks else None
         tensordict = self._with_advantage(tensordict, "sample_log_prob")
         advantage = self._get(tensordict, "advantage")
         self._refuse_gradient(tensordict, "sample_log_prob")
@@ -212,9 +214,15 @@ class PPOLoss(ActorCriticLoss):
             log_weight = log_weight - weight_excess(log_weight, self.max_importance_ratio)
         advantage = self._only_valid(advantage, tensordict)
         if self.normalize_advantage:
-            group = dist.group.WORLD if self.normalize_advantage_over_ranks else None
             advantage = normalize_advantage(advantage, self.normalize_advantage_exclude_dims, mask, group)
         return Comparison(tensordict, heads, advantage, log_weight, proximal_log_weight, mask)
+
+    def _ranks(self) -> "dist.ProcessGroup | None":
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError(
+                "normalize_advantage_over_ranks=True needs a process group: call torch.distributed.init_process_group"
+            )
+        return dist.group.WORLD
 
     def _old_log_prob(self, heads: ActionHeads, tensordict: TensorDictBase, advantage: Tensor) -> Tensor:
         keys = self._keys("sample_log_prob")
@@ -393,8 +401,10 @@ class KLPENPPOLoss(PPOLoss):
         old = None if self.delay_actor else self._old_policy(tensordict)
         new = self._compare(tensordict)
         kl = self._divergence(old, new)
-        # A copy, since β changes before the backward pass.
-        gain = kl_penalty_objective(new.log_weight, new.advantage, kl, self.beta.clone())
+        # A copy, since β changes before the backward pass. As a product, since torch.compile computes a clone anew in
+        # the backward pass, from the β that has changed by then.
+        beta = self.beta.prod()
+        gain = kl_penalty_objective(new.log_weight, new.advantage, kl, beta)
         with torch.no_grad():
             mean_kl = masked_mean(kl, new.mask)
             self.beta.copy_(adapted_beta(self.beta, mean_kl, self.dtarg, self.increment, self.decrement))

@@ -47,9 +47,16 @@ def diagonal_normal(loc, scale):
     return D.Independent(D.Normal(loc, scale), 1)
 
 
-def _actor(net, params, dist_keys, actions, distribution, **kwargs):
+def squashed_normal(loc, scale):
+    """An action in (−1, 1); its entropy has no closed form."""
+    return D.TransformedDistribution(diagonal_normal(loc, scale), D.TanhTransform(cache_size=1))
+
+
+def _actor(net, params, dist_keys, actions, distribution, reads="observation", trunk=None, **kwargs):
+    layers = [] if trunk is None else [trunk]
     return ProbabilisticTensorDictSequential(
-        TensorDictModule(net, in_keys=["observation"], out_keys=params),
+        *layers,
+        TensorDictModule(net, in_keys=[reads], out_keys=params),
         ProbabilisticTensorDictModule(
             in_keys=dist_keys,
             out_keys=actions,
@@ -61,8 +68,17 @@ def _actor(net, params, dist_keys, actions, distribution, **kwargs):
     )
 
 
-def discrete_actor():
-    return _actor(nn.Linear(OBSERVATION, 3, **DOUBLE), ["logits"], ["logits"], ["action"], D.Categorical)
+def discrete_actor(actions=3, **kwargs):
+    net = nn.Linear(OBSERVATION, actions, **DOUBLE)
+    return _actor(net, ["logits"], ["logits"], ["action"], D.Categorical, **kwargs)
+
+
+def tabular_actor():
+    """A policy that is uniform over two actions."""
+    actor = discrete_actor(2)
+    for p in actor.parameters():
+        nn.init.zeros_(p)
+    return actor
 
 
 def gaussian_actor(distribution=diagonal_normal):
@@ -78,6 +94,20 @@ def composite_actor(names=NESTED, steer=diagonal_normal):
         CompositeDistribution,
         distribution_map={"gear": D.Categorical, "steer": steer},
         name_map=names,
+    )
+
+
+def team_actor(members):
+    """One head whose action has a dimension for the members of a team, which the samples don't have."""
+    net = nn.Sequential(nn.Linear(OBSERVATION, 3 * members, **DOUBLE), nn.Unflatten(-1, (members, 3)))
+    return _actor(
+        net,
+        [("params", "gear", "logits")],
+        ["params"],
+        [NESTED["gear"]],
+        CompositeDistribution,
+        distribution_map={"gear": D.Categorical},
+        name_map={"gear": NESTED["gear"]},
     )
 
 

@@ -6,10 +6,9 @@ KL penalty at a step that changes β.
 
 import pytest
 import torch
-from helpers_ppo import ACTORS, composite_actor, collect, critic, discrete_actor, gaussian_actor
-from tensordict.nn import set_composite_lp_aggregate
-
 from fusedrl.losses import ppo as ours
+from helpers_ppo import ACTORS, collect, composite_actor, critic, discrete_actor, gaussian_actor
+from tensordict.nn import set_composite_lp_aggregate
 
 torchrl = pytest.importorskip("torchrl")
 from torchrl import objectives as theirs  # noqa: E402  torchrl may be absent
