@@ -57,7 +57,7 @@ def forward(problem: Recurrence, time_dim: int) -> list[Tensor]:
     outputs = [problem.new_output() for _ in range(2 if problem.kind == GAE else 1)]
     y, target = [*outputs, None][:2]
     if not _launch(problem, time_dim, y=y, target=target):
-        for output, copy in zip(outputs, forward(Recurrence(*map(_dense, problem)), time_dim), strict=True):
+        for output, copy in zip(outputs, forward(_dense(problem), time_dim), strict=True):
             output.copy_(copy)
     return outputs
 
@@ -81,8 +81,8 @@ def backward(
     ]
     results = [x for x in found if x is not None]
     if not _launch(problem, time_dim, y=y, grad_y=grad_y, grad_target=grad_target, found=found):
-        dense = Recurrence(*map(_dense, problem))
-        copies = backward(dense, time_dim, _dense(y), [*map(_dense, grads)], needs)
+        y, *grads = (None if x is None else x.contiguous() for x in (y, *grads))
+        copies = backward(_dense(problem), time_dim, y, grads, needs)
         for result, copy in zip(results, copies, strict=True):
             result.copy_(copy)
     return results
@@ -155,8 +155,13 @@ def _launch(
     return True
 
 
-def _dense(x: Any) -> Any:
-    return x.contiguous() if isinstance(x, Tensor) else x
+def _dense(problem: Recurrence) -> Recurrence:
+    """``problem`` on contiguous copies, γ and λ expanded where they are tensors with dimensions."""
+
+    def dense(x: Any) -> Any:
+        return x.expand_as(problem.reward).contiguous() if isinstance(x, Tensor) and x.ndim else x
+
+    return Recurrence(*map(dense, problem))
 
 
 class Plan(NamedTuple):

@@ -54,9 +54,9 @@ def scan_kernel(
     grad_reward,
     grad_value,
     grad_next_value,
-    gamma: "fp64",  # noqa: F821  # type: ignore[name-defined]  # Triton's type: a bare float would be single precision
+    gamma: "fp64",  # type: ignore[name-defined]  # noqa: F821  # Triton's type: a bare float would be single precision
     gamma_tensor,
-    lmbda: "fp64",  # noqa: F821  # type: ignore[name-defined]  # likewise
+    lmbda: "fp64",  # type: ignore[name-defined]  # noqa: F821  # likewise
     lmbda_tensor,
     compositions,
     rows,
@@ -160,7 +160,7 @@ def _prologue(inputs, outputs, scalars, at, KIND: tl.constexpr, ADJOINT: tl.cons
     if KIND == _SCAN:
         lmbda = gamma
         weight = gamma
-        c = gamma + tl.zeros_like(at[1]).to(DTYPE)
+        c = gamma + tl.zeros_like(at[2]).to(DTYPE)  # of the shape of the mask, which is that of the tile
         if done is not None:
             c = tl.where(cut, 0.0, c)
     else:

@@ -1,0 +1,109 @@
+"""Gradients of every backend, through the real kernels: first and second order, all inputs, all layouts of γ and λ."""
+
+import math
+
+import pytest
+import torch
+from fusedrl import kernels
+
+CASES = {
+    "gae": lambda g, lam, r, v, nv, d, t, **kw: kernels.gae(g, lam, v, nv, r, d, t, **kw),
+    "td_lambda": lambda g, lam, r, v, nv, d, t, **kw: kernels.td_lambda_return(g, lam, nv, r, d, t, **kw),
+    "fixed": lambda g, lam, r, v, nv, d, t, **kw: kernels.fixed_discount_td_lambda_return(g, lam, nv, r, d, t, **kw),
+    "reward_to_go": lambda g, lam, r, v, nv, d, t, **kw: kernels.reward_to_go(g, r, d, **kw),
+    "reverse_scan": lambda g, lam, r, v, nv, d, t, **kw: kernels.reverse_scan(g, r, **kw),
+}
+SHAPES = {"0-d": (), "per step": (2, 5, 2), "per row": (2, 1, 1)}
+
+
+def inputs(scalar_shape: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    leaves = [
+        torch.rand(shape, generator=generator, dtype=torch.float64).to(device).requires_grad_()
+        for shape in (scalar_shape, scalar_shape, *[(2, 5, 2)] * 3)
+    ]
+    masks = [(torch.rand(2, 5, 2, generator=generator) < 0.3).to(device) for _ in range(2)]
+    return (*leaves, *masks)
+
+
+@pytest.mark.parametrize("estimator", CASES)
+@pytest.mark.parametrize("scalar_shape", SHAPES)
+def test_gradcheck(backend, device, estimator, scalar_shape) -> None:
+    *leaves, done, terminated = inputs(SHAPES[scalar_shape], device)
+    assert torch.autograd.gradcheck(
+        lambda *x: CASES[estimator](*x, done, terminated, time_dim=1, backend=backend), leaves, fast_mode=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("backend", "estimator"),
+    # Second order is composed of scans, so two estimators reach all of it; the interpreter takes seconds for each.
+    [("triton", "reverse_scan"), ("triton", "gae"), *((b, e) for b in ("torch", "reference") for e in CASES)],
+)
+def test_gradgradcheck(backend, device, estimator) -> None:
+    *leaves, done, terminated = inputs((), device)
+    assert torch.autograd.gradgradcheck(
+        lambda *x: CASES[estimator](*x, done, terminated, time_dim=1, backend=backend), leaves, fast_mode=True
+    )
+
+
+@pytest.mark.parametrize("needs", range(1, 32))
+def test_every_subset_of_inputs_gets_its_gradients(backend, device, needs) -> None:
+    *leaves, done, terminated = inputs((), device)
+    for i, leaf in enumerate(leaves):
+        leaf.requires_grad_(bool(needs >> i & 1))
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+
+    def gradients(name: str) -> tuple[torch.Tensor, ...]:
+        advantage, target = CASES["gae"](*leaves, done, terminated, time_dim=1, backend=name)
+        return torch.autograd.grad((advantage**2).sum() + 3 * target.sum(), wanted)
+
+    for found, expected in zip(gradients(backend), gradients("reference"), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("use", ["advantage", "target"])
+def test_one_output_may_be_used_alone(backend, device, use) -> None:
+    *leaves, done, terminated = inputs((), device)
+
+    def gradients(name: str) -> tuple[torch.Tensor, ...]:
+        outputs = CASES["gae"](*leaves, done, terminated, time_dim=1, backend=name)
+        return torch.autograd.grad((outputs[use == "target"] ** 2).sum(), leaves, allow_unused=True)
+
+    for found, expected in zip(gradients(backend), gradients("reference"), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_nan_next_value_of_a_terminal_step_reaches_no_gradient(backend, device) -> None:
+    gamma, lmbda, reward, value, next_value, done, terminated = inputs((), device)
+    poisoned = torch.where(terminated, math.nan, next_value.detach()).requires_grad_()
+    advantage, target = kernels.gae(
+        gamma, lmbda, value, poisoned, reward, done, terminated, time_dim=1, backend=backend
+    )
+    gradients = torch.autograd.grad((advantage * target).sum(), [gamma, lmbda, reward, value, poisoned])
+    assert all(g.isfinite().all() for g in gradients)
+    assert (gradients[-1][terminated] == 0).all()
+
+
+@pytest.mark.parametrize("time_dim", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_long_rows(backend, device, time_dim, dtype) -> None:
+    """Rows longer than a tile, and few enough that the Triton kernel splits them over programs."""
+    shape = (1300, 2) if time_dim == 0 else (2, 1300)
+    generator = torch.Generator().manual_seed(0)
+    reward, value, next_value = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
+    done = (torch.rand(shape, generator=generator) < 0.01).to(device)
+    gamma = torch.tensor(0.99, device=device)
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2  # sums of 2600 terms; two roundings of bfloat16
+
+    def gradients(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        # γ stays as it is: rounding it to bfloat16 would make another problem.
+        leaves = [
+            x.detach().clone().requires_grad_() for x in (gamma, *(x.to(dtype) for x in (reward, value, next_value)))
+        ]
+        g, r, v, nv = leaves
+        advantage, target = kernels.gae(g, 0.95, v, nv, r, done, time_dim=time_dim, backend=name)
+        return torch.autograd.grad(advantage.double().square().mean() + target.double().mean(), leaves)
+
+    for found, expected in zip(gradients(backend, dtype), gradients("reference", torch.float64), strict=True):
+        assert (found - expected).abs().max() <= tolerance * expected.abs().max()
