@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
+from tensordict.nn import (
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    dispatch,
+)
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributions import Distribution
@@ -212,7 +217,6 @@ class PPOLoss(ActorCriticLoss):
             proximal_log_weight = self._only_valid(log_prob - proximal_log_prob, tensordict)
         if self.max_importance_ratio is not None:
             log_weight = log_weight - weight_excess(log_weight, self.max_importance_ratio)
-        advantage = self._only_valid(advantage, tensordict)
         if self.normalize_advantage:
             advantage = normalize_advantage(advantage, self.normalize_advantage_exclude_dims, mask, group)
         return Comparison(tensordict, heads, advantage, log_weight, proximal_log_weight, mask)
@@ -388,6 +392,12 @@ class KLPENPPOLoss(PPOLoss):
         if decrement > 1:
             raise ValueError(f"decrement is {decrement}, but must be at most 1")
         super().__init__(actor_network, critic_network, **kwargs)
+        draws = [m for m in actor_network.modules() if isinstance(m, ProbabilisticTensorDictModule)]
+        if len(draws) > 1 and not self.delay_actor:
+            raise NotImplementedError(
+                f"the policy draws its action in {len(draws)} modules, and the data holds the parameters of the last "
+                "one's distribution alone: use delay_actor=True, or one module with a CompositeDistribution"
+            )
         self.dtarg = dtarg
         self.increment = increment
         self.decrement = decrement

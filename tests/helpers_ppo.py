@@ -111,6 +111,15 @@ def team_actor(members):
     )
 
 
+def two_step_actor():
+    """Two actions, each drawn by a module of its own."""
+    second = ProbabilisticTensorDictModule(
+        {"logits": "other_logits"}, ["other"], distribution_class=D.Categorical, return_log_prob=True
+    )
+    net = TensorDictModule(nn.Linear(OBSERVATION, 2, **DOUBLE), ["observation"], ["other_logits"])
+    return ProbabilisticTensorDictSequential(*discrete_actor(), net, second, return_composite=True)
+
+
 def critic():
     return TensorDictModule(nn.Linear(OBSERVATION, 1, **DOUBLE), ["observation"], ["state_value"])
 

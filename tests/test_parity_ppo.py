@@ -7,7 +7,7 @@ KL penalty at a step that changes β.
 import pytest
 import torch
 from fusedrl.losses import ppo as ours
-from helpers_ppo import ACTORS, collect, composite_actor, critic, discrete_actor, gaussian_actor
+from helpers_ppo import ACTORS, collect, composite_actor, critic, discrete_actor, gaussian_actor, two_step_actor
 from tensordict.nn import set_composite_lp_aggregate
 
 torchrl = pytest.importorskip("torchrl")
@@ -98,6 +98,12 @@ def test_continuous_actions_agree(name, distribution):
 @pytest.mark.parametrize("name", ["PPOLoss", "ClipPPOLoss"])
 def test_several_heads_agree(name, heads, steer):
     actor, value = ACTORS[heads](steer=steer), critic()
+    assert_same(name, actor, value, collect(actor))
+
+
+@pytest.mark.parametrize("name", ["PPOLoss", "ClipPPOLoss"])
+def test_heads_in_modules_of_their_own_agree(name):
+    actor, value = two_step_actor(), critic()
     assert_same(name, actor, value, collect(actor))
 
 

@@ -17,6 +17,7 @@ from helpers_ppo import (
     gaussian_actor,
     tabular_actor,
     team_actor,
+    two_step_actor,
 )
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential, set_composite_lp_aggregate
@@ -133,12 +134,20 @@ def test_gradient_of_the_penalty_uses_the_beta_of_the_loss_not_the_adapted_one()
 def test_padding_does_not_count_for_beta():
     actor, value = discrete_actor(), critic()
     data = collect(actor, (6,))
-    data["logits"] = actor.get_dist(data.copy()).logits.detach()
-    data["logits"][3:] = torch.tensor([9.0, -9.0, 0.0], **DOUBLE)  # far off, but padding
+    valid = KLPENPPOLoss(actor, value)(data[:3])["kl"].mean().item()
+    data["logits"][3:] = actor.get_dist(data[3:].copy()).logits.detach()  # KL = 0, but padding
     data["collector", "mask"] = torch.arange(6) < 3
-    loss = KLPENPPOLoss(actor, value, decrement=0.5)
+    loss = KLPENPPOLoss(actor, value, dtarg=valid)
     loss(data)
-    assert loss.beta.item() == 0.5
+    assert loss.beta.item() == 1
+
+
+def test_policy_whose_old_distribution_is_not_in_the_data_needs_a_delayed_actor():
+    actor, value = two_step_actor(), critic()
+    data = collect(actor)
+    with pytest.raises(NotImplementedError, match="delay_actor=True"):
+        KLPENPPOLoss(actor, value)
+    assert KLPENPPOLoss(actor, value, delay_actor=True)(data)["kl"].abs().max() < 1e-12
 
 
 def test_reset_puts_beta_back():
@@ -171,14 +180,15 @@ def test_padded_data_gives_what_the_data_without_padding_gives(cls, options):
         torch.testing.assert_close(masked[key], expected, msg=lambda m, key=key: f"{key}: {m}")
 
 
+@pytest.mark.parametrize("normalize", [False, True])
 @every_loss
-def test_nan_in_padding_reaches_neither_the_loss_nor_the_gradient(cls):
+def test_nan_in_padding_reaches_neither_the_loss_nor_the_gradient(cls, normalize):
     actor, value = gaussian_actor(), critic()
     data = collect(actor, (7,))
     data["collector", "mask"] = torch.arange(7) < 4
     for key in ("advantage", "value_target", "state_value", "action_log_prob"):
         data[key][4:] = math.nan
-    out = cls(actor, value, clip_value=0.1, normalize_advantage=True)(data)
+    out = cls(actor, value, clip_value=0.1, normalize_advantage=normalize)(data)
     sum(term for name, term in out.items() if name.startswith("loss_")).backward()
     assert all(entry.isfinite().all() for entry in out.values())
     assert all(p.grad.isfinite().all() for net in (actor, value) for p in net.parameters())
