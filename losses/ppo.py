@@ -118,8 +118,8 @@ class PPOLoss(ActorCriticLoss):
         >>> loss = PPOLoss(actor, critic)
         >>> data = actor(TensorDict({"observation": torch.randn(8, 4)}, [8])).detach()
         >>> data["advantage"], data["value_target"] = torch.ones(8, 1), torch.zeros(8, 1)
-        >>> loss(data)["loss_objective"]
-        tensor(-1., grad_fn=<NegBackward0>)
+        >>> loss(data)["loss_objective"].item()
+        -1.0
 
     """
 
@@ -415,10 +415,11 @@ class KLPENPPOLoss(PPOLoss):
         # the backward pass, from the β that has changed by then.
         beta = self.beta.prod()
         gain = kl_penalty_objective(new.log_weight, new.advantage, kl, beta)
+        result = self._losses(new, {"loss_objective": -gain, "kl": kl.detach()})
         with torch.no_grad():
             mean_kl = masked_mean(kl, new.mask)
             self.beta.copy_(adapted_beta(self.beta, mean_kl, self.dtarg, self.increment, self.decrement))
-        return self._losses(new, {"loss_objective": -gain, "kl": kl.detach()})
+        return result
 
     def _find_in_keys(self) -> Iterator[NestedKey]:
         yield from super()._find_in_keys()

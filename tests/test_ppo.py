@@ -150,6 +150,16 @@ def test_policy_whose_old_distribution_is_not_in_the_data_needs_a_delayed_actor(
     assert KLPENPPOLoss(actor, value, delay_actor=True)(data)["kl"].abs().max() < 1e-12
 
 
+def test_refused_input_does_not_change_beta():
+    actor, value = discrete_actor(), critic()
+    data = collect(actor, (6,))
+    data["value_target"] = data["value_target"].squeeze(-1)
+    loss = KLPENPPOLoss(actor, value, dtarg=1e-6)
+    with pytest.raises(RuntimeError, match="value_target"):
+        loss(data)
+    assert loss.beta.item() == 1
+
+
 def test_reset_puts_beta_back():
     actor, value = discrete_actor(), critic()
     loss = KLPENPPOLoss(actor, value, beta=0.75)
