@@ -57,6 +57,7 @@ _ADJOINT_OF_SCALARS = {
     GAE: ("y", "next_value", "grad_gamma", "grad_lmbda"),
 }
 _MASKS = ("done", "terminated")
+_ITEMSIZE = {"bf16": 2, "fp32": 4, "fp64": 8}
 
 
 class Variant(NamedTuple):
@@ -83,6 +84,7 @@ def variants() -> list[Variant]:
         for direction in ("recurrence", "adjoint", "adjoint γλ")
         for layout in layouts
     ]
+    found += [Variant(GAE, "recurrence", "time-major, few rows", "whole row", "fp32")]
     found += [Variant(GAE, "recurrence", layout, phase, "fp32") for layout in layouts for phase in ("compose", "solve")]
     found += [
         Variant(GAE, "recurrence", layout, "whole row", dtype) for layout in layouts for dtype in ("bf16", "fp64")
@@ -96,7 +98,7 @@ def compile_variant(variant: Variant, target: GPUTarget) -> tuple[Any, float]:
     split = variant.phase != "whole row"
     # Enough rows to fill a device; or one row (contiguous) or 32 columns (time-major) of a million steps.
     rows, steps = (1 if contiguous else 32, 1 << 20) if split else (1 << 16, 1 << 10)
-    tile = tiling(rows, steps, time_is_contiguous=contiguous, processors=132)
+    tile = tiling(rows, steps, _ITEMSIZE[variant.dtype], time_is_contiguous=contiguous, processors=132)
     assert (tile.split > 1) == split
     adjoint = variant.direction != "recurrence"
     present = (_ADJOINT if adjoint else _READ)[variant.kind]

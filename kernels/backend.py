@@ -13,7 +13,6 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 from torch import Tensor
 
@@ -29,7 +28,9 @@ TRITON_INTERPRETED = TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET", "0"
     "yes",
 )
 
-_block_backend: ContextVar[str | None] = ContextVar("fusedrl_backend", default=None)
+# Of the process, not of the thread: a plain global is what the compiler can guard on, so that a compiled function
+# called in another block is compiled for that block's backend.
+_block_backend: str | None = None
 
 
 def check_backend(name: str | None, source: str = "backend") -> str | None:
@@ -52,18 +53,18 @@ def use_backend(name: str) -> Iterator[None]:
         'reference'
 
     """
-    token = _block_backend.set(check_backend(name))
+    global _block_backend
+    outer, _block_backend = _block_backend, check_backend(name)
     try:
         yield
     finally:
-        _block_backend.reset(token)
+        _block_backend = outer
 
 
 def current_backend() -> str:
     """The backend of this block, else that of the environment variable FUSEDRL_BACKEND, else ``"auto"``."""
-    name = _block_backend.get()
-    if name is not None:
-        return name
+    if _block_backend is not None:
+        return _block_backend
     name = os.environ.get(ENVIRONMENT_VARIABLE)
     return check_backend(name, f"environment variable {ENVIRONMENT_VARIABLE}") or "auto" if name else "auto"
 

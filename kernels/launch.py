@@ -27,20 +27,21 @@ class Tiling(NamedTuple):
     split: int
 
 
-def tiling(rows: int, steps: int, *, time_is_contiguous: bool, processors: int) -> Tiling:
+def tiling(rows: int, steps: int, itemsize: int, *, time_is_contiguous: bool, processors: int) -> Tiling:
     """Choose a tile of 512 elements and as many programs as keep the device busy.
 
-    With contiguous time a tile has 4 rows of 128 steps: 512 bytes of a row in float32. Otherwise it has 32 adjacent
-    rows (a cache line in float32) of 16 steps, or narrower ones, down to the 32 bytes that memory moves at least, while
-    there are fewer than 8 programs per processor. Shorter time is made up by more rows and the other way round. Rows
-    are split where there is less than one program per processor; a share is two tiles or more, and the compositions of
-    all shares of a program's rows are scanned at once, hence at most 1024.
+    With contiguous time a tile has 4 rows of 128 steps, so that the lanes of a row are the threads of a warp. Otherwise
+    it has a cache line (128 bytes) of adjacent rows, or the 32 bytes that memory moves at least where lines would make
+    fewer than 4 programs per processor, by as many steps as make 512 elements. Shorter time is made up by more rows and
+    the other way round. Rows are split where there is less than one program per processor; a share is two tiles or
+    more, and the compositions of all shares of a program's rows are scanned at once, hence at most 1024.
     """
     tile = _TILE // STEPS_PER_LANE
     lanes_of_row = triton.next_power_of_2(triton.cdiv(steps, STEPS_PER_LANE))
-    tile_rows = min(tile // min(lanes_of_row, 32 if time_is_contiguous else 4), triton.next_power_of_2(rows))
-    while not time_is_contiguous and tile_rows > 8 and triton.cdiv(rows, tile_rows) < 8 * processors:
-        tile_rows //= 2
+    lanes = min(32 if time_is_contiguous else tile * itemsize // 128, lanes_of_row)
+    tile_rows = min(tile // lanes, triton.next_power_of_2(rows))
+    if not time_is_contiguous and triton.cdiv(rows, tile_rows) < 4 * processors:
+        tile_rows = min(tile_rows, 32 // itemsize)
     lanes = min(tile // tile_rows, lanes_of_row)
     programs = triton.cdiv(rows, tile_rows)
     split = 1
@@ -119,7 +120,7 @@ def _launch(
         *(x.expand_as(reward) if isinstance(x, Tensor) and x.ndim else None for x in problem[1:3]),
     )
     strides = tuple(None if x is None else x.stride() for x in tensors)
-    plan = _plan(reward.shape, time_dim, strides, _processors(reward.device))
+    plan = _plan(reward.shape, time_dim, strides, problem.dtype.itemsize, _processors(reward.device))
     if plan is None:
         return False
     rows, lanes, split = plan.tiling
@@ -178,7 +179,7 @@ class Plan(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def _plan(
-    shape: Sequence[int], time_dim: int, strides: tuple[tuple[int, ...] | None, ...], processors: int
+    shape: Sequence[int], time_dim: int, strides: tuple[tuple[int, ...] | None, ...], itemsize: int, processors: int
 ) -> Plan | None:
     """Merge the dimensions that aren't time into two, outer and inner; None if strides don't allow it."""
     present = [s for s in strides if s is not None]
@@ -203,7 +204,7 @@ def _plan(
     rows = outer[0] * inner[0]
     time_is_contiguous = steps > 1 and next(s[2] for s in found if s is not None) == 1
     furthest = max((outer[0] - 1) * o + (inner[0] - 1) * i + (steps - 1) * t for o, i, t in filter(None, found))
-    tile = tiling(rows, steps, time_is_contiguous=time_is_contiguous, processors=processors)
+    tile = tiling(rows, steps, itemsize, time_is_contiguous=time_is_contiguous, processors=processors)
     reach = furthest + tile.lanes * STEPS_PER_LANE * max(t for _, _, t in filter(None, found))
     index = tl.int64 if reach >= 1 << 31 else tl.int32
     return Plan(rows, inner[0], steps, found, time_is_contiguous, index, tile)

@@ -4,7 +4,7 @@ Every function walks time backwards, one step per iteration, with the operations
 docstring and nothing else. Time is the dimension ``time_dim`` of every tensor; tensors have one common shape
 ``[*B, T, *F]``, except γ and λ, which are numbers or tensors broadcastable to that shape. Gradients come from
 autograd. Terms that an ended trajectory excludes are *selected* away (`torch.where`), never multiplied by
-zero, so that a NaN in an excluded term stays out of the result.
+zero, and before they meet γ or λ, so that a NaN in an excluded term stays out of results and gradients.
 """
 
 from collections.abc import Iterable
@@ -47,7 +47,7 @@ def gae(
     for gamma_t, lmbda_t, v_t, next_v_t, r_t, done_t, term_t in _backwards(
         time_dim, gamma, lmbda, value, next_value, reward, done, terminated
     ):
-        delta_t = r_t + torch.where(term_t, zero, gamma_t * next_v_t) - v_t
+        delta_t = r_t + gamma_t * torch.where(term_t, zero, next_v_t) - v_t
         advantage_next = delta_t + torch.where(done_t | term_t, zero, gamma_t * lmbda_t * advantage_next)
         advantages.append(advantage_next)
     advantage = _stack(advantages, reward, time_dim)
@@ -76,9 +76,9 @@ def td_lambda_return(
     for gamma_t, lmbda_t, next_v_t, r_t, done_t, term_t in _backwards(
         time_dim, gamma, lmbda, next_value, reward, done, terminated
     ):
-        return_next = torch.where(done_t, next_v_t, return_next)
-        bootstrap_t = (1 - lmbda_t) * next_v_t + lmbda_t * return_next
-        return_next = r_t + torch.where(term_t, zero, gamma_t * bootstrap_t)
+        next_v_t = torch.where(term_t, zero, next_v_t)
+        return_next = torch.where(done_t | term_t, next_v_t, return_next)
+        return_next = r_t + gamma_t * ((1 - lmbda_t) * next_v_t + lmbda_t * return_next)
         returns.append(return_next)
     return _stack(returns, reward, time_dim)
 

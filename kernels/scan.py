@@ -76,7 +76,9 @@ def scan_kernel(
     """Recurrence: reads reward … terminated, writes y and target. Adjoint: also reads grad_y, grad_target and y."""
     inputs = (reward, value, next_value, done, terminated, y, grad_y, grad_target)
     outputs = (y, target, grad_gamma, grad_lmbda, grad_reward, grad_value, grad_next_value)
-    scalars = (gamma, gamma_tensor, lmbda, lmbda_tensor)
+    # The product with a float64 one makes a tensor of a number in the interpreter as well as in compiled code.
+    one = tl.full((), 1.0, tl.float64)
+    scalars = ((gamma * one).to(DTYPE), gamma_tensor, (lmbda * one).to(DTYPE), lmbda_tensor)
     TILE: tl.constexpr = TILE_LANES * _STEPS
     AXIS: tl.constexpr = 1 if TIME_IS_CONTIGUOUS else 0
 
@@ -339,8 +341,7 @@ def _entering_state(compositions, row, rows, share, SPLIT: tl.constexpr, SPLIT_P
 def _scalar(number, tensor, at, DTYPE: tl.constexpr):
     """γ or λ at some steps."""
     if tensor is None:
-        # The product with a float64 one makes a tensor of a number in the interpreter as well as in compiled code.
-        return (number * tl.full((), 1.0, tl.float64)).to(DTYPE)
+        return number
     elif tensor[3] is None:
         return tl.load(tensor[0]).to(DTYPE)
     else:

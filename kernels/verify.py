@@ -34,7 +34,7 @@ def forward(problem: Recurrence, time_dim: int) -> list[Tensor]:
     outputs = backend_module(name).forward(problem, time_dim)
     expected = loop.forward(_in_float64(problem), time_dim)
     for what, output, wanted in zip(("result", "value target"), outputs, expected, strict=False):
-        _compare(f"{problem.kind} {what}", name, output, wanted, _scale(problem, wanted, time_dim))
+        _compare(f"{problem.kind} {what}", name, problem.dtype, output, wanted, _scale(problem, wanted, time_dim))
     return outputs
 
 
@@ -55,14 +55,12 @@ def backward(
     names = [n for n, need in zip(Recurrence._fields[1:6], needs, strict=True) if need]
     for what, gradient, wanted in zip(names, found, expected, strict=True):
         scale = fit(gradient.double().abs().amax(time_dim, keepdim=True).expand_as(gradient), wanted)
-        _compare(f"{problem.kind} gradient of {what}", name, fit(gradient, wanted), wanted, scale, gradient.dtype)
+        _compare(f"{problem.kind} gradient of {what}", name, problem.dtype, fit(gradient, wanted), wanted, scale)
     return found
 
 
-def _compare(
-    what: str, backend: str, found: Tensor, expected: Tensor, scale: Tensor, dtype: torch.dtype | None = None
-) -> None:
-    tolerance = _TOLERANCE[dtype or found.dtype]
+def _compare(what: str, backend: str, dtype: torch.dtype, found: Tensor, expected: Tensor, scale: Tensor) -> None:
+    tolerance = _TOLERANCE[dtype]
     error = (found.double() - expected).abs()
     agree = (error <= tolerance * scale) | (found == expected) | (found.isnan() & expected.isnan())
     if agree.all():

@@ -215,13 +215,7 @@ def test_gradients_to_scalar_gamma_and_lambda_agree_with_finite_differences(name
     check_hyperparameter_gradients(name, backend, signals((2, 6, 1)))
 
 
-REFERENCE_MULTIPLIES_FIRST = pytest.mark.xfail(reason="kernels/reference.py multiplies by γ before it selects")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=REFERENCE_MULTIPLIES_FIRST if n in PLAIN and n in WITH_TIME else ()) for n in BOOTSTRAPPING],
-)
+@pytest.mark.parametrize("name", BOOTSTRAPPING)
 def test_next_value_of_a_terminal_step_stays_out_of_the_gradient_of_gamma(name):
     inputs = signals((2, 6, 1))
     assert inputs["terminated"].any()
