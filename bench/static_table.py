@@ -96,8 +96,10 @@ def compile_variant(variant: Variant, target: GPUTarget) -> tuple[Any, float]:
     """The compiled kernel as a launch on aligned tensors would make it, and the elements of a thread."""
     contiguous = variant.layout == "contiguous time"
     split = variant.phase != "whole row"
-    # Enough rows to fill a device; or one row (contiguous) or 32 columns (time-major) of a million steps.
+    # Rows that fill a device, or don't quite; or one row (contiguous) or 32 columns (time-major) of a million steps.
     rows, steps = (1 if contiguous else 32, 1 << 20) if split else (1 << 16, 1 << 10)
+    if variant.layout.endswith("few rows"):
+        rows = 1 << 12
     tile = tiling(rows, steps, _ITEMSIZE[variant.dtype], time_is_contiguous=contiguous, processors=132)
     assert (tile.split > 1) == split
     adjoint = variant.direction != "recurrence"

@@ -74,6 +74,7 @@ def test_one_output_may_be_used_alone(backend, device, use) -> None:
         assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
 def test_a_nan_next_value_of_a_terminal_step_reaches_no_gradient(backend, device) -> None:
     gamma, lmbda, reward, value, next_value, done, terminated = inputs((), device)
     poisoned = torch.where(terminated, math.nan, next_value.detach()).requires_grad_()
