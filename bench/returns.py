@@ -1,7 +1,8 @@
 """Returns and advantages side by side with TorchRL's vectorised functions, in one process.
 
     python bench/returns.py                  measure on the CPU, or on the CUDA device if there is one
-    python bench/returns.py --write          ... and write bench/results/cpu.json or bench/results/<gpu>.json
+    python bench/returns.py --write          ... and write bench/results/cpu.json, and from it the README's table,
+                                             or bench/results/<gpu>.json
     python bench/returns.py --table FILE     print a results file as a Markdown table
 
 On a GPU two more arms run: a compiled loop over time, and a device-to-device copy, whose bandwidth is the ceiling that
@@ -33,6 +34,8 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+MARKERS = ("<!-- bench/results/cpu.json -->", "<!-- end -->")
 CPU_GRID = [
     (1, 128), (1, 1024), (1, 16384), (1, 131072), (16, 128), (64, 512),
     (256, 1024), (4096, 32), (4096, 128), (64, 4096), (65536, 32),
@@ -185,6 +188,14 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def write_readme(results: dict[str, Any]) -> None:
+    """Put the table between its markers in the README."""
+    text = README.read_text()
+    before, rest = text.split(MARKERS[0])
+    _, after = rest.split(MARKERS[1])
+    README.write_text(f"{before}{MARKERS[0]}\n{markdown(results)}\n{MARKERS[1]}{after}")
+
+
 def geometric_mean(values: Any) -> float:
     logs = [math.log(x) for x in values]
     return math.exp(sum(logs) / len(logs))
@@ -221,6 +232,8 @@ def main() -> None:
         lines = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in results.pop("rows"))
         path.write_text(json.dumps(results, ensure_ascii=False)[:-1] + f', "rows": [\n{lines}\n]}}\n')
         print(f"wrote {path}")
+        if name == "cpu":
+            write_readme(json.loads(path.read_text()))
 
 
 if __name__ == "__main__":
