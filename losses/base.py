@@ -12,6 +12,7 @@ from tensordict.nn import InteractionType, set_interaction_type
 from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
+from .distributed import findable
 from .keys import KeyedModule
 from .networks import FunctionalModule, keys_read
 from .reduction import align, check_reduction, reduce_loss
@@ -38,7 +39,9 @@ class _LossType(type):
                     f"{name}={kwargs[name]!r}) on the loss"
                 )
         loss = super().__call__(*args, **kwargs)
-        # Not when it's first needed: that may be inside a compiled function, where no module can be made.
+        # Not when they're first needed: that may be inside a compiled function, which can't make a module, and is
+        # compiled anew for what it found missing.
+        loss._in_keys = loss.in_keys
         if loss.default_value_estimator is not None and loss._value_estimator is None:
             loss.make_value_estimator()
             loss._value_estimator_used = False
@@ -128,8 +131,8 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
         # Whether tensordict.nn's own hook selects depends on the optional in_keys being there.
         chosen = getattr(self, "_out_keys_apparent", None)
         if isinstance(out, TensorDictBase) and chosen is not None and chosen != getattr(self, "_out_keys", None):
-            return out.select(*chosen)
-        return out
+            out = out.select(*chosen)
+        return out if torch.compiler.is_compiling() else findable(out, self)
 
     def _warn_of_idle_targets(self) -> None:
         idle = [name for name, associated in self._has_update_associated.items() if not associated]
@@ -218,8 +221,7 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
             raise NotImplementedError(
                 f"{type(self).__name__} has no value estimator by default: call make_value_estimator"
             )
-        if not self._value_estimator_used:
-            self._value_estimator_used = True
+        self._value_estimator_used = True
         return self._value_estimator
 
     # --- coefficients -------------------------------------------------------------------------------------------

