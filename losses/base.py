@@ -51,8 +51,8 @@ class _LossType(type):
 class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
     """Base class of the losses: reads a TensorDict, returns one with ``loss_*`` entries and metrics.
 
-    A loss names the entries it reads in a dataclass ``_AcceptedKeys`` (``default_keys``), whose fields a user
-    renames with `set_keys`; takes its networks apart with `convert_to_functional`; and computes in ``forward``,
+    A loss names the entries it reads in a dataclass ``_AcceptedKeys``, whose fields a user renames with `set_keys`;
+    takes its networks apart with `convert_to_functional`; and computes in ``forward``,
     decorated with ``tensordict.nn.dispatch`` so that it can be called with keyword tensors too. It is called
     with the distributions' deterministic sample in force (``deterministic_sampling_mode``).
 
@@ -75,7 +75,6 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
         ...     @dataclass
         ...     class _AcceptedKeys:
         ...         target: NestedKey = "target"
-        ...     default_keys = _AcceptedKeys
         ...     out_keys = ["loss_prediction"]
         ...     def __init__(self, network):
         ...         super().__init__()

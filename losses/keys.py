@@ -16,13 +16,18 @@ NEXT_KEYS = ("reward", "done", "terminated")
 
 
 class KeyedModule(TensorDictModuleBase):
-    """A module with a dataclass of keys, ``default_keys``, whose fields `set_keys` renames."""
+    """A module with a dataclass of keys, ``_AcceptedKeys``, whose fields `set_keys` renames."""
 
     @dataclass
     class _AcceptedKeys:
         """The entries a loss reads; `set_keys` renames them."""
 
     default_keys: type = _AcceptedKeys
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "_AcceptedKeys" in vars(cls):
+            cls.default_keys = cls._AcceptedKeys
 
     def __init__(self) -> None:
         super().__init__()

@@ -18,10 +18,12 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 from torch.nn import Buffer
 
+from ..estimators.value_network import RANDOM_MODULES, VMAP_RANDOMNESS
+
 M = TypeVar("M", bound=nn.Module)
 
-VMAP_RANDOMNESS = ("error", "different", "same")
-RANDOM_MODULES = (nn.modules.dropout._DropoutNd, nn.RReLU)
+Entry = tuple[str, NestedKey]
+"""A parameter of a loss: the network, and where in its parameters."""
 
 
 class FunctionalModule(TensorDictModuleBase):
@@ -32,6 +34,7 @@ class FunctionalModule(TensorDictModuleBase):
     def __init__(self) -> None:
         super().__init__()
         self._functional_networks: dict[str, nn.Module] = {}
+        self._shared: dict[str, dict[NestedKey, Entry]] = {}
         self._has_update_associated: dict[str, bool] = {}
 
     def convert_to_functional(
@@ -61,8 +64,9 @@ class FunctionalModule(TensorDictModuleBase):
             RuntimeError: a parameter isn't initialised (lazy modules).
 
         """
-        shared = list(compare_against or ())
+        shared = {id(x) for x in compare_against or ()}
         params = parameters_of(module)
+        self._shared[module_name] = self._found_elsewhere(params, shared)
         network = module[0] if isinstance(module, list) else module
         if isinstance(module, list):
             network = stateless(network)
@@ -141,6 +145,37 @@ class FunctionalModule(TensorDictModuleBase):
             if name in self._has_update_associated:
                 getattr(self, f"target_{name}_params").data.update_(params.data)
 
+    def _found_elsewhere(self, params: TensorDictBase, shared: set[int]) -> dict[NestedKey, Entry]:
+        """Which of the ``params`` in ``shared`` (by id) are those of which network that was taken apart before."""
+        elsewhere = {
+            id(x): (name, key)
+            for name in self._functional_networks
+            for key, x in getattr(self, f"{name}_params").items(True, True)
+        }
+        return {key: elsewhere[id(x)] for key, x in params.items(True, True) if id(x) in shared and id(x) in elsewhere}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FunctionalModule":
+        # Converts parameters in place, but puts new tensors in the place of buffers.
+        super()._apply(fn, recurse)
+        self._tie()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy is made of each tensor for itself, wherever it occurs.
+        super().__setstate__(state)
+        self._tie()
+
+    def _tie(self) -> None:
+        """Make one tensor again of what is in several places: in two networks, or in a network and in the loss."""
+        for name, entries in self._shared.items():
+            sources = {key: getattr(self, f"{other}_params").get(at) for key, (other, at) in entries.items()}
+            params = getattr(self, f"{name}_params")
+            if sources:
+                params = share(params, sources)
+                setattr(self, f"{name}_params", params)
+            if params.ndim == 0:
+                fill(self._functional_networks[name], params, leave_out=set(sources))
+
     def train(self, mode: bool = True) -> "FunctionalModule":
         """Training mode of the loss and of its networks."""
         super().train(mode)
@@ -204,17 +239,16 @@ def parameters_of(module: nn.Module | Sequence[nn.Module]) -> TensorDictParams:
     return TensorDictParams(result)
 
 
-def ensemble(params: TensorDictParams, size: int, shared: Iterable[Tensor]) -> TensorDictParams:
+def ensemble(params: TensorDictParams, size: int, shared: set[int]) -> TensorDictParams:
     """``size`` members stacked along dimension 0, each parameter drawn anew.
 
     A parameter is drawn uniformly between the least and the greatest of its entries, so that its scale, and
-    what is constant in it (the ones of a normalisation layer), stay as they were. The parameters in ``shared`` are
-    trained elsewhere: all members see the one tensor, without gradient.
+    what is constant in it (the ones of a normalisation layer), stay as they were. The parameters in ``shared`` (by
+    id) are trained elsewhere: all members see the one tensor, without gradient.
     """
-    shared_ids = {id(x) for x in shared}
 
-    def members(x: Tensor) -> Tensor:
-        if id(x) in shared_ids:
+    def members(_: NestedKey, x: Tensor) -> Tensor:
+        if id(x) in shared:
             return Buffer(x.data.expand(size, *x.shape))
         stacked = x.data.expand(size, *x.shape).clone()
         if not isinstance(x, nn.Parameter):
@@ -225,12 +259,28 @@ def ensemble(params: TensorDictParams, size: int, shared: Iterable[Tensor]) -> T
     return _mapped(params, members, [size])
 
 
-def without_shared(params: TensorDictParams, shared: Iterable[Tensor]) -> TensorDictParams:
-    """``params`` with those in ``shared`` detached: they are trained elsewhere and get no gradient here."""
-    shared_ids = {id(x) for x in shared}
-    if not any(id(x) in shared_ids for x in params.parameters()):
-        return params
-    return _mapped(params, lambda x: Buffer(x.data) if id(x) in shared_ids else x, [])
+def without_shared(params: TensorDictParams, shared: set[int]) -> TensorDictParams:
+    """``params`` with those in ``shared`` (by id) detached: they are trained elsewhere and get no gradient here."""
+    sources = {key: x for key, x in params.items(True, True) if id(x) in shared}
+    return share(params, sources) if sources else params
+
+
+def share(params: TensorDictParams, sources: dict[NestedKey, Tensor]) -> TensorDictParams:
+    """``params`` with the data of ``sources`` in their places, without gradient, for all members of an ensemble."""
+
+    def shared(key: NestedKey, x: Tensor) -> Tensor:
+        return Buffer(sources[key].data.expand_as(x)) if key in sources else x
+
+    return _mapped(params, shared, params.batch_size)
+
+
+def fill(network: nn.Module, params: TensorDictBase, leave_out: set[NestedKey]) -> None:
+    """Make the parameters and buffers of ``network`` those in ``params``."""
+    for name, _ in (*network.named_parameters(), *network.named_buffers()):
+        key = unravel_key(tuple(name.split(".")))
+        if key not in leave_out:
+            owner, _, attribute = name.rpartition(".")
+            setattr(network.get_submodule(owner), attribute, params.get(key))
 
 
 def reset_parameters(network: nn.Module, params: TensorDictBase) -> None:
@@ -261,15 +311,15 @@ def keys_read(network: nn.Module) -> list[NestedKey]:
 
 def delayed_copy(params: TensorDictParams) -> TensorDictParams:
     """A copy of ``params`` made of buffers, for a target network."""
-    return _mapped(params, lambda x: Buffer(x.data.clone()), params.batch_size)
+    return _mapped(params, lambda _, x: Buffer(x.data.clone()), params.batch_size)
 
 
 def _mapped(
-    params: TensorDictBase, function: Callable[[Tensor], Tensor], batch_size: Sequence[int]
+    params: TensorDictBase, function: Callable[[NestedKey, Tensor], Tensor], batch_size: Sequence[int]
 ) -> TensorDictParams:
     result = TensorDict({}, batch_size)
     for key, x in params.items(True, True):
-        result.set(key, function(x))
+        result.set(key, function(key, x))
     return TensorDictParams(result)
 
 

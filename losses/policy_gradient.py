@@ -60,7 +60,6 @@ class PolicyGradientLoss(LossModule):
         terminated: NestedKey = "terminated"
         priority_weight: NestedKey = "priority_weight"
 
-    default_keys = _AcceptedKeys
     default_value_estimator = ValueEstimators.GAE
     SUPPORTED_VALUE_ESTIMATORS = tuple(ValueEstimators)
     _schedulable_buffers = frozenset({"clip_value"})

@@ -19,7 +19,7 @@ from helpers_ppo import (
     tabular_actor,
 )
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule, set_composite_lp_aggregate
+from tensordict.nn import TensorDictModule, TensorDictSequential, set_composite_lp_aggregate
 from torch import nn
 
 BATCH = (3, 5)
@@ -183,6 +183,19 @@ def test_critic_can_read_what_the_policys_layers_wrote(separate_losses):
     actor = discrete_actor(reads="hidden", trunk=trunk)
     head = TensorDictModule(nn.Linear(OBSERVATION, 1, dtype=torch.float64), ["hidden"], ["state_value"])
     loss = A2CLoss(actor, head, separate_losses=separate_losses)
+    out = loss(collect(discrete_actor()))
+    (gradient,) = torch.autograd.grad(out["loss_critic"], [trunk.module.weight], allow_unused=True, retain_graph=True)
+    assert (gradient is None) is separate_losses
+    assert torch.autograd.grad(out["loss_objective"], [trunk.module.weight])[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("separate_losses", [False, True])
+def test_a_trunk_in_both_networks_is_trained_by_the_policy_alone_if_losses_are_separate(separate_losses):
+    trunk = TensorDictModule(nn.Linear(OBSERVATION, OBSERVATION, dtype=torch.float64), ["observation"], ["hidden"])
+    actor = discrete_actor(reads="hidden", trunk=trunk)
+    head = TensorDictModule(nn.Linear(OBSERVATION, 1, dtype=torch.float64), ["hidden"], ["state_value"])
+    loss = A2CLoss(actor, TensorDictSequential(trunk, head), separate_losses=separate_losses)
+    assert len(list(loss.parameters())) == 6
     out = loss(collect(discrete_actor()))
     (gradient,) = torch.autograd.grad(out["loss_critic"], [trunk.module.weight], allow_unused=True, retain_graph=True)
     assert (gradient is None) is separate_losses

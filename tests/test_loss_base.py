@@ -29,7 +29,6 @@ class ValueLoss(LossModule):
         terminated: NestedKey = "terminated"
         priority_weight: NestedKey = "priority_weight"
 
-    default_keys = _AcceptedKeys
     default_value_estimator = ValueEstimators.TD0
     SUPPORTED_VALUE_ESTIMATORS = (ValueEstimators.TD0, ValueEstimators.TD1)
     _schedulable_buffers = frozenset({"coeff", "bound"})
@@ -314,6 +313,24 @@ def test_shared_parameters_are_trained_once(network):
         assert torch.equal(followed, network.module[0].bias.expand_as(followed))
 
 
+@pytest.mark.parametrize("change", [lambda x: x.double(), deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("expand_dim", [None, 2])
+def test_shared_parameters_stay_shared(network, change, expand_dim):
+    loss = LossModule()
+    loss.convert_to_functional(network, "value_network")
+    both = nn.ModuleList([network, TensorDictModule(nn.Linear(4, 1), ["hidden"], ["q"])])
+    loss.convert_to_functional(both, "qvalue_network", expand_dim, compare_against=network.parameters())
+    trained = {name for name, _ in loss.named_parameters()}
+    loss = change(loss)
+    assert {name for name, _ in loss.named_parameters()} == trained
+    assert isinstance(loss.value_network.module[0].bias, nn.Parameter)
+    with torch.no_grad():
+        loss.value_network_params["module", "0", "bias"].fill_(7.0)
+    for seen in (loss.qvalue_network_params["0", "module", "0", "bias"], loss.value_network.module[0].bias):
+        assert (seen == 7).all()
+        assert (change is not deepcopy) or (network.module[0].bias != 7).all()
+
+
 def test_stateful_network_shares_parameters_with_the_loss(network, data):
     loss = ValueLoss(network)
     net = loss.get_stateful_net("value_network")
@@ -366,6 +383,20 @@ def test_running_statistics_are_kept_up_to_date(data):
     loss(data)
     assert net.module[1].num_batches_tracked > 0
     assert net.module[1].running_mean.any()
+
+
+@pytest.mark.parametrize("change", [lambda x: x.double(), deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_network_goes_on_holding_what_the_loss_holds(change):
+    net = TensorDictModule(nn.Sequential(nn.Linear(3, 1), nn.BatchNorm1d(1)), ["observation"], ["state_value"])
+    loss = change(ValueLoss(net))
+    module, params = loss.value_network.module, loss.value_network_params["module"]
+    for layer, name in (("0", "bias"), ("1", "running_mean")):
+        with torch.no_grad():
+            params[layer, name].add_(1.0)
+        held = getattr(module[int(layer)], name)
+        torch.testing.assert_close(held.detach(), params[layer, name].detach(), rtol=0, atol=0)
+    assert isinstance(module[0].bias, nn.Parameter)
+    assert "1.running_mean" in dict(module.named_buffers())
 
 
 def test_uninitialised_networks_are_refused():
