@@ -8,16 +8,28 @@ import pytest
 import torch
 from fusedrl import losses as ours
 from helpers_ppo import ACTORS, OBSERVATION, collect, composite_actor, critic, discrete_actor, gaussian_actor
+from tensordict import TensorDict
 from tensordict.nn import (
+    NormalParamExtractor,
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
     TensorDictModule,
     TensorDictSequential,
     set_composite_lp_aggregate,
 )
 from torch import nn
 
-torchrl = pytest.importorskip("torchrl")
-from torchrl import objectives as theirs  # noqa: E402  torchrl may be absent
-from torchrl.modules import IndependentNormal, TanhNormal  # noqa: E402
+pytest.importorskip("torchrl")
+from torchrl import objectives as theirs
+from torchrl.data import Bounded
+from torchrl.modules import (
+    IndependentNormal,
+    LSTMModule,
+    ProbabilisticActor,
+    TanhNormal,
+    ValueOperator,
+    set_recurrent_mode,
+)
 
 # Both compute in float64; but TorchRL keeps γ, λ and coefficients in float32.
 CLOSE = {"rtol": 1e-6, "atol": 1e-7}
@@ -208,3 +220,52 @@ def test_keyword_calls_agree(name):
     }
     a, b = (loss(**arguments) for loss in build(name, actor, value))
     torch.testing.assert_close(a, b, **CLOSE)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_modules_of_torchrl_work(name):
+    bounds = Bounded(-torch.ones(2), torch.ones(2), (2,))
+    parameters = TensorDictModule(
+        nn.Sequential(nn.Linear(OBSERVATION, 4), NormalParamExtractor()), ["observation"], ["loc", "scale"]
+    )
+    actor = ProbabilisticActor(
+        parameters, in_keys=["loc", "scale"], spec=bounds, distribution_class=TanhNormal, return_log_prob=True
+    ).double()
+    value = ValueOperator(nn.Linear(OBSERVATION, 1), in_keys=["observation"]).double()
+    data = collect(gaussian_actor(TanhNormal), estimated=False)
+    assert_same(build(name, actor, value), data, [actor, value])
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_recurrent_networks_agree(name):
+    memory = LSTMModule(input_size=OBSERVATION, hidden_size=3, in_key="observation", out_key="hidden")
+    logits = TensorDictModule(nn.Linear(3, 3), ["hidden"], ["logits"])
+    actor = ProbabilisticTensorDictSequential(memory, logits, discrete_actor()[-1]).double()
+    value = TensorDictSequential(memory, TensorDictModule(nn.Linear(3, 1), ["hidden"], ["state_value"])).double()
+    data = collect(discrete_actor())
+    data["is_init"] = torch.rand(*data.shape, 1) < 0.3
+    for part in ("h", "c"):
+        data[f"recurrent_state_{part}"] = torch.zeros(*data.shape, 1, 3, dtype=torch.float64)
+    with set_recurrent_mode(True):
+        assert_same(build(name, actor, value), data, [actor, value])
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_agents_with_their_own_rewards_agree(name):
+    agents = {key: ("agents", key) for key in ("reward", "done", "terminated", "advantage", "value_target")}
+    agents |= {"action": ("agents", "action"), "value": ("agents", "value"), "sample_log_prob": ("agents", "log_prob")}
+    observation = [("agents", "observation")]
+    actor = ProbabilisticTensorDictSequential(
+        TensorDictModule(nn.Linear(OBSERVATION, 3).double(), observation, [("agents", "logits")]),
+        ProbabilisticTensorDictModule(
+            {"logits": ("agents", "logits")}, [("agents", "action")], distribution_class=torch.distributions.Categorical
+        ),
+    )
+    value = TensorDictModule(nn.Linear(OBSERVATION, 1).double(), observation, [("agents", "value")])
+    each = collect(discrete_actor(), (3, 5, 4), estimated=False)
+    each["next"] = each["next"].exclude("action")
+    data = TensorDict({"agents": each.select("observation", "action"), "next": {"agents": each["next"]}}, (3, 5))
+    losses = build(name, actor, value)
+    for loss in losses:
+        loss.set_keys(**agents)
+    assert_same(losses, data, [actor, value])
