@@ -5,7 +5,7 @@ import torch
 from fusedrl.losses import A2CLoss, ReinforceLoss, ValueEstimators
 from fusedrl.losses.functional import policy_gradient_objective
 from helpers_estimators import no_host_sync
-from helpers_ppo import (
+from helpers_losses import (
     ACTORS,
     FLAT,
     NESTED,

@@ -186,3 +186,17 @@ def test_hand_computed_advantages(backend, device) -> None:
     )
     assert advantage.tolist() == [0.75, -1.0, 0.0]
     assert target.tolist() == [1.75, 1.0, 3.0]
+
+
+def test_hand_computed_td_lambda_returns(backend, device) -> None:
+    """G₂ = 1 + 4/2: the last step bootstraps although it isn't done. G₁ = 1. G₀ = 1 + ½(½·2 + ½·1)."""
+    returns = kernels.td_lambda_return(
+        0.5,
+        0.5,
+        torch.tensor([2.0, math.nan, 4.0], device=device),
+        torch.ones(3, device=device),
+        torch.zeros(3, dtype=torch.bool, device=device),
+        torch.tensor([False, True, False], device=device),
+        backend=backend,
+    )
+    assert returns.tolist() == [1.75, 1.0, 3.0]

@@ -6,7 +6,7 @@ import socket
 import pytest
 import torch
 from fusedrl.losses import A2CLoss, ClipPPOLoss, ReinforceLoss
-from helpers_ppo import collect, critic, discrete_actor
+from helpers_losses import collect, critic, discrete_actor
 from tensordict import TensorDictBase
 from torch import distributed
 from torch import multiprocessing as mp

@@ -7,7 +7,7 @@ metrics, and a critic that reads what the policy's layers wrote.
 import pytest
 import torch
 from fusedrl import losses as ours
-from helpers_ppo import ACTORS, OBSERVATION, collect, composite_actor, critic, discrete_actor, gaussian_actor
+from helpers_losses import ACTORS, OBSERVATION, collect, composite_actor, critic, discrete_actor, gaussian_actor
 from tensordict import TensorDict
 from tensordict.nn import (
     NormalParamExtractor,

@@ -7,7 +7,7 @@ KL penalty at a step that changes β.
 import pytest
 import torch
 from fusedrl.losses import ppo as ours
-from helpers_ppo import ACTORS, collect, composite_actor, critic, discrete_actor, gaussian_actor, two_step_actor
+from helpers_losses import ACTORS, collect, composite_actor, critic, discrete_actor, gaussian_actor, two_step_actor
 from tensordict.nn import set_composite_lp_aggregate
 
 torchrl = pytest.importorskip("torchrl")

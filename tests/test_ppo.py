@@ -6,7 +6,7 @@ import pytest
 import torch
 from fusedrl.losses.policy import entropy
 from fusedrl.losses.ppo import ClipPPOLoss, KLPENPPOLoss, PPOLoss
-from helpers_ppo import (
+from helpers_losses import (
     ACTORS,
     DOUBLE,
     OBSERVATION,

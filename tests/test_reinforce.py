@@ -4,7 +4,7 @@ import pytest
 import torch
 from fusedrl.losses import ReinforceLoss
 from helpers_estimators import no_host_sync
-from helpers_ppo import ACTORS, OBSERVATION, collect, critic, discrete_actor, tabular_actor
+from helpers_losses import ACTORS, OBSERVATION, collect, critic, discrete_actor, tabular_actor
 from tensordict import TensorDict
 
 # Everything is computed in float64, some units in the last place.
