@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .backend import resolve_backend
 from .recurrence import Recurrence, Scalar, checked, fit
@@ -39,7 +40,9 @@ def solve(problem: Recurrence, time_dim: int, backend: str | None) -> Sequence[T
     """
     problem, time_dim = checked(problem, time_dim)
     name = resolve_backend(backend, problem.reward)
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in problem[1:6]):
+    differentiated = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in problem[1:6])
+    # Forward-mode tangents don't show in requires_grad. _Solve has no rule for them and says so.
+    if differentiated or forward_ad._current_level >= 0:
         return _Solve.apply(name, time_dim, *problem)
     return _forward(name, time_dim, problem)
 

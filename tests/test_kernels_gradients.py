@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from fusedrl import kernels
+from fusedrl.kernels import vectorized
 
 CASES = {
     "gae": lambda g, lam, r, v, nv, d, t, **kw: kernels.gae(g, lam, v, nv, r, d, t, **kw),
@@ -86,10 +87,22 @@ def test_a_nan_next_value_of_a_terminal_step_reaches_no_gradient(backend, device
     assert (gradients[-1][terminated] == 0).all()
 
 
+def test_forward_mode_is_refused_rather_than_wrong(backend, device) -> None:
+    *leaves, done, terminated = inputs((), device)
+    gamma, lmbda, reward, value, next_value = (x.detach() for x in leaves)
+
+    def advantage(reward: torch.Tensor) -> torch.Tensor:
+        return kernels.gae(gamma, lmbda, value, next_value, reward, done, terminated, time_dim=1, backend=backend)[0]
+
+    with pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
+        torch.func.jvp(advantage, (reward,), (torch.ones_like(reward),))
+
+
 @pytest.mark.parametrize("time_dim", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_of_long_rows(backend, device, time_dim, dtype) -> None:
-    """Rows longer than a tile, and few enough that the Triton kernel splits them over programs."""
+def test_gradients_of_long_rows(monkeypatch, backend, device, time_dim, dtype) -> None:
+    """Rows longer than a tile: the torch backend carries from tile to tile, the Triton kernel splits them."""
+    monkeypatch.setattr(vectorized, "_TILE", 500)
     shape = (1300, 2) if time_dim == 0 else (2, 1300)
     generator = torch.Generator().manual_seed(0)
     reward, value, next_value = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
