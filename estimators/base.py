@@ -480,11 +480,23 @@ class LambdaEstimatorBase(ValueEstimatorBase):
     def __init__(self, *, lmbda: Scalar, vectorized: bool | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.register_buffer("lmbda", as_hyperparameter(lmbda, kwargs.get("device")))
+        self._vectorized: bool | None = None
         self.vectorized = vectorized
-        if vectorized is False:
+
+    @property
+    def vectorized(self) -> bool | None:
+        """False: the backend is ``"reference"``; set to anything else afterwards, it is the block's or process's."""
+        return self._vectorized
+
+    @vectorized.setter
+    def vectorized(self, value: bool | None) -> None:
+        if value is False:
             if self.backend not in (None, "reference"):
                 raise ValueError(f"vectorized=False is backend 'reference', but backend is {self.backend!r}")
             self.backend = "reference"
+        elif self._vectorized is False:
+            self.backend = None
+        self._vectorized = value
 
 
 def as_hyperparameter(x: Scalar, device: torch.device | str | None) -> Tensor:

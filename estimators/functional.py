@@ -131,6 +131,10 @@ def td0_return_estimate(
     if terminated is None:
         raise TypeError("td0_return_estimate needs to know which steps are terminal: give terminated (or done)")
     _check_shapes(reward, next_state_value=next_state_value, terminated=terminated, done=done)
+    if reward.ndim == 0:
+        # A single step; `checked` asks for a dimension of time.
+        one = td0_return_estimate(gamma, next_state_value[None], reward[None], terminated[None])
+        return one.squeeze(0)
     problem, _ = checked(
         Recurrence(TD_LAMBDA, gamma, None, reward, None, next_state_value, None, terminated), time_dim=0
     )

@@ -49,6 +49,11 @@ class ValueNetwork:
             )
         if not isinstance(chunk_dim, int):
             raise TypeError(f"value_chunk_dim must be an int, but is a {type(chunk_dim).__name__}")
+        if module is not None and not (hasattr(module, "in_keys") and hasattr(module, "out_keys")):
+            raise TypeError(
+                f"value_network must be None or have in_keys and out_keys, as a TensorDictModule has, but is a "
+                f"{type(module).__name__}"
+            )
         self.module = module
         self.skip_existing = skip_existing
         self.deactivate_vmap = deactivate_vmap
@@ -69,7 +74,9 @@ class ValueNetwork:
         """The values of ``data`` and ``next_data``, in one call where that is possible."""
         present = any(_present(x, value_key) for x in (data, next_data))
         chunked = self.chunk_size is not None or self.num_chunks is not None
-        if present or chunked or self.deactivate_vmap or params is not next_params:
+        # Compiled code fails under vmap once a length is dynamic. One draw for both takes one call all the same.
+        compiling = torch.compiler.is_compiling() and self.vmap_randomness != "same"
+        if present or chunked or compiling or self.deactivate_vmap or params is not next_params:
             return (
                 self.value(data, value_key, params, **kwargs),
                 self.value(next_data, value_key, next_params, **kwargs),

@@ -108,8 +108,15 @@ def test_without_flags_the_fast_path_is_taken(name, monkeypatch):
     estimator(name, backend=None, vectorized=True)(rollout())
     assert set(ran) <= {"torch", "triton"}
     assert len(ran) == 2
-    estimator(name, backend=None, vectorized=False)(rollout())
+    e = estimator(name, backend=None, vectorized=False)
+    e(rollout())
     assert ran[2:] == ["reference"]
+    e.vectorized = True
+    e(rollout())
+    assert ran[3] in {"torch", "triton"}
+    e.vectorized = False
+    e(rollout())
+    assert ran[4:] == ["reference"]
 
 
 def test_the_nearest_choice_of_backend_wins(monkeypatch):

@@ -142,6 +142,7 @@ def test_shifted_has_no_target_parameters_and_no_n_step_data(name):
         ({"backend": "tritn"}, ValueError, "'tritn'.*reference"),
         ({"value_key": "other"}, KeyError, r"'other'.*\['state_value'\]"),
         ({"foo": 1}, TypeError, "foo"),
+        ({"value_network": nn.Linear(3, 1)}, TypeError, "value_network.*in_keys.*Linear"),
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else "",
 )

@@ -63,6 +63,14 @@ def test_without_vmap_the_network_is_called_twice(name):
     assert len(module.seen) == 2
 
 
+def test_a_compiled_call_follows_a_length_that_changes():
+    torch._dynamo.reset()
+    e = estimator("GAE", value_network=critic())
+    compiled = torch.compile(e, fullgraph=True, backend="eager")
+    for steps in (8, 9, 11):
+        assert_close(compiled(rollout((4, steps)))["advantage"], e(rollout((4, steps)))["advantage"])
+
+
 @pytest.mark.parametrize(
     ("options", "shapes"),
     [

@@ -308,6 +308,13 @@ def test_td0_return_needs_to_know_terminal_steps():
         F.td0_return_estimate(GAMMA, inputs["next_state_value"], inputs["reward"])
 
 
+def test_td0_return_of_a_single_step_without_dimensions():
+    reward, next_value = torch.tensor(1.0), torch.tensor(2.0)
+    for terminal, expected in ((False, 1 + GAMMA * 2), (True, 1.0)):
+        actual = F.td0_return_estimate(GAMMA, next_value, reward, torch.tensor(terminal))
+        assert_close(actual, torch.tensor(expected))
+
+
 def test_td0_return_takes_done_in_place_of_terminated():
     inputs = signals()
     next_value, reward, done = inputs["next_state_value"], inputs["reward"], inputs["done"]
