@@ -132,15 +132,16 @@ def compile_variant(variant: Variant, target: GPUTarget) -> tuple[Any, float]:
     divisible = [["tt.divisibility", 16]]
     for i, name in enumerate(scan_kernel.arg_names):
         if name in present:
-            pointer = "*i1" if name in _MASKS else "*" + variant.dtype
+            pointer = "*u1" if name in _MASKS else "*" + variant.dtype
             attributes[i, 0] = divisible
+            attributes[i, 2] = divisible  # the inner stride is 0
             if contiguous:  # (pointer, row stride, 0, 1)
-                signature[name] = (pointer, "i32", "constexpr", "constexpr")
+                signature[name] = (pointer, "i32", "i32", "constexpr")
                 attributes[i, 1] = divisible
-                fixed |= {(i, 2): 0, (i, 3): 1}
+                fixed[i, 3] = 1
             else:  # (pointer, 1, 0, row of all columns)
-                signature[name] = (pointer, "constexpr", "constexpr", "i32")
-                fixed |= {(i, 1): 1, (i, 2): 0}
+                signature[name] = (pointer, "constexpr", "i32", "i32")
+                fixed[i, 1] = 1
                 attributes[i, 3] = divisible
         elif name in types and name not in constants:
             signature[name] = types[name]

@@ -31,7 +31,7 @@ def compile_with(*, steps, rows, inner, index, contiguous, adjoint, scalars, kin
     signature, fixed = {}, {}
     for i, name in enumerate(scan_kernel.arg_names):
         if name in names:
-            signature[name] = ("*i1" if name in ("done", "terminated") else "*fp32", "i64", "i32", "i32")
+            signature[name] = ("*u1" if name in ("done", "terminated") else "*fp32", "i64", "i32", "i32")
         elif name in ("gamma", "lmbda"):
             signature[name] = "fp64"
         elif name in ("gamma_tensor", "lmbda_tensor") and scalars == "0-d":
