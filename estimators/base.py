@@ -16,12 +16,14 @@ from torch import Tensor
 from ..kernels.backend import check_backend
 from .functional import widened
 from .shifted import shifted_values
-from .steps import Steps, any_right, cut, expand_right, standardize
+from .steps import Steps, any_right, cut, expand_right, standardize, valid_only
 from .value_network import VMAP_RANDOMNESS, ValueNetwork, check_positive
 
 Scalar = float | Tensor
 
 SHIFTED_VALID = "shifted_valid"
+# What `split_trajectories` writes: False where a trajectory was padded to the length of the longest.
+PADDING_MASK = ("collector", "mask")
 IS_INIT = "is_init"
 
 
@@ -248,6 +250,8 @@ class ValueEstimatorBase(TensorDictModuleBase):
         Args:
             tensordict: batch size ``[*B, T]`` (see ``time_dim``), with the entries of `in_keys`. ``terminated``
                 defaults to ``done``. ``steps_to_next_obs``, if there, is the n of n-step data: the discount is γⁿ.
+                A False in ``("collector", "mask")``, if there, marks a padded step: the trajectory is truncated
+                before it, its advantage and value target are 0, and whatever it holds enters nothing.
                 Tensors given instead of it (``next_reward=...``) have as batch size the dimensions that they share.
             params: parameters of the value network, taken as constants; by default its own.
             target_params: parameters for the next values; by default ``params``.
@@ -288,13 +292,15 @@ class ValueEstimatorBase(TensorDictModuleBase):
 
         """
         dim = self._time_dim(tensordict, time_dim)
-        steps = self._steps(tensordict)
+        steps = self._steps(tensordict, dim)
         key = self._tensor_keys.value
         if next_value is None:
             inputs = self._next_inputs(tensordict, steps)
             next_value = self._network.value(inputs, key, target_params, **kwargs)
         self._check_value(_next(key), next_value, steps)
-        return self._value_target(steps, next_value, dim)
+        (next_value,) = valid_only(steps, next_value)
+        (value_target,) = valid_only(steps, self._value_target(steps, next_value, dim))
+        return value_target
 
     def _value_target(self, steps: Steps, next_value: Tensor, time_dim: int) -> Tensor:
         """The value target of each step."""
@@ -315,15 +321,13 @@ class ValueEstimatorBase(TensorDictModuleBase):
         **kwargs: Any,
     ) -> Estimate:
         dim = self._time_dim(tensordict, time_dim)
-        steps = self._steps(tensordict)
-        value, next_value, valid = self._values(tensordict, steps, dim, params, target_params, **kwargs)
-        if valid is not None:
-            steps = cut(steps, valid, dim)
-        advantage, value_target = self._estimate(steps, value, next_value.detach(), dim)
-        if steps.valid is not None:
-            advantage = torch.where(steps.valid, advantage, 0)
-            value_target = torch.where(steps.valid, value_target, 0)
-        return Estimate(advantage, value_target, value, next_value, valid)
+        steps = self._steps(tensordict, dim)
+        value, next_value, fitted = self._values(tensordict, steps, dim, params, target_params, **kwargs)
+        if fitted is not None:
+            steps = cut(steps, fitted, dim)
+        estimate = self._estimate(steps, *valid_only(steps, value, next_value.detach()), dim)
+        advantage, value_target = valid_only(steps, *estimate)
+        return Estimate(advantage, value_target, value, next_value, fitted)
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -341,7 +345,7 @@ class ValueEstimatorBase(TensorDictModuleBase):
             raise IndexError(f"time_dim is {dim}, but the TensorDict has batch size {tuple(tensordict.batch_size)}")
         return dim % ndim
 
-    def _steps(self, tensordict: TensorDictBase) -> Steps:
+    def _steps(self, tensordict: TensorDictBase, time_dim: int) -> Steps:
         keys = self._tensor_keys
         reward = self._get(tensordict, _next(keys.reward), "reward")
         terminated = tensordict.get(_next(keys.terminated), None)
@@ -358,9 +362,12 @@ class ValueEstimatorBase(TensorDictModuleBase):
                     f"{_next(key)} has shape {tuple(mask.shape)}, but {_next(keys.reward)} has shape "
                     f"{tuple(reward.shape)}: both must agree"
                 )
-        if self.average_rewards:
-            reward = standardize(reward)
-        return Steps(reward, done, terminated, self._discount(tensordict, reward))
+        steps = Steps(reward, done, terminated, self._discount(tensordict, reward))
+        mask = tensordict.get(PADDING_MASK, None)
+        if mask is not None:
+            steps = cut(steps, any_right(mask != 0, tensordict.ndim), time_dim)
+            steps = steps._replace(reward=valid_only(steps, reward)[0])
+        return steps._replace(reward=standardize(steps.reward, steps.valid)) if self.average_rewards else steps
 
     def _discount(self, tensordict: TensorDictBase, reward: Tensor) -> Tensor:
         """γ, or γⁿ per step for n-step data."""
@@ -389,7 +396,7 @@ class ValueEstimatorBase(TensorDictModuleBase):
         if self.shifted and target_params is not None:
             raise ValueError("shifted=True calls the value network once, so it can't have target_params of its own")
         key = self._tensor_keys.value
-        data = self._inputs(tensordict)
+        data = self._without_padding(self._inputs(tensordict), steps)
         next_data = self._next_inputs(tensordict, steps)
         params = None if params is None else params.detach()
         next_params = params if target_params is None else target_params
@@ -446,6 +453,17 @@ class ValueEstimatorBase(TensorDictModuleBase):
                 absent = x.isnan() | (expand_right(terminal, x) & x.isinf())
                 current = tensordict.get(key, None)
                 data.set(key, torch.where(absent, 0 if current is None else current.detach(), x))
+        return self._without_padding(data, steps)
+
+    def _without_padding(self, data: TensorDictBase, steps: Steps) -> TensorDictBase:
+        """``data`` with network inputs of 0 in padded steps, whose NaN would reach the gradients."""
+        if steps.valid is None or self.value_network is None:
+            return data
+        data, valid = data.copy(), any_right(steps.valid, data.ndim)
+        for key in self.value_network.in_keys:
+            x = data.get(key, None)
+            if isinstance(x, Tensor) and x.is_floating_point():
+                data.set(key, torch.where(expand_right(valid, x), x, 0))
         return data
 
     def _check_value(self, key: NestedKey, value: Tensor, steps: Steps) -> None:

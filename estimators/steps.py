@@ -23,11 +23,21 @@ class Steps(NamedTuple):
 
 
 def cut(steps: Steps, valid: Tensor, time_dim: int) -> Steps:
-    """``steps`` of which only the first are valid: the trajectory ends, truncated, with the last valid one."""
-    # The first step is always valid, so what rolls around cuts nothing.
+    """``steps`` of which only those in ``valid`` remain so: before one that isn't, the trajectory is truncated.
+
+    ``valid`` has the batch dimensions alone.
+    """
+    # What rolls around can only cut after the last step, where the trajectory ends anyway.
     last_valid = valid & ~valid.roll(-1, time_dim)
     done = (steps.done != 0) | expand_right(last_valid, steps.done)
-    return steps._replace(done=done, valid=expand_right(valid, done))
+    valid = expand_right(valid, done)
+    return steps._replace(done=done, valid=valid if steps.valid is None else valid & steps.valid)
+
+
+def valid_only(steps: Steps, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """``tensors`` with 0 at the steps that aren't valid, and no gradient to what was there."""
+    valid = steps.valid
+    return tensors if valid is None else tuple(torch.where(valid, x, 0) for x in tensors)
 
 
 def standardize(x: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -245,6 +245,39 @@ def test_the_own_value_that_an_environment_that_resets_itself_bootstraps_from_is
     assert gradient.item() == -1
 
 
+def padded(data, junk, steps=3):
+    """``data`` ``[B, T]`` with ``steps`` more that ``("collector", "mask")`` calls padding, full of ``junk``."""
+    padding = data[:, :1].expand(data.shape[0], steps).apply(lambda x: torch.full_like(x, junk))
+    mask = torch.arange(data.shape[1] + steps) < data.shape[1]
+    return torch.cat([data, padding], 1).set(("collector", "mask"), mask.expand(data.shape[0], -1))
+
+
+@every_estimator
+@every_backend
+@pytest.mark.parametrize("junk", [0.0, 5.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("options", [{}, {"shifted": True}, {"average_gae": True}, {"average_rewards": True}], ids=str)
+def test_padded_steps_enter_no_estimate_no_gradient_and_no_statistic(name, backend, junk, options):
+    if ("average_gae" if name != "GAE" else "average_rewards") in options:
+        pytest.skip("no such option")
+    data = rollout((3, 6), consistent=True)
+    for key in ("done", "terminated"):
+        data["next", key][:] = False
+    network, results = critic(), []
+    for td in (data.clone(), padded(data, junk)):
+        e = estimator(name, backend=backend, value_network=network, differentiable=True, **options)
+        obs = td["obs"].requires_grad_()
+        out = e(td.copy())
+        target = e.value_estimate(td, *([] if name == "GAE" else [TensorDict.from_module(network)]))
+        inputs = [obs] if name == "GAE" else [obs, *network.parameters()]
+        total = out["advantage"].sum() + target.square().sum()
+        results.append([out["advantage"], out["value_target"], target, *torch.autograd.grad(total, inputs)])
+    for plain, with_padding in zip(*results, strict=True):
+        if plain.ndim == 3:
+            assert (with_padding[:, 6:] == 0).all()
+            with_padding = with_padding[:, :6]
+        assert_close(with_padding, plain)
+
+
 @every_estimator
 def test_n_step_data_is_discounted_by_gamma_to_the_n(name):
     data = rollout()
