@@ -37,6 +37,10 @@ class Estimate(NamedTuple):
     valid: Tensor | None
 
 
+def _key_in_use(name: str) -> property:
+    return property(lambda self: getattr(self.tensor_keys, name), doc=f"The key in use for {name}; see `set_keys`.")
+
+
 class ValueEstimatorBase(TensorDictModuleBase):
     r"""Base of the estimators that turn rewards and values into advantages and value targets.
 
@@ -199,6 +203,15 @@ class ValueEstimatorBase(TensorDictModuleBase):
                 raise KeyError(f"the value key {key!r} is not written by the value network: {network.out_keys}")
         self._tensor_keys = self._AcceptedKeys(**{**asdict(self._tensor_keys), **keys})
 
+    # The keys in use by a name of their own, as TorchRL's estimators have them.
+    advantage_key = _key_in_use("advantage")
+    value_target_key = _key_in_use("value_target")
+    value_key = _key_in_use("value")
+    reward_key = _key_in_use("reward")
+    done_key = _key_in_use("done")
+    terminated_key = _key_in_use("terminated")
+    steps_to_next_obs_key = _key_in_use("steps_to_next_obs")
+
     @property
     def in_keys(self) -> list[NestedKey]:
         """What `forward` reads."""
@@ -325,7 +338,8 @@ class ValueEstimatorBase(TensorDictModuleBase):
         value, next_value, fitted = self._values(tensordict, steps, dim, params, target_params, **kwargs)
         if fitted is not None:
             steps = cut(steps, fitted, dim)
-        estimate = self._estimate(steps, *valid_only(steps, value, next_value.detach()), dim)
+        valid_value, valid_next_value = valid_only(steps, value, next_value.detach())
+        estimate = self._estimate(steps, valid_value, valid_next_value, dim)
         advantage, value_target = valid_only(steps, *estimate)
         return Estimate(advantage, value_target, value, next_value, fitted)
 
@@ -397,7 +411,7 @@ class ValueEstimatorBase(TensorDictModuleBase):
             raise ValueError("shifted=True calls the value network once, so it can't have target_params of its own")
         key = self._tensor_keys.value
         data = self._without_padding(self._inputs(tensordict), steps)
-        next_data = self._next_inputs(tensordict, steps)
+        next_data = self._next_inputs(tensordict, steps, fill=self.shifted)
         params = None if params is None else params.detach()
         next_params = params if target_params is None else target_params
         valid = None
@@ -429,12 +443,13 @@ class ValueEstimatorBase(TensorDictModuleBase):
                 raise self._missing(key, "value" if network is None else None)
         return tensordict.select(*in_keys)
 
-    def _next_inputs(self, tensordict: TensorDictBase, steps: Steps) -> TensorDictBase:
+    def _next_inputs(self, tensordict: TensorDictBase, steps: Steps, *, fill: bool = False) -> TensorDictBase:
         """What the value network reads of the next observations, made finite where there is none.
 
         A terminal step's next value is never read, but NaN or inf there would reach the gradients through the
         network: 0 · NaN is NaN. A NaN elsewhere stands for a next observation that wasn't stored; the current
-        observation takes its place, as a constant.
+        observation takes its place, as a constant. With ``fill``, so it does where there is no entry at all: a
+        shifted call reads the next observations of the steps that end a trajectory, and of no others.
         """
         source = tensordict.get("next").copy()
         inputs = () if self.value_network is None else self.value_network.in_keys
@@ -444,6 +459,10 @@ class ValueEstimatorBase(TensorDictModuleBase):
             is_init = self._get(tensordict, IS_INIT)
             starts = is_init | source.get(IS_INIT, is_init)
             source.set(IS_INIT, torch.zeros_like(is_init) if self.shifted else starts)
+        for key in inputs if fill else ():
+            current = tensordict.get(key, None)
+            if current is not None and source.get(key, None) is None:
+                source.set(key, current.detach())
         data = self._inputs(source, "next")
         data.batch_size = tensordict.batch_size
         terminal = any_right(steps.terminated != 0, tensordict.ndim)

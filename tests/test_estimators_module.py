@@ -44,6 +44,9 @@ def test_keys_can_be_renamed_in_the_constructor_and_by_set_keys(name):
     td = e(data)
     assert {"v", "adv", ("t", "v"), ("next", "v")} <= set(td.keys(True, True))
     assert "advantage" not in td
+    assert (e.advantage_key, e.value_target_key, e.value_key) == ("adv", ("t", "v"), "v")
+    assert (e.reward_key, e.done_key, e.terminated_key) == (("agent", "reward"), "end", "dead")
+    assert e.steps_to_next_obs_key == "steps_to_next_obs"
 
 
 @every_estimator

@@ -200,6 +200,19 @@ def test_a_shifted_call_with_enough_budget_equals_the_unshifted(name, shape):
         assert_close(actual[key], expected[key])
 
 
+@every_estimator
+def test_a_shifted_call_without_next_observations_takes_the_observation_where_a_trajectory_ends(name):
+    data = trajectory(truncated=(2,))
+    expected = data.clone()
+    for t in (2, 5):
+        expected["next", "obs"][:, t] = data["obs"][:, t]
+    data.pop(("next", "obs"))
+    e = estimator(name, shifted=True, shifted_budget=2, value_network=recording()[1])
+    for key in ("advantage", "value_target"):
+        assert_close(e(data)[key], e(expected)[key])
+    assert ("next", "obs") not in data.keys(True)
+
+
 def test_average_gae_standardises_over_the_valid_steps():
     _, network = recording()
     data = trajectory(truncated=(2,))
