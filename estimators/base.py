@@ -309,7 +309,10 @@ class ValueEstimatorBase(TensorDictModuleBase):
         key = self._tensor_keys.value
         if next_value is None:
             inputs = self._next_inputs(tensordict, steps)
-            next_value = self._network.value(inputs, key, target_params, **kwargs)
+            try:
+                next_value = self._network.value(inputs, key, target_params, **kwargs)
+            except KeyError as error:
+                raise self._lacking(error, (inputs, "next")) from error
         self._check_value(_next(key), next_value, steps)
         (next_value,) = valid_only(steps, next_value)
         (value_target,) = valid_only(steps, self._value_target(steps, next_value, dim))
@@ -415,33 +418,36 @@ class ValueEstimatorBase(TensorDictModuleBase):
         params = None if params is None else params.detach()
         next_params = params if target_params is None else target_params
         valid = None
-        if self.shifted:
-            truncated = any_right((steps.done != 0) & (steps.terminated == 0), tensordict.ndim)
-            value, next_value, valid = shifted_values(
-                partial(self._network.value, value_key=key, params=params, **kwargs),
-                data,
-                next_data,
-                truncated,
-                time_dim,
-                self.shifted_budget,
-            )
-        else:
-            value, next_value = self._network.both(data, next_data, key, params, next_params, **kwargs)
+        try:
+            if self.shifted:
+                truncated = any_right((steps.done != 0) & (steps.terminated == 0), tensordict.ndim)
+                value, next_value, valid = shifted_values(
+                    partial(self._network.value, value_key=key, params=params, **kwargs),
+                    data,
+                    next_data,
+                    truncated,
+                    time_dim,
+                    self.shifted_budget,
+                )
+            else:
+                value, next_value = self._network.both(data, next_data, key, params, next_params, **kwargs)
+        except KeyError as error:
+            raise self._lacking(error, (data, ""), (next_data, "next")) from error
         self._check_value(key, value, steps)
         self._check_value(_next(key), next_value, steps)
         return value, next_value, valid
 
     def _inputs(self, tensordict: TensorDictBase, prefix: str = "") -> TensorDictBase:
-        """What the value network reads, or the value if that is there and to be used; ``prefix`` is for the error."""
-        network = self.value_network
-        if self._network.skips() and tensordict.get(self._tensor_keys.value, None) is not None:
-            return tensordict.select(self._tensor_keys.value)
-        in_keys = [self._tensor_keys.value] if network is None else network.in_keys
-        for key in in_keys:
-            if tensordict.get(key, None) is None:
-                key = unravel_key((prefix, key)) if prefix else key
-                raise self._missing(key, "value" if network is None else None)
-        return tensordict.select(*in_keys)
+        """What the value network reads, or the value if that is there and to be used; ``prefix`` is for the error.
+
+        The network may do without an input, as recurrent ones do without a hidden state: see `_lacking`.
+        """
+        value_key = self._tensor_keys.value
+        if self._network.skips() and tensordict.get(value_key, None) is not None:
+            return tensordict.select(value_key)
+        if self.value_network is None:
+            raise self._missing(unravel_key((prefix, value_key)) if prefix else value_key, "value")
+        return tensordict.select(*self.value_network.in_keys, strict=False)
 
     def _next_inputs(self, tensordict: TensorDictBase, steps: Steps, *, fill: bool = False) -> TensorDictBase:
         """What the value network reads of the next observations, made finite where there is none.
@@ -497,6 +503,14 @@ class ValueEstimatorBase(TensorDictModuleBase):
         if x is None:
             raise self._missing(key, name)
         return x
+
+    def _lacking(self, error: KeyError, *inputs: tuple[TensorDictBase, str]) -> KeyError:
+        """What to say of an ``error`` of the network: the first input it lacks; without one, it is raised again."""
+        for data, prefix in inputs:
+            for key in self.value_network.in_keys if data.get(self._tensor_keys.value, None) is None else ():
+                if data.get(key, None) is None:
+                    return self._missing(unravel_key((prefix, key)) if prefix else key, None)
+        raise error
 
     def _missing(self, key: NestedKey, name: str | None) -> KeyError:
         """The error for an entry that `set_keys` renames under ``name``, or for an input of the network (None)."""

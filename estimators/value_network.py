@@ -76,13 +76,15 @@ class ValueNetwork:
         chunked = self.chunk_size is not None or self.num_chunks is not None
         # Compiled code fails under vmap once a length is dynamic. One draw for both takes one call all the same.
         compiling = torch.compiler.is_compiling() and self.vmap_randomness != "same"
-        if present or chunked or compiling or self.deactivate_vmap or params is not next_params:
+        keys = list(data.keys(True, True))
+        # Inputs that a network can do without, such as a first hidden state, may be there for one and not the other.
+        alike = bool(keys) and set(keys) == set(next_data.keys(True, True))
+        if present or chunked or compiling or not alike or self.deactivate_vmap or params is not next_params:
             return (
                 self.value(data, value_key, params, **kwargs),
                 self.value(next_data, value_key, next_params, **kwargs),
             )
 
-        keys = list(data.keys(True, True))
         shape = data.batch_size
 
         def call(*tensors: Tensor) -> Tensor:

@@ -274,6 +274,25 @@ def test_next_trajectories_start_where_the_trajectories_do():
         assert td["next", "state_value"].flatten().tolist() == [2, 5, 107, 5, 11, 18]
 
 
+class Starting(nn.Module):
+    """A network with a state that it takes for zeros where there is none."""
+
+    def forward(self, obs, state=None):
+        return obs if state is None else obs + state
+
+
+@every_estimator
+@pytest.mark.parametrize("stored", [(), ("state",)], ids=str)
+def test_an_input_that_the_network_can_do_without_may_be_missing(name, stored):
+    network = TensorDictModule(Starting(), in_keys=["obs", "state"], out_keys=["state_value"])
+    data = trajectory()
+    for key in stored:
+        data[key] = torch.zeros(1, 6, 1)
+    td = estimator(name, value_network=network)(data)
+    assert torch.equal(td["state_value"], data["obs"])
+    assert torch.equal(td["next", "state_value"], data["next", "obs"])
+
+
 def test_dropout_draws_differently_for_each_observation_unless_told():
     network = critic(module=nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 1).double()))
     assert estimator("GAE", value_network=critic()).vmap_randomness == "error"
