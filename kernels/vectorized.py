@@ -20,7 +20,7 @@ from . import fixed_discount
 from .recurrence import FIXED_DISCOUNT, GAE, SCAN, TD_LAMBDA, Recurrence
 
 # Elements of a tile. Its float32 arrays (c, y and their product) then stay in a CPU's second-level cache, and a pass is
-# just below the size at which PyTorch splits an operator over threads. That is on purpose: where environments keep the
+# the largest that PyTorch leaves to one thread. That is on purpose: where environments keep the
 # cores busy, each of the hundreds of passes would wait at a barrier for a thread that isn't running. A tile four times
 # as large is up to twice as fast on idle cores, and was 70 times slower (65536×32) beside one other process on two.
 _TILE = 1 << 15
