@@ -3,7 +3,10 @@
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from copy import copy
+from functools import reduce
 from inspect import Signature, signature
+from operator import and_
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +22,7 @@ from .reduction import align, check_reduction, reduce_loss
 from .utils import ValueEstimators, dispatch_value_estimator
 
 AUTO_LOSS_MASK_KEYS: tuple[NestedKey, ...] = (("collector", "mask"), "shifted_valid")
-"""The entries that mark the valid steps of padded data; the first that is there is used."""
+"""The entries that mark the valid steps of padded data; a step counts if all of those that are there say so."""
 
 
 class _LossType(type):
@@ -150,11 +153,17 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
 
         Raises:
             ValueError: the loss has no entry of that name.
+            KeyError: the value estimator can't read an entry by its new name. The loss keeps the names it had.
 
         """
+        before = copy(self._tensor_keys)
         super().set_keys(**keys)
         if self._value_estimator is not None:
-            self._forward_value_estimator_keys(**keys)
+            try:
+                self._forward_value_estimator_keys(**keys)
+            except (KeyError, ValueError):
+                self._tensor_keys = before
+                raise
 
     def _forward_value_estimator_keys(self, **keys: Any) -> None:
         """Tell the value estimator the names of the entries that it shares with the loss."""
@@ -316,11 +325,9 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
         if tensordict is None or self.loss_mask_key is None:
             return None
         keys = AUTO_LOSS_MASK_KEYS if self.loss_mask_key == "auto" else (self.loss_mask_key,)
-        for key in keys:
-            mask = tensordict.get(key, None)
-            if mask is not None:
-                return align(mask != 0, like, f"the mask {key!r}")
-        return None
+        found = [(key, tensordict.get(key, None)) for key in keys]
+        masks = [align(mask != 0, like, f"the mask {key!r}") for key, mask in found if mask is not None]
+        return reduce(and_, masks) if masks else None
 
     def _priority_weights(self, tensordict: TensorDictBase | None, like: Tensor) -> Tensor | None:
         key = getattr(self.tensor_keys, "priority_weight", None)

@@ -26,9 +26,11 @@ def masked_mean(x: Tensor, mask: Tensor | None = None, dim: int | None = None) -
         return x.mean() if dim is None else x.mean(dim)
     mask = mask.expand_as(x)
     kept = torch.where(mask, x, 0)
+    # float16 holds the mean of a large batch, but not its sum.
+    dtype = torch.promote_types(x.dtype, torch.float32)
     if dim is None:
-        return kept.sum() / mask.sum().clamp_min(1)
-    return kept.sum(dim) / mask.sum(dim).clamp_min(1)
+        return (kept.sum(dtype=dtype) / mask.sum().clamp_min(1)).to(x.dtype)
+    return (kept.sum(dim, dtype=dtype) / mask.sum(dim).clamp_min(1)).to(x.dtype)
 
 
 # --- REINFORCE and A2C ------------------------------------------------------------------------------------------
@@ -296,6 +298,8 @@ def effective_sample_size(log_weight: Tensor, mask: Tensor | None = None) -> Ten
 
 def largest_ratio(log_weight: Tensor, mask: Tensor | None = None) -> Tensor:
     """The largest r_t of the samples that count, 0 where none does. A 0-d tensor."""
+    if log_weight.numel() == 0:
+        return log_weight.new_zeros(())
     ratio = log_weight.exp()
     return (ratio if mask is None else torch.where(mask, ratio, 0)).max()
 

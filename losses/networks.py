@@ -6,8 +6,8 @@ A loss calls a network with the parameters of its choice (trained, target, one o
         network(tensordict)
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any, TypeVar
 
@@ -105,7 +105,7 @@ class FunctionalModule(TensorDictModuleBase):
         if name not in self._functional_networks:
             return nullcontext()
         params = getattr(self, f"target_{name}_params" if target else f"{name}_params")
-        return (params.detach() if detach else params).to_module(self._functional_networks[name])
+        return _swapped_in(params.detach() if detach else params, self._functional_networks[name])
 
     def get_stateful_net(self, network_name: str, copy: bool = True) -> nn.Module:
         """The network with the loss's own parameters in it (not copies), such as for a policy that collects data.
@@ -272,6 +272,17 @@ def share(params: TensorDictParams, sources: dict[NestedKey, Tensor]) -> TensorD
         return Buffer(sources[key].data.expand_as(x)) if key in sources else x
 
     return _mapped(params, shared, params.batch_size)
+
+
+@contextmanager
+def _swapped_in(params: TensorDictBase, network: nn.Module) -> Iterator[None]:
+    """Within the block ``network`` has ``params``; after it, however it ends, its own."""
+    # Not as `to_module`'s own context, which leaves the parameters in the network when the block raises.
+    own = params.to_module(network, preserve_module_state=False)
+    try:
+        yield
+    finally:
+        own.to_module(network, return_swap=False, preserve_module_state=False)
 
 
 def fill(network: nn.Module, params: TensorDictBase, leave_out: set[NestedKey]) -> None:

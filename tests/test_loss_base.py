@@ -582,6 +582,12 @@ def test_mask_can_be_found_named_or_ignored(network, data, trailing):
     torch.testing.assert_close(loss(data)["loss_value"], expected)
 
 
+def test_step_counts_if_all_masks_that_are_there_say_so(network, data):
+    data["collector", "mask"], data["shifted_valid"] = torch.rand(2, *BATCH) < 0.5
+    both = data["collector", "mask"] & data["shifted_valid"]
+    torch.testing.assert_close(ValueLoss(network)(data)["loss_value"], expected_loss(network, data)[both].mean())
+
+
 def test_metrics_leave_padding_out_and_hold_no_gradient(network, data):
     mask = torch.rand(BATCH) < 0.5
     data["collector", "mask"] = mask

@@ -380,6 +380,22 @@ def test_input_with_an_advantage_stays_as_it_is(cls):
     assert same_objects(data, before)
 
 
+@every_loss
+@pytest.mark.parametrize("fill", [0.0, 5.0, math.nan])
+def test_padding_does_not_change_the_advantage_that_the_loss_estimates(cls, fill):
+    actor, value = gaussian_actor(), critic()
+    data = collect(actor, (1, 5), estimated=False)
+    data["next", "done"] = torch.zeros(1, 5, 1, dtype=torch.bool)
+    padded = torch.cat([data, data[:, :3]], 1).clone()
+    # The distributions of torch refuse parameters of NaN, so the policy must not read it.
+    padded["observation"][:, 5:] = 0 if math.isnan(fill) else fill
+    for key in ("observation", "reward"):
+        padded["next", key][:, 5:] = fill
+    padded["collector", "mask"] = torch.arange(8).lt(5)[None]
+    for key in ("loss_objective", "loss_critic"):
+        torch.testing.assert_close(cls(actor, value)(padded)[key], cls(actor, value)(data)[key])
+
+
 # --- coefficients -----------------------------------------------------------------------------------------------
 
 
@@ -525,3 +541,22 @@ def test_renamed_entries_are_read(cls):
     loss = cls(actor, value)
     loss.set_keys(**names)
     torch.testing.assert_close(loss(data).to_dict(), expected.to_dict())
+
+
+def test_refused_key_leaves_all_keys_as_they_were():
+    loss = ClipPPOLoss(discrete_actor(), critic())
+    with pytest.raises(KeyError, match="foo"):
+        loss.set_keys(value="foo", advantage="mine")
+    assert (loss.tensor_keys.value, loss.tensor_keys.advantage) == ("state_value", "advantage")
+    assert loss.value_estimator.tensor_keys.advantage == "advantage"
+
+
+def test_error_in_the_delayed_actor_leaves_the_policy_its_parameters():
+    actor = discrete_actor()
+    loss = ClipPPOLoss(actor, critic(), delay_actor=True)
+    before = list(actor.parameters())
+    data = collect(actor)
+    data["observation"] = torch.randn(3, 5, OBSERVATION + 1, **DOUBLE)
+    with pytest.raises(RuntimeError):
+        loss(data)
+    assert all(p is q for p, q in zip(actor.parameters(), before, strict=True))

@@ -198,3 +198,14 @@ def test_metrics_of_an_empty_selection_are_finite():
         F.explained_variance(x, x, nothing),
     )
     assert all(metric.isfinite().all() for metric in metrics)
+
+
+def test_masked_mean_of_a_large_float16_batch_does_not_overflow():
+    ones = torch.ones(100_000, 1, dtype=torch.float16)
+    mean = F.masked_mean(ones, ones == 1)
+    assert mean.dtype == torch.float16
+    assert mean == 1
+
+
+def test_largest_ratio_of_no_samples_is_zero():
+    assert F.largest_ratio(torch.zeros(3, 0, 1)) == 0
