@@ -63,7 +63,7 @@ class GAE(LambdaEstimatorBase):
 
     def _estimate(self, steps: Steps, value: Tensor, next_value: Tensor, time_dim: int) -> tuple[Tensor, Tensor]:
         if self.auto_reset_env:
-            next_value = torch.where(steps.done != 0, value.detach(), next_value)
+            next_value = torch.where(steps.done != 0, value, next_value)
         advantage, value_target = vec_generalized_advantage_estimate(
             steps.gamma,
             self.lmbda,

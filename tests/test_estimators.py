@@ -235,16 +235,6 @@ def test_an_environment_that_resets_itself_bootstraps_from_the_steps_own_value()
     assert_close(td["advantage"], expected_from_functional("GAE", td)[0])
 
 
-def test_the_own_value_that_an_environment_that_resets_itself_bootstraps_from_is_a_constant():
-    data = rollout((1, 1))
-    data["state_value"], data["next", "state_value"] = torch.ones(2, 1, 1, 1, dtype=torch.float64).requires_grad_()
-    data["next", "done"][:], data["next", "terminated"][:] = True, False
-    e = estimator("GAE", value_network=None, auto_reset_env=True, differentiable=True)
-    # The advantage is r + γv' − v, with v' = v a constant.
-    (gradient,) = torch.autograd.grad(e(data)["advantage"].sum(), data["state_value"])
-    assert gradient.item() == -1
-
-
 def padded(data, junk, steps=3):
     """``data`` ``[B, T]`` with ``steps`` more that ``("collector", "mask")`` calls padding, full of ``junk``."""
     padding = data[:, :1].expand(data.shape[0], steps).apply(lambda x: torch.full_like(x, junk))
