@@ -114,7 +114,7 @@ def dispatch_value_estimator(
     value_type = _resolve(value_type)
     supported = tuple(supported)
     if value_type not in supported:
-        names = ", ".join(getattr(x, "name", str(x)) for x in supported)
+        names = ", ".join(getattr(x, "name", str(x)) for x in supported if x in _entries)
         raise NotImplementedError(
             f"{type(loss_module).__name__} does not support the value estimator {value_type}; it supports: {names}"
         )

@@ -1,6 +1,7 @@
 """What A2C and the PPO family add to a policy gradient: an entropy bonus, and the coefficients of the three terms."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -79,6 +80,14 @@ class ActorCriticLoss(PolicyGradientLoss):
         self.register_coeff_buffer("entropy_coeff", entropy_coeff, device=device)
         self.register_coeff_buffer("critic_coeff", critic_coeff, device=device)
         self.has_critic_loss = critic_coeff is not None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "entropy_coeff" and getattr(self, "_head_coeffs", None) is not None:
+            raise AttributeError(
+                f"the entropy of this {type(self).__name__} has a coefficient for each head, fixed at construction: "
+                "entropy_coeff can't be assigned"
+            )
+        super().__setattr__(name, value)
 
     def _coeff_of_each_head(self, coeffs: Mapping[NestedKey, float]) -> dict[NestedKey, float]:
         by_head = {_head_of(key): float(coeff) for key, coeff in coeffs.items()}

@@ -237,6 +237,13 @@ def test_entropy_coefficient_by_head_works_for_a_single_head():
     torch.testing.assert_close(out["loss_entropy"].detach(), -0.5 * out["entropy"], **CLOSE)
 
 
+def test_entropy_coefficients_by_head_are_not_replaced_by_one_number():
+    actor, value = discrete_actor(), critic()
+    loss = PPOLoss(actor, value, entropy_coeff={"action": 0.5})
+    with pytest.raises(AttributeError, match="a coefficient for each head"):
+        loss.entropy_coeff = 0.0
+
+
 @pytest.mark.parametrize("coefficients", [{"gear": 0.1}, {"gear": 0.1, "steer": 0.1, "brake": 0.1}])
 def test_entropy_coefficients_must_name_the_policys_heads(coefficients):
     with pytest.raises(KeyError, match=r"entropy_coeff has the heads .*gear.*policy's are .*steer"):

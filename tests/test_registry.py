@@ -90,8 +90,12 @@ def test_dispatch_takes_gamma_from_the_loss_unless_it_is_given():
 
 def test_an_estimator_that_the_loss_does_not_support_is_an_error_that_lists_those_it_does():
     loss = Loss(value_network=critic())
-    with pytest.raises(NotImplementedError, match=r"Loss does not support.*GAE.*supports: TD0, TD1"):
-        E.dispatch_value_estimator(loss, "gae", supported=[ValueEstimators.TD0, ValueEstimators.TD1])
+    with pytest.raises(NotImplementedError, match=r"Loss does not support.*GAE.*supports: TD0, TD1$"):
+        E.dispatch_value_estimator(
+            loss,
+            "gae",
+            supported=[ValueEstimators.TD0, ValueEstimators.TD1, ValueEstimators.VTrace],  # not built yet
+        )
     assert not hasattr(loss, "_value_estimator")
 
 
