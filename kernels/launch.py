@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import fixed_discount
-from .recurrence import FIXED_DISCOUNT, GAE, Recurrence
+from .recurrence import FIXED_DISCOUNT, Recurrence
 from .scan import STEPS_PER_LANE, scan_kernel
 
 # Steps by rows of a tile. A program is one warp, which keeps every exchange between lanes a shuffle: 512 elements are
@@ -55,7 +55,7 @@ def forward(problem: Recurrence, time_dim: int) -> list[Tensor]:
     """The outputs of ``problem``, on the Triton kernel."""
     if problem.kind == FIXED_DISCOUNT:
         return fixed_discount.forward(forward, problem, time_dim)
-    outputs = [problem.new_output() for _ in range(2 if problem.kind == GAE else 1)]
+    outputs = problem.new_outputs()
     y, target = [*outputs, None][:2]
     if not _launch(problem, time_dim, y=y, target=target):
         for output, copy in zip(outputs, forward(_dense(problem), time_dim), strict=True):

@@ -129,7 +129,7 @@ def _recurrence(
         *tensors,
     )
     if problem.reward.numel() == 0:
-        return _empty_outputs(problem)
+        return problem.new_outputs()
     return backend_module(backend).forward(problem, time_dim)
 
 
@@ -167,10 +167,6 @@ def _recurrence_backward(
     return [fit(g, x) for g, x in zip(found, wanted, strict=True)]
 
 
-def _empty_outputs(problem: Recurrence) -> list[Tensor]:
-    return [problem.new_output() for _ in range(2 if problem.value is not None else 1)]
-
-
 def _recurrence_fake(
     kind: str,
     backend: str,
@@ -181,7 +177,7 @@ def _recurrence_fake(
     lmbda: Tensor | None,
     *tensors: Any,
 ) -> list[Tensor]:
-    return _empty_outputs(Recurrence(kind, 0.0, None, *tensors))
+    return Recurrence(kind, 0.0, None, *tensors).new_outputs()
 
 
 def _recurrence_backward_fake(

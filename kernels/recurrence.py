@@ -56,6 +56,10 @@ class Recurrence(NamedTuple):
         """An uninitialised tensor for a result, laid out like the reward."""
         return torch.empty_like(self.reward, dtype=self.dtype)
 
+    def new_outputs(self) -> list[Tensor]:
+        """Uninitialised tensors for all outputs of this kind."""
+        return [self.new_output() for _ in range(2 if self.kind == GAE else 1)]
+
 
 def checked(problem: Recurrence, time_dim: int) -> tuple[Recurrence, int]:
     """``problem`` with bool masks, and ``time_dim`` counted from the front.

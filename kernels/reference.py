@@ -15,16 +15,6 @@ from torch import Tensor
 Scalar = float | Tensor
 
 
-def reverse_scan(coefficient: Tensor, increment: Tensor, *, time_dim: int = -1) -> Tensor:
-    """y_t = increment_t + coefficient_t · y_{t+1}, with y_T = 0."""
-    y = torch.zeros_like(increment.select(time_dim, 0)) if increment.shape[time_dim] else increment
-    ys = []
-    for c_t, d_t in _backwards(time_dim, coefficient, increment):
-        y = d_t + c_t * y
-        ys.append(y)
-    return _stack(ys, increment, time_dim)
-
-
 def gae(
     gamma: Scalar,
     lmbda: Scalar,

@@ -31,7 +31,7 @@ def forward(problem: Recurrence, time_dim: int) -> list[Tensor]:
     if problem.kind == FIXED_DISCOUNT:
         return fixed_discount.forward(forward, problem, time_dim)
     dtype = problem.compute_dtype
-    outputs = [problem.new_output() for _ in range(2 if problem.kind == GAE else 1)]
+    outputs = problem.new_outputs()
     problem = _with_tensor_scalars(problem, dtype)
     for tiles in _tiles_of_rows((*problem, *outputs), problem.reward, time_dim):
         carry = None
