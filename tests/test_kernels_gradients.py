@@ -48,6 +48,22 @@ def test_gradgradcheck(backend, device, estimator) -> None:
     )
 
 
+@pytest.mark.parametrize("estimator", CASES)
+def test_gradients_made_to_be_differentiated_are_the_same_gradients(backend, device, estimator) -> None:
+    """gradgradcheck compares these with themselves; here they meet the kernels'."""
+    *leaves, done, terminated = inputs((), device)
+    outputs = CASES[estimator](*leaves, done, terminated, time_dim=1, backend=backend)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    loss = sum((i + 1) * x.square().sum() for i, x in enumerate(outputs))
+    plain, again = (
+        torch.autograd.grad(loss, leaves, retain_graph=True, create_graph=create, allow_unused=True)
+        for create in (False, True)
+    )
+    for one, other in zip(plain, again, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("needs", range(1, 32))
 def test_every_subset_of_inputs_gets_its_gradients(backend, device, needs) -> None:
     *leaves, done, terminated = inputs((), device)
