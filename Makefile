@@ -8,7 +8,7 @@ LIBRARY := kernels estimators losses
 .PHONY: demo test lint bench gpu static clean
 
 # The folders are prerequisites because a strict editable install links files one by one: a new file needs a new link.
-$(INSTALLED): pyproject.toml constraints.txt $(LIBRARY)
+$(INSTALLED): pyproject.toml constraints.txt $(LIBRARY) losses/functional
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
 		--config-settings editable_mode=strict -e '.[test,examples,peer]'

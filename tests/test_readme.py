@@ -24,9 +24,9 @@ def test_the_examples_run() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        f"{package.__name__}.{module.name}"
+        module.name
         for package in (kernels, estimators, losses)
-        for module in pkgutil.iter_modules(package.__path__)
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     ],
 )
 def test_the_examples_in_docstrings_run(name) -> None:

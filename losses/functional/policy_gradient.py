@@ -1,4 +1,4 @@
-"""The mathematics of the losses, on tensors: no TensorDict, no network, no host synchronisation.
+"""REINFORCE, A2C and the PPO family: what they maximise, and what they log.
 
 An objective is what the papers maximise, one value per sample; a loss is its negative. Tensors of one call have
 one shape ``[*B, 1]`` unless said otherwise. A ``mask`` is bool and broadcastable to that shape: True marks the
