@@ -105,7 +105,11 @@ class FunctionalModule(TensorDictModuleBase):
         if name not in self._functional_networks:
             return nullcontext()
         params = getattr(self, f"target_{name}_params" if target else f"{name}_params")
-        return _swapped_in(params.detach() if detach else params, self._functional_networks[name])
+        return self._with_parameters(name, params.detach() if detach else params)
+
+    def _with_parameters(self, name: str, params: TensorDictBase) -> AbstractContextManager[Any]:
+        """Within the block the network ``name`` has ``params``, such as those of one member of an ensemble."""
+        return _swapped_in(params, self._functional_networks[name])
 
     def get_stateful_net(self, network_name: str, copy: bool = True) -> nn.Module:
         """The network with the loss's own parameters in it (not copies), such as for a policy that collects data.

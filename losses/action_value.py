@@ -1,0 +1,136 @@
+"""What the losses that learn action values Q(s, a) from stored transitions share."""
+
+from collections.abc import Sequence
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.utils import unravel_key
+from torch import Tensor
+
+from ..estimators.steps import any_right, expand_right
+from .base import LossModule
+from .networks import keys_read
+from .utils import ValueEstimators
+
+
+class ActionValueLoss(LossModule):
+    r"""Base of the losses that move Q(s_t, a_t) towards a target such as :math:`r_t + γ(1 - \text{term}_t) v(s_{t+1})`.
+
+    A loss finds v(s_{t+1}) itself, and leaves the target to its value estimator (`make_value_estimator`). The
+    error of each sample is written to the input as its priority in a replay buffer, the only entry that changes.
+
+    An ensemble of networks (`convert_to_functional` with ``expand_dim``) is one batched computation; a network that
+    can't run under `torch.vmap` is called once for each member if ``deactivate_vmap`` is set.
+    """
+
+    default_value_estimator = ValueEstimators.TD0
+    SUPPORTED_VALUE_ESTIMATORS = (ValueEstimators.TD0, ValueEstimators.TD1, ValueEstimators.TDLambda)
+    deactivate_vmap = False
+
+    # --- reading ------------------------------------------------------------------------------------------------
+
+    def _transitions(
+        self, tensordict: TensorDictBase, current: Sequence[str], following: Sequence[str]
+    ) -> tuple[TensorDictBase, TensorDictBase]:
+        """What the networks ``current`` read of the observations, and ``following`` of the next ones: new TensorDicts.
+
+        A network may read what one before it in the list writes. Inputs that don't count are made finite, since
+        their NaN or inf would reach the gradients through a network, as 0 · NaN: those of padded steps
+        (`loss_mask_key`), and of the next observations of terminal steps.
+
+        Raises:
+            KeyError: an entry is missing, or all of done and terminated.
+
+        """
+        current_keys, next_keys = self._read_by(current), self._read_by(following)
+        self._require_entries(tensordict, current_keys, f"the networks {', '.join(current)} read it")
+        next_entries = [unravel_key(("next", key)) for key in next_keys]
+        self._require_entries(tensordict, next_entries, f"the networks {', '.join(following)} read it")
+        self._require(tensordict, "reward")
+        terminated = tensordict.get(*self._keys("terminated"), None)
+        if terminated is None:
+            terminated = self._get(tensordict, "done")
+
+        data = tensordict.select(*current_keys)
+        next_data = tensordict.get("next").select(*next_keys)
+        next_data.batch_size = tensordict.batch_size
+        terminal = any_right(terminated != 0, tensordict.ndim)
+        for key in next_keys:
+            x = next_data.get(key)
+            if x.is_floating_point():
+                instead = tensordict.get(key, None)
+                instead = 0 if instead is None else instead.detach()
+                next_data.set(key, torch.where(expand_right(terminal, x) & ~x.isfinite(), instead, x))
+        valid = self._mask(tensordict, terminal)
+        if valid is not None:
+            for part, keys in ((data, current_keys), (next_data, next_keys)):
+                for key in keys:
+                    x = part.get(key)
+                    if x.is_floating_point():
+                        part.set(key, torch.where(expand_right(valid, x), x, 0))
+        return data, next_data
+
+    def _read_by(self, networks: Sequence[str]) -> list[NestedKey]:
+        """What the networks read of which none before it writes."""
+        read: dict[NestedKey, None] = {}
+        written: set[NestedKey] = set()
+        for name in networks:
+            network = getattr(self, name)
+            read |= dict.fromkeys(key for key in keys_read(network) if key not in written)
+            written |= {unravel_key(key) for key in network.out_keys}
+        return list(read)
+
+    # --- computing ----------------------------------------------------------------------------------------------
+
+    def _ensemble(
+        self, name: str, data: TensorDictBase, key: NestedKey, *, target: bool = False, detach: bool = False
+    ) -> Tensor:
+        """What every member of the ensemble ``name`` writes at ``key`` for ``data``, shape ``[N, *B, *F]``.
+
+        ``data`` is left as it is. See `_parameters_in` for the options.
+        """
+        params = getattr(self, f"target_{name}_params" if target else f"{name}_params")
+        params = params.detach() if detach else params
+
+        def member(one: TensorDictBase) -> Tensor:
+            return self._call(name, data, key, one)
+
+        if self.deactivate_vmap:
+            return torch.stack([member(one) for one in params.unbind(0)])
+        return torch.vmap(member, randomness=self.vmap_randomness)(params)
+
+    def _call(self, name: str, data: TensorDictBase, key: NestedKey, params: TensorDictBase) -> Tensor:
+        """What the network ``name`` with ``params`` writes at ``key`` for ``data``, which is left as it is."""
+        with self._with_parameters(name, params):
+            x = getattr(self, name)(data.copy()).get(key, None)
+        if x is None:
+            raise KeyError(
+                f"{type(self).__name__}: the network {name} doesn't write {key!r} but {getattr(self, name).out_keys}; "
+                "say which is the value with set_keys"
+            )
+        return x
+
+    def _one_per_sample(self, x: Tensor, key: NestedKey, tensordict: TensorDictBase) -> Tensor:
+        """``x``, shape ``[*E, *B, 1]`` with the batch of the reward, as ``[*E, *B]``.
+
+        Raises:
+            RuntimeError: it has another shape: it would broadcast by accident.
+
+        """
+        reward_key = self._keys("reward")[0]
+        shape = self._get(tensordict, "reward").shape
+        if x.shape[-len(shape) :] != shape:
+            raise RuntimeError(
+                f"{type(self).__name__}: {key!r} has shape {tuple(x.shape)}, but {reward_key!r} has shape "
+                f"{tuple(shape)}: both must have one value per sample"
+            )
+        return x.squeeze(-1)
+
+    def _value_target(self, tensordict: TensorDictBase, next_value: Tensor) -> Tensor:
+        """The target of each sample, shape ``[*B]``, without gradient; ``next_value`` is v(s_{t+1}), shape ``[*B]``."""
+        with torch.no_grad():
+            return self.value_estimator.value_estimate(tensordict, next_value=next_value.unsqueeze(-1)).squeeze(-1)
+
+    def _write_priority(self, tensordict: TensorDictBase, td_error: Tensor) -> None:
+        """Write the priority of each sample, shape ``[*B]``: the last thing that a loss does."""
+        tensordict.set(self.tensor_keys.priority, td_error.detach(), inplace=True)
