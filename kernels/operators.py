@@ -105,10 +105,11 @@ def _backward(
 def _flatten(problem: Recurrence) -> list[Any]:
     """The fields after ``kind`` as the operators take them: γ and λ as a pair (number, tensor)."""
     _, gamma, lmbda, *tensors = problem
-    return [*_number_or_tensor(gamma), *_number_or_tensor(lmbda), *tensors]
+    return [*number_or_tensor(gamma), *number_or_tensor(lmbda), *tensors]
 
 
-def _number_or_tensor(x: Scalar | None) -> tuple[float | None, Tensor | None]:
+def number_or_tensor(x: Scalar | None) -> tuple[float | None, Tensor | None]:
+    """A scalar as an operator's pair of arguments, of which one is None."""
     return (None, x) if isinstance(x, Tensor) else (x, None)
 
 

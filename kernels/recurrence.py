@@ -81,7 +81,7 @@ def checked(problem: Recurrence, time_dim: int) -> tuple[Recurrence, int]:
     for name in ("gamma", "lmbda"):
         x = getattr(problem, name)
         if isinstance(x, Tensor) and x.ndim:
-            if not _broadcasts(x.shape, shape):
+            if not broadcasts(x.shape, shape):
                 raise RuntimeError(
                     f"{name} has shape {tuple(x.shape)}, which does not broadcast to the reward's {tuple(shape)}"
                 )
@@ -107,5 +107,6 @@ def _as_mask(mask: Tensor | None) -> Tensor | None:
     return mask if mask is None or mask.dtype == torch.bool else mask != 0
 
 
-def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+def broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    """Whether a tensor of ``shape`` expands to the shape ``to``."""
     return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False))

@@ -1,0 +1,177 @@
+"""From a checked categorical problem to the loss: opaque operators, and the autograd.Function around them.
+
+The operators ``fusedrl::categorical_loss``, ``fusedrl::categorical_loss_backward`` and
+``fusedrl::categorical_projection`` hide every backend from the compiler. The loss is linear in the log-probabilities
+of the taken action and constant in everything else, so that its gradient is all that the projected distribution is
+kept for.
+"""
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .backend import resolve_backend
+from .categorical_problem import (
+    Bellman,
+    Transition,
+    check_bellman,
+    check_transition,
+    compute_dtype,
+    flat,
+    flat_bellman,
+    flat_transition,
+    new_gradient,
+)
+from .operators import number_or_tensor
+
+# Where each backend's `forward`, `backward` and `project` live; imported at the first use, since Triton may be absent.
+_BACKEND_MODULES = {
+    "triton": ".categorical_launch",
+    "torch": ".categorical_vectorized",
+    "reference": ".categorical_reference",
+    "verify": ".categorical_verify",
+}
+
+_BELLMAN = "Tensor support, Tensor reward, Tensor terminated, float? gamma_number, Tensor? gamma"
+_library = torch.library.Library("fusedrl", "FRAGMENT")
+_library.define(
+    "categorical_loss(str backend, bool keep, Tensor log_prob, Tensor action, Tensor next_log_prob, "
+    f"Tensor? next_online_log_prob, {_BELLMAN}) -> Tensor[]"
+)
+_library.define(
+    "categorical_loss_backward(str backend, Tensor log_prob, Tensor action, Tensor projected, Tensor grad) -> Tensor"
+)
+_library.define(f"categorical_projection(str backend, Tensor prob, {_BELLMAN}) -> Tensor")
+
+
+def loss(transition: Transition, bellman: Bellman, backend: str | None) -> Tensor:
+    """The loss of each sample, differentiable in ``log_prob``.
+
+    Raises what `check_transition` and `resolve_backend` raise, before anything is computed.
+    """
+    check_transition(transition, bellman)
+    name = resolve_backend(backend, transition.log_prob)
+    constants = _constants((*transition[1:], *bellman))
+    differentiated = torch.is_grad_enabled() and transition.log_prob.requires_grad
+    # Forward-mode tangents don't show in requires_grad. _Loss has no rule for them and says so.
+    if differentiated or forward_ad._current_level >= 0:
+        return _Loss.apply(name, transition.log_prob, *constants)[0]
+    return _forward(name, False, transition.log_prob.detach(), *constants)[0]
+
+
+def projection(prob: Tensor, bellman: Bellman, backend: str | None) -> Tensor:
+    """The projected distribution, a constant to autograd.
+
+    Raises what `check_bellman` and `resolve_backend` raise, before anything is computed.
+    """
+    if not prob.ndim or not prob.is_floating_point():
+        raise RuntimeError(
+            f"prob has shape {tuple(prob.shape)} and dtype {prob.dtype}: floating-point probabilities [*batch, atoms] "
+            "are wanted"
+        )
+    check_bellman(bellman, prob.shape, prob.device)
+    name = resolve_backend(backend, prob)
+    *tensors, gamma = _constants(bellman)
+    return torch.ops.fusedrl.categorical_projection(name, prob.detach(), *tensors, *number_or_tensor(gamma))
+
+
+def backend_module(name: str) -> Any:
+    """The module with the ``forward``, ``backward`` and ``project`` of backend ``name``."""
+    return import_module(_BACKEND_MODULES[name], __package__)
+
+
+class _Loss(torch.autograd.Function):
+    """Inputs: backend, log_prob, then the other fields of `Transition` and those of `Bellman`, which are constants."""
+
+    @staticmethod
+    def forward(name: str, log_prob: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
+        loss, projected = _forward(name, True, log_prob, *constants)
+        return loss, projected
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        ctx.name, log_prob, action, *_ = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(log_prob, action, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        log_prob, action, projected = ctx.saved_tensors
+        if grad is None:
+            found = None
+        elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # To be differentiated again: the same gradient, composed of what autograd knows.
+            index = action.long()[..., None, None].expand(*projected.shape, 1)
+            values = (-projected * grad[..., None]).to(log_prob.dtype)
+            found = torch.zeros_like(log_prob).scatter(-1, index, values[..., None])
+        else:
+            found = torch.ops.fusedrl.categorical_loss_backward(ctx.name, log_prob, action, projected, grad)
+        return None, found, *[None] * 7
+
+
+def _constants(tensors: tuple[Any, ...]) -> list[Any]:
+    return [x.detach() if isinstance(x, Tensor) else x for x in tensors]
+
+
+def _forward(name: str, keep: bool, *fields: Any) -> list[Tensor]:
+    *tensors, gamma = fields
+    return torch.ops.fusedrl.categorical_loss(name, keep, *tensors, *number_or_tensor(gamma))
+
+
+def _bellman(
+    support: Tensor, reward: Tensor, terminated: Tensor, gamma_number: float | None, gamma: Tensor | None
+) -> Bellman:
+    return flat_bellman(Bellman(support, reward, terminated, gamma_number if gamma is None else gamma))
+
+
+def _categorical_loss(backend: str, keep: bool, *fields: Any) -> list[Tensor]:
+    transition = Transition(*fields[:4])
+    batch = transition.action.shape
+    if batch.numel() == 0:
+        return _categorical_loss_fake(backend, keep, *fields)
+    found = backend_module(backend).forward(flat_transition(transition), _bellman(*fields[4:]), keep)
+    return found if len(batch) == 1 else [x.view(batch + x.shape[1:]) for x in found]
+
+
+def _categorical_loss_fake(backend: str, keep: bool, log_prob: Tensor, *_: Any) -> list[Tensor]:
+    *batch, atoms = log_prob.shape[:-1]
+    projected = [log_prob.new_empty(*batch, atoms, dtype=compute_dtype(log_prob.dtype))] if keep else []
+    return [log_prob.new_empty(batch), *projected]
+
+
+def _categorical_loss_backward(
+    backend: str, log_prob: Tensor, action: Tensor, projected: Tensor, grad: Tensor
+) -> Tensor:
+    if action.numel() == 0:
+        return torch.zeros_like(log_prob)
+    found = backend_module(backend).backward(
+        flat(log_prob, 2), action.reshape(-1), flat(projected, 1), grad.reshape(-1)
+    )
+    return found.view(log_prob.shape)
+
+
+def _categorical_loss_backward_fake(backend: str, log_prob: Tensor, *_: Tensor) -> Tensor:
+    return new_gradient(log_prob).view(log_prob.shape)
+
+
+def _categorical_projection(backend: str, prob: Tensor, *fields: Any) -> Tensor:
+    if prob.numel() == 0:
+        return _categorical_projection_fake(backend, prob)
+    return backend_module(backend).project(flat(prob, 1), _bellman(*fields)).view(prob.shape)
+
+
+def _categorical_projection_fake(backend: str, prob: Tensor, *_: Any) -> Tensor:
+    return prob.new_empty(prob.shape)
+
+
+for _name, _implementation, _fake in (
+    ("categorical_loss", _categorical_loss, _categorical_loss_fake),
+    ("categorical_loss_backward", _categorical_loss_backward, _categorical_loss_backward_fake),
+    ("categorical_projection", _categorical_projection, _categorical_projection_fake),
+):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fusedrl::{_name}", _fake, lib=_library)

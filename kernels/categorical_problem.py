@@ -1,0 +1,124 @@
+"""The problem that every backend of the categorical loss solves: its inputs, their checks and one flat batch.
+
+The mathematics is that of Bellemare, Dabney & Munos 2017 (arXiv:1707.06887), algorithm 1. With atoms z_i of spacing
+Δz, V_min = z_0, V_max = z_{N−1} and a next distribution p,
+
+    b_j = (clip(r + γ(1 − term) z_j, V_min, V_max) − V_min) / Δz        where atom j lands, in atoms
+    m_i = Σ_j p_j · max(0, 1 − |b_j − i|)                               the projected distribution
+    L   = −Σ_i m_i · log p(s_t, a_t)_i                                  the cross-entropy
+
+The hat function shares the mass p_j between the two atoms around b_j, and gives all of it to an atom that is hit
+exactly. After a terminal step all mass is at r, selected and not multiplied by zero, so that nothing is read of the
+next observation.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .recurrence import broadcasts
+
+_INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class Bellman(NamedTuple):
+    """How the atoms move: support ``[atoms]``, reward and terminated of the batch's shape, γ broadcastable to it."""
+
+    support: Any
+    reward: Any
+    terminated: Any
+    gamma: Any  # a number, or a tensor
+
+
+class Transition(NamedTuple):
+    """What the networks say of a transition: log-probabilities ``[*B, atoms, actions]``, the action's index ``[*B]``.
+
+    The greedy next action is that of ``next_online_log_prob`` where it is there, else of ``next_log_prob``.
+    """
+
+    log_prob: Any
+    action: Any
+    next_log_prob: Any
+    next_online_log_prob: Any  # a tensor, or None
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that backends compute in: float64 for float64, otherwise float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_transition(transition: Transition, bellman: Bellman) -> None:
+    """Raise TypeError for a dtype, RuntimeError for a shape or device that doesn't fit the log-probabilities."""
+    log_prob = transition.log_prob
+    shape, device = log_prob.shape, log_prob.device
+    if len(shape) < 2 or not log_prob.is_floating_point():
+        raise RuntimeError(
+            f"log_prob has shape {tuple(shape)} and dtype {log_prob.dtype}: floating-point log-probabilities "
+            "[*batch, atoms, actions] are wanted"
+        )
+    for name in ("next_log_prob", "next_online_log_prob"):
+        x = getattr(transition, name)
+        if x is not None and (x.shape != shape or x.device != device):
+            raise RuntimeError(
+                f"{name} has shape {tuple(x.shape)} on {x.device}, but log_prob has shape {tuple(shape)} on {device}: "
+                "both must agree"
+            )
+    _check_member("action", transition.action, shape[:-2], device)
+    if transition.action.dtype not in _INDICES:
+        raise TypeError(f"action has dtype {transition.action.dtype}: the integer index of the action is wanted")
+    if shape[-1] == 0:
+        raise RuntimeError(f"log_prob has shape {tuple(shape)}: there is no action to choose")
+    check_bellman(bellman, shape[:-1], device)
+
+
+def check_bellman(bellman: Bellman, shape: torch.Size, device: torch.device) -> None:
+    """Raise RuntimeError if an argument doesn't fit a distribution of ``shape`` ``[*B, atoms]`` on ``device``."""
+    support, reward, terminated, gamma = bellman
+    *batch, atoms = shape
+    if support.shape != (atoms,) or support.device != device or atoms < 2:
+        raise RuntimeError(
+            f"support has shape {tuple(support.shape)} on {support.device}: one value for each of the {atoms} atoms, "
+            f"of which there must be 2 or more, is wanted on {device}"
+        )
+    _check_member("reward", reward, torch.Size(batch), device)
+    _check_member("terminated", terminated, torch.Size(batch), device)
+    if isinstance(gamma, Tensor) and gamma.ndim:
+        if not broadcasts(gamma.shape, torch.Size(batch)):
+            raise RuntimeError(
+                f"gamma has shape {tuple(gamma.shape)}, which does not broadcast to the batch's {tuple(batch)}"
+            )
+        if gamma.device != device:
+            raise RuntimeError(f"gamma is on {gamma.device}, but the distributions are on {device}")
+
+
+def flat_transition(transition: Transition) -> Transition:
+    """``transition`` with one batch dimension; a copy is made only of what no single stride walks."""
+    log_prob, action, next_log_prob, next_online_log_prob = transition
+    return Transition(flat(log_prob, 2), action.reshape(-1), flat(next_log_prob, 2), flat(next_online_log_prob, 2))
+
+
+def flat_bellman(bellman: Bellman) -> Bellman:
+    """``bellman`` with one batch dimension: γ stays a number or a 0-d tensor if it is one."""
+    support, reward, terminated, gamma = bellman
+    if isinstance(gamma, Tensor) and gamma.ndim:
+        gamma = gamma.expand_as(reward).reshape(-1)
+    return Bellman(support, reward.reshape(-1), terminated.reshape(-1), gamma)
+
+
+def flat(x: Any, trailing: int) -> Any:
+    """``x`` with the dimensions before the ``trailing`` last ones made one."""
+    return x if x is None or x.ndim == trailing + 1 else x.reshape(-1, *x.shape[-trailing:])
+
+
+def new_gradient(log_prob: Tensor) -> Tensor:
+    """An uninitialised gradient of the flat ``log_prob``, laid out like it where that is dense."""
+    return torch.empty_like(flat(log_prob, 2))
+
+
+def _check_member(name: str, x: Tensor, batch: torch.Size, device: torch.device) -> None:
+    if x.shape != batch or x.device != device:
+        raise RuntimeError(
+            f"{name} has shape {tuple(x.shape)} on {x.device}, but the batch has shape {tuple(batch)} on {device}: "
+            "both must agree"
+        )
