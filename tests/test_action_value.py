@@ -1,0 +1,249 @@
+"""The base of the losses with Q networks, through the plainest of them: fitted Q evaluation with an ensemble."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from fusedrl.losses.action_value import ActionValueLoss
+from helpers_q import (
+    CLOSE,
+    assert_compiles,
+    assert_no_host_sync,
+    assert_padding_is_ignored,
+    assert_rejected,
+    assert_terminal_observations_are_ignored,
+    deterministic_actor,
+    gradients,
+    qvalue_network,
+    run,
+    transitions,
+)
+from tensordict import NestedKey, TensorDict
+from tensordict.nn import TensorDictModule, dispatch
+from torch import nn
+
+
+class FittedQ(ActionValueLoss):
+    """Every member of the ensemble moves towards the least value of the target ensemble."""
+
+    @dataclass
+    class _AcceptedKeys:
+        action: NestedKey = "action"
+        state_action_value: NestedKey = "state_action_value"
+        priority: NestedKey = "td_error"
+        reward: NestedKey = "reward"
+        done: NestedKey = "done"
+        terminated: NestedKey = "terminated"
+        priority_weight: NestedKey = "priority_weight"
+
+    def __init__(self, actor, qvalue, members=3, deactivate_vmap=False, delay=True, reduction=None):
+        super().__init__(reduction)
+        self.deactivate_vmap = deactivate_vmap
+        self.convert_to_functional(actor, "actor_network", create_target_params=delay)
+        self.convert_to_functional(qvalue, "qvalue_network", expand_dim=members, create_target_params=delay)
+        self.out_keys = ["loss_qvalue"]
+
+    @dispatch
+    def forward(self, tensordict):
+        data, following = self._transitions(tensordict, ["qvalue_network"], ["actor_network", "qvalue_network"])
+        with torch.no_grad():
+            with self._parameters_in("actor_network", target=True):
+                following = self.actor_network(following)
+            next_value = self._values(tensordict, following, target=True).min(0).values
+        error = self._values(tensordict, data) - self._value_target(tensordict, next_value)
+        out = TensorDict({"loss_qvalue": self._reduce_loss(error.square().sum(0), tensordict)})
+        self._write_priority(tensordict, error.abs().amax(0))
+        return out
+
+    def _values(self, tensordict, data, *, target=False):
+        key = self.tensor_keys.state_action_value
+        return self._one_per_sample(self._ensemble("qvalue_network", data, key, target=target), key, tensordict)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def make(**options):
+    return FittedQ(deterministic_actor(), qvalue_network(), **options)
+
+
+def assert_same(a, b, data):
+    (out_a, seen_a), (out_b, seen_b) = run(a, data), run(b, data)
+    torch.testing.assert_close(out_a.to_dict(), out_b.to_dict(), **CLOSE)
+    torch.testing.assert_close(gradients(a, out_a), gradients(b, out_b), **CLOSE)
+    torch.testing.assert_close(seen_a["td_error"], seen_b["td_error"], **CLOSE)
+
+
+def test_the_loss_is_the_equation():
+    loss, data = make(), transitions(batch=(6,))
+    loss.make_value_estimator("TD0", gamma=0.5)
+    network, actor = loss.qvalue_network, loss.actor_network
+    following, values, next_values = data["next"].clone(), [], []
+    with loss.target_actor_network_params.to_module(actor):
+        following = actor(following)
+    for params, target in zip(
+        loss.qvalue_network_params.unbind(0), loss.target_qvalue_network_params.unbind(0), strict=True
+    ):
+        with params.to_module(network):
+            values.append(network(data.clone())["state_action_value"].squeeze(-1))
+        with target.to_module(network):
+            next_values.append(network(following.clone())["state_action_value"].squeeze(-1))
+    next_value = torch.stack(next_values).min(0).values.masked_fill(data["next", "terminated"].squeeze(-1), 0)
+    wanted = sum((v - data["next", "reward"].squeeze(-1) - 0.5 * next_value).square() for v in values).mean()
+    torch.testing.assert_close(loss(data)["loss_qvalue"], wanted, **CLOSE)
+
+
+def test_an_ensemble_called_in_turn_gives_the_numbers_of_the_batched_one():
+    batched = make()
+    in_turn = make(deactivate_vmap=True)
+    in_turn.load_state_dict(batched.state_dict())
+    assert_same(batched, in_turn, transitions())
+
+
+def test_an_ensemble_is_called_once():
+    calls = []
+    network = qvalue_network()
+    network.module.register_forward_hook(lambda *_: calls.append(1))
+    loss = FittedQ(deterministic_actor(), network)
+    loss(transitions())
+    assert len(calls) == 2  # observations, next observations
+
+
+class Branching(nn.Module):
+    """Reads a number on the host, which torch.vmap refuses."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 1, dtype=torch.float64)
+
+    def forward(self, observation, action):
+        x = self.linear(torch.cat([observation, action], -1))
+        return x * 2 if x.sum().item() > 0 else x
+
+
+def test_networks_that_refuse_vmap_work_without_it():
+    network = TensorDictModule(Branching(), ["observation", "action"], ["state_action_value"])
+    with pytest.raises(RuntimeError, match="vmap"):
+        FittedQ(deterministic_actor(), network)(transitions())
+    out, _ = run(FittedQ(deterministic_actor(), network, deactivate_vmap=True), transitions())
+    assert out["loss_qvalue"].isfinite()
+
+
+def test_members_start_from_different_parameters():
+    weights = make().qvalue_network_params["module", "layers", "0", "weight"]
+    assert not torch.equal(weights[0], weights[1])
+
+
+def test_nothing_after_a_terminal_step_matters():
+    assert_terminal_observations_are_ignored(make(), transitions())
+
+
+def test_a_step_that_terminates_without_being_done_has_no_next_value():
+    data = transitions()
+    data["next", "done"] = torch.zeros_like(data["next", "done"])
+    assert_terminal_observations_are_ignored(make(), data)
+
+
+def test_done_stands_in_for_a_missing_terminated():
+    data = transitions()
+    wanted = data.clone()
+    wanted["next", "terminated"] = wanted["next", "done"]
+    del data["next", "terminated"]
+    loss = make()
+    assert torch.equal(loss(data)["loss_qvalue"], loss(wanted)["loss_qvalue"])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_masks_of_numbers_and_integer_rewards_are_understood(dtype):
+    data = transitions()
+    data["next", "reward"] = data["next", "reward"].round()
+    numbers = data.clone()
+    numbers["next", "reward"] = numbers["next", "reward"].long()
+    for key in ("done", "terminated"):
+        numbers["next", key] = numbers["next", key].to(dtype)
+    loss = make()
+    assert torch.equal(loss(numbers)["loss_qvalue"], loss(data)["loss_qvalue"])
+
+
+def test_padding_does_not_count():
+    assert_padding_is_ignored(make(), transitions())
+
+
+def test_n_step_transitions_are_discounted_by_their_length():
+    data = transitions(batch=(6,))
+    loss = make().make_value_estimator("TD0", gamma=0.5)
+    data["steps_to_next_obs"] = torch.full((6, 1), 3)
+    other = make().make_value_estimator("TD0", gamma=0.125)
+    other.load_state_dict({k: v for k, v in loss.state_dict().items() if "gamma" not in k}, strict=False)
+    torch.testing.assert_close(loss(data)["loss_qvalue"], other(data.exclude("steps_to_next_obs"))["loss_qvalue"])
+
+
+@pytest.mark.parametrize("estimator", ["TD0", "TD1", "TDLambda"])
+def test_every_estimator_takes_the_next_values_of_the_loss(estimator):
+    loss, data = make().make_value_estimator(estimator), transitions()
+    out, _ = run(loss, data)
+    constant = data.clone()
+    constant["next", "state_value"] = torch.full_like(data["next", "reward"], 1e6)  # of no loss's concern
+    assert torch.equal(run(loss, constant)[0]["loss_qvalue"], out["loss_qvalue"])
+
+
+def test_priority_weights_weigh_the_samples():
+    data, loss = transitions(batch=(6,)), make()
+    data["priority_weight"] = torch.tensor([1.0, 0, 0, 0, 0, 0]).double()
+    assert torch.allclose(loss(data)["loss_qvalue"], loss(data[:1])["loss_qvalue"])
+
+
+def test_an_existing_priority_is_written_in_place():
+    data, loss = transitions(), make()
+    data["td_error"] = stored = torch.zeros(data.shape, dtype=torch.float64)
+    loss(data.lock_())
+    assert (stored > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("key", "rename"),
+    [
+        ("action", "qvalue_network"),
+        (("next", "observation"), "actor_network"),
+        (("next", "reward"), r"set_keys\(reward="),
+        (("next", "done"), r"set_keys\(done="),
+    ],
+)
+def test_a_missing_entry_is_named(key, rename):
+    data = transitions()
+    data = data.exclude(key, *([("next", "terminated")] if "done" in key else []))
+    assert_rejected(make(), data, KeyError, rename)
+
+
+def test_values_that_would_broadcast_are_refused():
+    data = transitions()
+    data["next", "reward"] = data["next", "reward"].expand(*data.shape, 3)
+    assert_rejected(make(), data, RuntimeError, r"'state_action_value'.*\('next', 'reward'\)")
+
+
+def test_a_network_that_writes_another_value_is_told_so():
+    network = TensorDictModule(qvalue_network().module, ["observation", "action"], ["q"])
+    loss = FittedQ(deterministic_actor(), network)
+    assert_rejected(loss, transitions(), KeyError, "'state_action_value'.*'q'.*set_keys")
+    loss.set_keys(state_action_value="q")
+    assert loss(transitions())["loss_qvalue"].isfinite()
+
+
+def test_compiled_is_eager():
+    assert_compiles(make, transitions())
+
+
+@pytest.mark.parametrize("estimator", ["TD0", "TDLambda"])
+def test_nothing_waits_for_the_device(estimator, monkeypatch):
+    loss = make().make_value_estimator(estimator)
+    data = transitions()
+    data["collector", "mask"] = torch.rand(data.shape) < 0.8
+    assert_no_host_sync(loss, data, monkeypatch)
+
+
+def test_tensors_can_be_passed_instead_of_a_tensordict():
+    data, loss = transitions(), make()
+    tensors = {k if isinstance(k, str) else "_".join(k): v for k, v in data.items(True, True)}
+    assert torch.equal(loss(**tensors), loss(data)["loss_qvalue"])
