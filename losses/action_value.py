@@ -128,6 +128,7 @@ class ActionValueLoss(LossModule):
 
     def _value_target(self, tensordict: TensorDictBase, next_value: Tensor) -> Tensor:
         """The target of each sample, shape ``[*B]``, without gradient; ``next_value`` is v(s_{t+1}), shape ``[*B]``."""
+        tensordict = self._marked_padding(tensordict)
         with torch.no_grad():
             return self.value_estimator.value_estimate(tensordict, next_value=next_value.unsqueeze(-1)).squeeze(-1)
 

@@ -15,6 +15,7 @@ from tensordict.nn import InteractionType, set_interaction_type
 from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
+from ..estimators.base import PADDING_MASK
 from .distributed import findable
 from .keys import KeyedModule
 from .networks import FunctionalModule, keys_read
@@ -180,6 +181,13 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
                 yield unravel_key(("next", key))
 
     # --- value estimator ----------------------------------------------------------------------------------------
+
+    def _marked_padding(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """``tensordict`` with the loss's own mask where a value estimator looks for one; the input is left as it is."""
+        if self.loss_mask_key in ("auto", None):
+            return tensordict
+        mask = tensordict.get(self.loss_mask_key, None)
+        return tensordict if mask is None else tensordict.copy().set(PADDING_MASK, mask)
 
     def make_value_estimator(self, value_type: Any = None, **hyperparams: Any) -> "LossModule":
         """Choose how returns and advantages are estimated.

@@ -160,6 +160,7 @@ class PolicyGradientLoss(LossModule):
                     self._require_entries(tensordict, [key], "it is one of the in_keys of critic_network")
         tensordict = tensordict.copy()
         if tensordict.get(self.tensor_keys.advantage, None) is None:
+            tensordict = self._marked_padding(tensordict)
             self._estimate_advantage(tensordict)
         if self.has_critic_loss:
             self._require(tensordict, "value_target", *(() if self.clip_value is None else ("value",)))

@@ -205,6 +205,19 @@ def test_a_trunk_in_both_networks_is_trained_by_the_policy_alone_if_losses_are_s
 # --- masks, priorities ------------------------------------------------------------------------------------------
 
 
+def test_a_mask_of_another_name_also_ends_the_trajectories_of_the_estimator():
+    actor, value = discrete_actor(), critic()
+    data = collect(actor, estimated=False)
+    mask = torch.ones(data.shape, dtype=torch.bool)
+    mask[:, 3:] = False
+    known = data.clone()
+    known["collector", "mask"], data["mine"] = mask, mask
+    loss = A2CLoss(actor, value)
+    wanted = loss(known)
+    loss.loss_mask_key = "mine"
+    torch.testing.assert_close(loss(data).to_dict(), wanted.to_dict())
+
+
 def test_padded_steps_count_nowhere():
     actor, value = discrete_actor(), critic()
     data = collect(actor, BATCH)

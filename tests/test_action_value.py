@@ -171,6 +171,19 @@ def test_padding_does_not_count():
     assert_padding_is_ignored(make(), transitions())
 
 
+@pytest.mark.parametrize("estimator", ["TD0", "TDLambda"])
+def test_a_mask_of_another_name_also_ends_the_trajectories_of_the_estimator(estimator):
+    data = transitions()
+    mask = torch.ones(data.shape, dtype=torch.bool)
+    mask[:, 3:] = False
+    loss, known = make().make_value_estimator(estimator), data.clone()
+    known["collector", "mask"], data["mine"] = mask, mask
+    wanted = loss(known)["loss_qvalue"]
+    loss.loss_mask_key = "mine"
+    data["next", "reward"][:, 3:] = torch.nan
+    torch.testing.assert_close(loss(data)["loss_qvalue"], wanted)
+
+
 def test_n_step_transitions_are_discounted_by_their_length():
     data = transitions(batch=(6,))
     loss = make().make_value_estimator("TD0", gamma=0.5)
