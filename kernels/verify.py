@@ -16,7 +16,7 @@ from .recurrence import Recurrence, fit
 
 # Allowed error relative to the scale of an element (see `_scale`): some hundred roundings of the compute dtype, which
 # is float32 for the half types; their own rounding of the result comes on top.
-_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 class VerificationError(RuntimeError):
@@ -34,7 +34,7 @@ def forward(problem: Recurrence, time_dim: int) -> list[Tensor]:
     outputs = backend_module(name).forward(problem, time_dim)
     expected = loop.forward(_in_float64(problem), time_dim)
     for what, output, wanted in zip(("result", "value target"), outputs, expected, strict=False):
-        _compare(f"{problem.kind} {what}", name, problem.dtype, output, wanted, _scale(problem, wanted, time_dim))
+        compare(f"{problem.kind} {what}", name, problem.dtype, output, wanted, _scale(problem, wanted, time_dim))
     return outputs
 
 
@@ -55,12 +55,16 @@ def backward(
     names = [n for n, need in zip(Recurrence._fields[1:6], needs, strict=True) if need]
     for what, gradient, wanted in zip(names, found, expected, strict=True):
         scale = fit(gradient.double().abs().amax(time_dim, keepdim=True).expand_as(gradient), wanted)
-        _compare(f"{problem.kind} gradient of {what}", name, problem.dtype, fit(gradient, wanted), wanted, scale)
+        compare(f"{problem.kind} gradient of {what}", name, problem.dtype, fit(gradient, wanted), wanted, scale)
     return found
 
 
-def _compare(what: str, backend: str, dtype: torch.dtype, found: Tensor, expected: Tensor, scale: Tensor) -> None:
-    tolerance = _TOLERANCE[dtype]
+def compare(what: str, backend: str, dtype: torch.dtype, found: Tensor, expected: Tensor, scale: Tensor) -> None:
+    """Raise VerificationError if an element of ``found`` is further from ``expected`` than rounding explains.
+
+    ``scale`` is the magnitude of what an element was computed from.
+    """
+    tolerance = TOLERANCE[dtype]
     error = (found.double() - expected).abs()
     agree = (error <= tolerance * scale) | (found == expected) | (found.isnan() & expected.isnan())
     if agree.all():
