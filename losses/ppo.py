@@ -368,6 +368,8 @@ class KLPENPPOLoss(PPOLoss):
         NotImplementedError: the policy has several probabilistic modules, whose distribution can't be made from
             the data; ``delay_actor=True`` doesn't need to.
 
+    See Schulman et al. 2017 (arXiv:1707.06347), section 4.
+
     """
 
     _schedulable_buffers = frozenset({"beta"})

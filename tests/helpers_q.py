@@ -180,7 +180,8 @@ class NoHostSync(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        bool_index = name in ("index", "index_put_", "index_put") and any(
+        # One number put where a mask says is a masked_fill to a CUDA device.
+        bool_index = (name == "index" or (name in ("index_put", "index_put_") and args[2].numel() != 1)) and any(
             isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in args[1] if i is not None
         )
         if name in self.WAITING or bool_index:
