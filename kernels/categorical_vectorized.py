@@ -67,8 +67,7 @@ def _project(prob: Tensor, bellman: Bellman) -> Tensor:
     prob = torch.where(terminated, _first_atom(prob), prob)
     moved = reward[:, None] + torch.where(terminated, 0, gamma * support)
     b = ((moved.clamp_(v_min, v_max) - v_min) * (last / (v_max - v_min))).clamp_(0, last)
-    if prob.device.type != "cpu":
-        # Adding to the atoms is faster, but elsewhere by atomics, whose order changes from run to run.
+    if not _adds_in_order(prob):
         atoms = torch.arange(last + 1, dtype=b.dtype, device=b.device)
         hat = (1 - (b[..., None] - atoms).abs_()).clamp_min_(0)
         return hat.mul_(prob[..., None]).sum(-2)
@@ -77,6 +76,11 @@ def _project(prob: Tensor, bellman: Bellman) -> Tensor:
     index = lower.long()
     m = torch.zeros_like(prob).scatter_add_(-1, index, prob - upper_mass)
     return m.scatter_add_(-1, index.add_(1).clamp_(max=last), upper_mass)
+
+
+def _adds_in_order(x: Tensor) -> bool:
+    """Whether scatter_add_, which is faster than the hat function, is reproducible: elsewhere it runs on atomics."""
+    return x.device.type == "cpu"
 
 
 def _first_atom(prob: Tensor) -> Tensor:
