@@ -24,7 +24,11 @@ class ActionValueLoss(LossModule):
     """
 
     default_value_estimator = ValueEstimators.TD0
-    SUPPORTED_VALUE_ESTIMATORS = (ValueEstimators.TD0, ValueEstimators.TD1, ValueEstimators.TDLambda)
+    SUPPORTED_VALUE_ESTIMATORS: tuple[ValueEstimators, ...] = (
+        ValueEstimators.TD0,
+        ValueEstimators.TD1,
+        ValueEstimators.TDLambda,
+    )
     deactivate_vmap = False
 
     # --- reading ------------------------------------------------------------------------------------------------
@@ -87,7 +91,8 @@ class ActionValueLoss(LossModule):
     ) -> Tensor:
         """What every member of the ensemble ``name`` writes at ``key`` for ``data``, shape ``[N, *B, *F]``.
 
-        ``data`` is left as it is. See `_parameters_in` for the options.
+        ``data`` is left as it is. A network that isn't an ensemble counts as one of a single member. See
+        `_parameters_in` for the options.
         """
         params = getattr(self, f"target_{name}_params" if target else f"{name}_params")
         params = params.detach() if detach else params
@@ -95,6 +100,8 @@ class ActionValueLoss(LossModule):
         def member(one: TensorDictBase) -> Tensor:
             return self._call(name, data, key, one)
 
+        if params.ndim == 0:
+            return member(params).unsqueeze(0)
         if self.deactivate_vmap:
             return torch.stack([member(one) for one in params.unbind(0)])
         return torch.vmap(member, randomness=self.vmap_randomness)(params)
@@ -128,6 +135,8 @@ class ActionValueLoss(LossModule):
 
     def _value_target(self, tensordict: TensorDictBase, next_value: Tensor) -> Tensor:
         """The target of each sample, shape ``[*B]``, without gradient; ``next_value`` is v(s_{t+1}), shape ``[*B]``."""
+        if tensordict.ndim == 0:  # a single transition: estimators want a dimension of time
+            return self._value_target(tensordict.unsqueeze(0), next_value.unsqueeze(0)).squeeze(0)
         tensordict = self._marked_padding(tensordict)
         with torch.no_grad():
             return self.value_estimator.value_estimate(tensordict, next_value=next_value.unsqueeze(-1)).squeeze(-1)

@@ -55,7 +55,7 @@ def test_one_hot_action_has_an_index(dtype):
 
 
 def test_action_of_several_choices_has_no_index():
-    with pytest.raises(ValueError, match="mult_one_hot.*no index"):
+    with pytest.raises(ValueError, match=r"mult_one_hot.*no index"):
         MULTI.index(Q, Q > 0)
 
 
@@ -95,7 +95,7 @@ def test_network_says_how_many_actions_each_head_has(name):
 
 @pytest.mark.parametrize("space", ["discrete", "onehot", 3, nn.Identity()])
 def test_unknown_action_space_is_refused(space):
-    with pytest.raises(ValueError, match="action_space is .*'one-hot'"):
+    with pytest.raises(ValueError, match=r"action_space is .*'one-hot'"):
         find_action_space(space)
 
 
