@@ -1,9 +1,10 @@
 """What the losses that learn action values Q(s, a) from stored transitions share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModule
 from tensordict.utils import unravel_key
 from torch import Tensor
 
@@ -30,6 +31,39 @@ class ActionValueLoss(LossModule):
         ValueEstimators.TDLambda,
     )
     deactivate_vmap = False
+
+    def _take_qvalue_network(
+        self,
+        network: TensorDictModule | list[TensorDictModule],
+        size: int,
+        *,
+        delay: bool,
+        shared: Iterable[Tensor] | None,
+        one_alone: bool = False,
+    ) -> None:
+        """Make an ensemble ``qvalue_network`` of ``size`` networks, in which the parameters in ``shared`` aren't trained.
+
+        A single network is an ensemble of one, whose parameters have a dimension for it, unless ``one_alone``.
+
+        Raises:
+            ValueError: ``size`` is less than one, or not the length of a list of networks.
+
+        """
+        if size < 1:
+            raise ValueError(f"num_qvalue_nets must be at least 1, but is {size}")
+        if isinstance(network, list) and len(network) == 1:
+            (network,) = network
+        if isinstance(network, list) and len(network) != size:
+            raise ValueError(f"num_qvalue_nets is {size}, but qvalue_network is a list of {len(network)}")
+        self.num_qvalue_nets = size
+        self.delay_qvalue = delay
+        self.convert_to_functional(
+            network,
+            "qvalue_network",
+            expand_dim=None if one_alone and size == 1 else size,
+            create_target_params=delay,
+            compare_against=shared,
+        )
 
     # --- reading ------------------------------------------------------------------------------------------------
 
@@ -105,6 +139,14 @@ class ActionValueLoss(LossModule):
         if self.deactivate_vmap:
             return torch.stack([member(one) for one in params.unbind(0)])
         return torch.vmap(member, randomness=self.vmap_randomness)(params)
+
+    def _action_values(
+        self, data: TensorDictBase, tensordict: TensorDictBase, *, target: bool = False, detach: bool = False
+    ) -> Tensor:
+        """Q_i(s, a) of the actions in ``data``, shape ``[N, *B]``; see `_parameters_in` for the options."""
+        key = self.tensor_keys.state_action_value
+        values = self._ensemble("qvalue_network", data, key, target=target, detach=detach)
+        return self._one_per_sample(values, key, tensordict)
 
     def _call(self, name: str, data: TensorDictBase, key: NestedKey, params: TensorDictBase) -> Tensor:
         """What the network ``name`` with ``params`` writes at ``key`` for ``data``, which is left as it is."""

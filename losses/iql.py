@@ -126,7 +126,6 @@ class IQLLoss(ActionValueLoss):
         self.loss_function = check_distance(loss_function)
         self.temperature = temperature
         self.expectile = expectile
-        self.num_qvalue_nets = num_qvalue_nets
         self.separate_losses = separate_losses
         self.deactivate_vmap = deactivate_vmap
         self.scalar_output_mode = scalar_output_mode
@@ -136,13 +135,7 @@ class IQLLoss(ActionValueLoss):
         of_policy = list(actor_network.parameters()) if separate_losses else []
         self.convert_to_functional(value_network, "value_network", compare_against=of_policy)
         of_others = of_policy + list(value_network.parameters()) if separate_losses else []
-        self.convert_to_functional(
-            qvalue_network,
-            "qvalue_network",
-            expand_dim=num_qvalue_nets if num_qvalue_nets > 1 else None,
-            create_target_params=True,
-            compare_against=of_others,
-        )
+        self._take_qvalue_network(qvalue_network, num_qvalue_nets, delay=True, shared=of_others, one_alone=True)
         self.out_keys = ["loss_actor", "loss_qvalue", "loss_value", "entropy"]
 
     @dispatch
@@ -155,10 +148,10 @@ class IQLLoss(ActionValueLoss):
         value = self._value(data, tensordict)
         with torch.no_grad():
             next_value = self._value(following, tensordict)
-            advantage_bound = clipped_double_q(self._qvalues(data, tensordict, target=True))
+            advantage_bound = clipped_double_q(self._action_values(data, tensordict, target=True))
         advantage = advantage_bound - value
         value_target = self._value_target(tensordict, next_value)
-        qvalues = self._qvalues(data, tensordict)
+        qvalues = self._action_values(data, tensordict)
         terms = {
             "loss_actor": -advantage_weighted_objective(log_prob, advantage, self.temperature),
             "loss_qvalue": ensemble_distance(qvalues, value_target, self.loss_function),
@@ -182,8 +175,3 @@ class IQLLoss(ActionValueLoss):
         """V of ``data``, shape ``[*B]``."""
         key = self.tensor_keys.value
         return self._one_per_sample(self._call("value_network", data, key, self.value_network_params), key, tensordict)
-
-    def _qvalues(self, data: TensorDictBase, tensordict: TensorDictBase, *, target: bool = False) -> Tensor:
-        """Every network's Q of ``data``, shape ``[N, *B]``; ``target``: by the target parameters."""
-        key = self.tensor_keys.state_action_value
-        return self._one_per_sample(self._ensemble("qvalue_network", data, key, target=target), key, tensordict)

@@ -86,6 +86,8 @@ class TD3Loss(DeterministicPolicyLoss):
         terminated: NestedKey = "terminated"
         priority_weight: NestedKey = "priority_weight"
 
+    _schedulable_buffers = frozenset({"min_action", "max_action"})
+
     min_action: Tensor
     max_action: Tensor
 
@@ -115,18 +117,10 @@ class TD3Loss(DeterministicPolicyLoss):
             reduction=reduction,
             use_prioritized_weights=use_prioritized_weights,
         )
-        self.delay_qvalue = delay_qvalue
-        self.num_qvalue_nets = num_qvalue_nets
         self.deactivate_vmap = deactivate_vmap
         self.policy_noise = policy_noise
         self.noise_clip = noise_clip
-        self.convert_to_functional(
-            qvalue_network,
-            "qvalue_network",
-            expand_dim=num_qvalue_nets,
-            create_target_params=delay_qvalue,
-            compare_against=self._trained_by_policy(),
-        )
+        self._take_qvalue_network(qvalue_network, num_qvalue_nets, delay=delay_qvalue, shared=self._trained_by_policy())
         if (action_spec is None) == (bounds is None):
             raise ValueError(
                 f"TD3Loss needs either bounds or action_spec, and not both: got bounds={bounds} and "
@@ -148,10 +142,10 @@ class TD3Loss(DeterministicPolicyLoss):
         )
         with torch.no_grad():
             following = self._with_smoothed_action(following)
-            next_value = clipped_double_q(self._values(following, tensordict, target=True))
+            next_value = clipped_double_q(self._action_values(following, tensordict, target=True))
         value_target = self._value_target(tensordict, next_value)
-        values = self._values(data, tensordict)
-        policy_values = self._values(self._with_action(data), tensordict, detach=True)
+        values = self._action_values(data, tensordict)
+        policy_values = self._action_values(self._with_action(data), tensordict, detach=True)
         distance = ensemble_distance(values, value_target, self.loss_function)
         out = TensorDict(
             {
@@ -185,14 +179,6 @@ class TD3Loss(DeterministicPolicyLoss):
         noise = self.policy_noise * torch.randn_like(action)
         low, high = self.min_action.to(action.dtype), self.max_action.to(action.dtype)
         return following.set(key, smoothed_action(action, noise, self.noise_clip, low, high))
-
-    def _values(
-        self, data: TensorDictBase, tensordict: TensorDictBase, *, target: bool = False, detach: bool = False
-    ) -> Tensor:
-        """Every network's Q of ``data``, shape ``[N, *B]``; for the options see `_parameters_in`."""
-        key = self.tensor_keys.state_action_value
-        values = self._ensemble("qvalue_network", data, key, target=target, detach=detach)
-        return self._one_per_sample(values, key, tensordict)
 
 
 def _limits(bounds: Any) -> tuple[Tensor, Tensor]:
