@@ -41,7 +41,7 @@ class ActionValueLoss(LossModule):
         shared: Iterable[Tensor] | None,
         one_alone: bool = False,
     ) -> None:
-        """Make an ensemble ``qvalue_network`` of ``size`` networks, in which the parameters in ``shared`` aren't trained.
+        """Make an ensemble ``qvalue_network`` of ``size`` networks; those of their parameters in ``shared`` stay fixed.
 
         A single network is an ensemble of one, whose parameters have a dimension for it, unless ``one_alone``.
 
@@ -140,7 +140,7 @@ class ActionValueLoss(LossModule):
             return torch.stack([member(one) for one in params.unbind(0)])
         return torch.vmap(member, randomness=self.vmap_randomness)(params)
 
-    def _action_values(
+    def _ensemble_values(
         self, data: TensorDictBase, tensordict: TensorDictBase, *, target: bool = False, detach: bool = False
     ) -> Tensor:
         """Q_i(s, a) of the actions in ``data``, shape ``[N, *B]``; see `_parameters_in` for the options."""

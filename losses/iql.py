@@ -148,10 +148,10 @@ class IQLLoss(ActionValueLoss):
         value = self._value(data, tensordict)
         with torch.no_grad():
             next_value = self._value(following, tensordict)
-            advantage_bound = clipped_double_q(self._action_values(data, tensordict, target=True))
+            advantage_bound = clipped_double_q(self._ensemble_values(data, tensordict, target=True))
         advantage = advantage_bound - value
         value_target = self._value_target(tensordict, next_value)
-        qvalues = self._action_values(data, tensordict)
+        qvalues = self._ensemble_values(data, tensordict)
         terms = {
             "loss_actor": -advantage_weighted_objective(log_prob, advantage, self.temperature),
             "loss_qvalue": ensemble_distance(qvalues, value_target, self.loss_function),

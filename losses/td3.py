@@ -142,10 +142,10 @@ class TD3Loss(DeterministicPolicyLoss):
         )
         with torch.no_grad():
             following = self._with_smoothed_action(following)
-            next_value = clipped_double_q(self._action_values(following, tensordict, target=True))
+            next_value = clipped_double_q(self._ensemble_values(following, tensordict, target=True))
         value_target = self._value_target(tensordict, next_value)
-        values = self._action_values(data, tensordict)
-        policy_values = self._action_values(self._with_action(data), tensordict, detach=True)
+        values = self._ensemble_values(data, tensordict)
+        policy_values = self._ensemble_values(self._with_action(data), tensordict, detach=True)
         distance = ensemble_distance(values, value_target, self.loss_function)
         out = TensorDict(
             {
