@@ -121,15 +121,23 @@ class ActionValueLoss(LossModule):
     # --- computing ----------------------------------------------------------------------------------------------
 
     def _ensemble(
-        self, name: str, data: TensorDictBase, key: NestedKey, *, target: bool = False, detach: bool = False
+        self,
+        name: str,
+        data: TensorDictBase,
+        key: NestedKey,
+        *,
+        target: bool = False,
+        detach: bool = False,
+        members: Tensor | None = None,
     ) -> Tensor:
         """What every member of the ensemble ``name`` writes at ``key`` for ``data``, shape ``[N, *B, *F]``.
 
-        ``data`` is left as it is. A network that isn't an ensemble counts as one of a single member. See
-        `_parameters_in` for the options.
+        ``data`` is left as it is. A network that isn't an ensemble counts as one of a single member. ``members`` are
+        the indices of those that are asked (None: all); see `_parameters_in` for the other options.
         """
         params = getattr(self, f"target_{name}_params" if target else f"{name}_params")
         params = params.detach() if detach else params
+        params = params if members is None else params[members]
 
         def member(one: TensorDictBase) -> Tensor:
             return self._call(name, data, key, one)
@@ -141,11 +149,17 @@ class ActionValueLoss(LossModule):
         return torch.vmap(member, randomness=self.vmap_randomness)(params)
 
     def _ensemble_values(
-        self, data: TensorDictBase, tensordict: TensorDictBase, *, target: bool = False, detach: bool = False
+        self,
+        data: TensorDictBase,
+        tensordict: TensorDictBase,
+        *,
+        target: bool = False,
+        detach: bool = False,
+        members: Tensor | None = None,
     ) -> Tensor:
-        """Q_i(s, a) of the actions in ``data``, shape ``[N, *B]``; see `_parameters_in` for the options."""
+        """Q_i(s, a) of the actions in ``data``, shape ``[N, *B]``; see `_ensemble` for the options."""
         key = self.tensor_keys.state_action_value
-        values = self._ensemble("qvalue_network", data, key, target=target, detach=detach)
+        values = self._ensemble("qvalue_network", data, key, target=target, detach=detach, members=members)
         return self._one_per_sample(values, key, tensordict)
 
     def _call(self, name: str, data: TensorDictBase, key: NestedKey, params: TensorDictBase) -> Tensor:

@@ -1,0 +1,120 @@
+"""What SAC, its form for discrete actions, and REDQ share: a policy, an ensemble of Q networks, a temperature."""
+
+from typing import Any
+
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import (
+    InteractionType,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    set_interaction_type,
+)
+from torch import Tensor
+from torch.distributions import Distribution
+
+from .policy import ActionHeads
+from .temperature import TemperatureLoss
+from .utils import check_distance
+
+QNetworks = TensorDictModule | list[TensorDictModule]
+METRICS = ("alpha", "entropy")
+
+
+class SoftActorCriticLoss(TemperatureLoss):
+    """Base of the losses of a policy that seeks value and entropy, and of the Q networks that judge it.
+
+    Args:
+        actor_network: the policy.
+        loss_function: ``"l1"``, ``"l2"`` or ``"smooth_l1"`` (`distance_loss`).
+        delay_actor: keep target parameters of the policy.
+        separate_losses: parameters that Q shares with the policy are trained by the policy's loss only.
+        reduction: ``"mean"`` (None), ``"sum"`` or ``"none"``.
+        deactivate_vmap: call the Q networks one by one.
+        use_prioritized_weights: False leaves importance weights unread.
+        scalar_output_mode: see `SACLoss`.
+
+    Raises:
+        TypeError: an actor without a distribution.
+        ValueError: an option has none of its values.
+
+    """
+
+    actor_network: Any
+    qvalue_network: Any
+
+    def __init__(
+        self,
+        actor_network: ProbabilisticTensorDictSequential,
+        *,
+        loss_function: str,
+        delay_actor: bool = False,
+        separate_losses: bool,
+        reduction: str | None,
+        deactivate_vmap: bool,
+        use_prioritized_weights: str | bool,
+        scalar_output_mode: str | None,
+    ) -> None:
+        super().__init__(reduction)
+        if not hasattr(actor_network, "get_dist"):
+            raise TypeError(
+                f"{type(self).__name__} needs an actor_network that has a distribution, such as a "
+                f"ProbabilisticTensorDictSequential, but it is a {type(actor_network).__name__}"
+            )
+        if scalar_output_mode not in (None, "exclude", "non_tensor"):
+            raise ValueError(f"scalar_output_mode is {scalar_output_mode!r}; it can be None, 'exclude' or 'non_tensor'")
+        if use_prioritized_weights not in (True, False, "auto"):
+            raise ValueError(f"use_prioritized_weights is {use_prioritized_weights!r}; it can be True, False or 'auto'")
+        self.loss_function = check_distance(loss_function)
+        self.delay_actor = delay_actor
+        self.separate_losses = separate_losses
+        self.deactivate_vmap = deactivate_vmap
+        self.use_prioritized_weights = use_prioritized_weights
+        self.scalar_output_mode = scalar_output_mode
+        self.convert_to_functional(actor_network, "actor_network", create_target_params=delay_actor)
+
+    def _trained_by_policy(self) -> list[Tensor]:
+        """The parameters that other networks leave alone."""
+        return list(self.actor_network.parameters()) if self.separate_losses else []
+
+    # --- the policy ---------------------------------------------------------------------------------------------
+
+    def _policy(self, data: TensorDictBase, *, target: bool = False) -> Distribution:
+        """π(·|s) of the observations in ``data``, which is left as it is."""
+        with self._parameters_in("actor_network", target=target), set_interaction_type(InteractionType.RANDOM):
+            return self.actor_network.get_dist(data.copy())
+
+    def _draw(
+        self, policy: Distribution, data: TensorDictBase, tensordict: TensorDictBase
+    ) -> tuple[TensorDictBase, Tensor]:
+        """A copy of ``data`` with an action from ``policy``, and log π(a|s), shape ``[*B]``; both differentiable.
+
+        Raises:
+            RuntimeError: there are more or fewer log-probabilities than rewards in ``tensordict``.
+            TypeError: the action isn't a differentiable function of the policy's parameters.
+
+        """
+        batch_ndim = self._get(tensordict, "reward").ndim - 1 + data.ndim - tensordict.ndim
+        heads = ActionHeads(policy, self.actor_network.dist_sample_keys[0], batch_ndim)
+        data = data.copy()
+        for key, head in heads.heads.items():
+            if not head.has_rsample:
+                raise TypeError(
+                    f"{type(self).__name__} needs a policy whose action {key!r} is a differentiable function of its "
+                    f"parameters, but {type(head).__name__} draws none (for discrete actions use DiscreteSACLoss)"
+                )
+            data.set(key, head.rsample())
+        return data, self._one_per_sample(heads.log_prob(data), "the log-probability of the action", tensordict)
+
+    # --- the output ---------------------------------------------------------------------------------------------
+
+    def _names_of_output(self, *more: str) -> list[str]:
+        """The names of the three losses and the metrics, and ``more``, in the order of TorchRL's."""
+        return ["loss_actor", "loss_qvalue", "loss_alpha", *(METRICS if self._has_metrics() else ()), *more]
+
+    def _has_metrics(self) -> bool:
+        return not (self.scalar_output_mode == "exclude" and self.reduction == "none")
+
+    def _result(self, losses: dict[str, Tensor], alpha: Tensor, entropy: Tensor) -> TensorDictBase:
+        """The loss's output: reduced ``losses``, and the metrics."""
+        metrics = dict(zip(METRICS, (alpha, entropy), strict=True)) if self._has_metrics() else {}
+        return TensorDict({**losses, **metrics})
