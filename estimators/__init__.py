@@ -1,7 +1,7 @@
 """Value estimators: how rewards and values become advantages and value targets.
 
-`GAE`, `TD0Estimator`, `TD1Estimator` and `TDLambdaEstimator` work on TensorDicts and call the value network; the
-functions in `fusedrl.estimators.functional` are the same estimates on tensors.
+`GAE`, `MultiAgentGAE`, `TD0Estimator`, `TD1Estimator`, `TDLambdaEstimator` and `VTrace` work on TensorDicts and call
+the value network; the functions in `fusedrl.estimators.functional` are the same estimates on tensors.
 """
 
 from . import functional
@@ -20,8 +20,10 @@ from .functional import (
     vec_td1_return_estimate,
     vec_td_lambda_advantage_estimate,
     vec_td_lambda_return_estimate,
+    vtrace_advantage_estimate,
 )
 from .gae import GAE
+from .multi_agent import MultiAgentGAE
 from .registry import (
     ValueEstimatorEntry,
     ValueEstimators,
@@ -39,16 +41,19 @@ from .td import (
     TDLambdaEstimate,
     TDLambdaEstimator,
 )
+from .vtrace import VTrace
 
 __all__ = [
     "GAE",
     "LambdaEstimatorBase",
+    "MultiAgentGAE",
     "TD0Estimate",
     "TD0Estimator",
     "TD1Estimate",
     "TD1Estimator",
     "TDLambdaEstimate",
     "TDLambdaEstimator",
+    "VTrace",
     "ValueEstimatorBase",
     "ValueEstimatorEntry",
     "ValueEstimators",
@@ -71,4 +76,5 @@ __all__ = [
     "vec_td1_return_estimate",
     "vec_td_lambda_advantage_estimate",
     "vec_td_lambda_return_estimate",
+    "vtrace_advantage_estimate",
 ]

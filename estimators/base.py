@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..kernels.backend import check_backend
 from .functional import widened
+from .modules import VMAP_RANDOMNESS
 from .shifted import shifted_values
-from .steps import Steps, any_right, cut, expand_right, standardize, valid_only
-from .value_network import VMAP_RANDOMNESS, ValueNetwork, check_positive
+from .steps import Steps, any_right, cut, expand_right, standardize, valid_only, without_padding
+from .value_network import ValueNetwork, check_positive
 
 Scalar = float | Tensor
 
@@ -25,6 +26,8 @@ SHIFTED_VALID = "shifted_valid"
 # What `split_trajectories` writes: False where a trajectory was padded to the length of the longest.
 PADDING_MASK = ("collector", "mask")
 IS_INIT = "is_init"
+# Keys that can stand for several entries, one for each head of the action.
+ONE_PER_HEAD = ("action", "sample_log_prob")
 
 
 class Estimate(NamedTuple):
@@ -86,7 +89,7 @@ class ValueEstimatorBase(TensorDictModuleBase):
         done: NestedKey = "done"
         terminated: NestedKey = "terminated"
         steps_to_next_obs: NestedKey = "steps_to_next_obs"
-        sample_log_prob: NestedKey | None = None
+        sample_log_prob: NestedKey | list[NestedKey] | None = None
 
         def __post_init__(self) -> None:
             if self.sample_log_prob is None:
@@ -184,7 +187,7 @@ class ValueEstimatorBase(TensorDictModuleBase):
         """The keys in use."""
         return self._tensor_keys
 
-    def set_keys(self, **keys: NestedKey) -> None:
+    def set_keys(self, **keys: NestedKey | list[NestedKey]) -> None:
         """Rename entries of the TensorDict, as in ``set_keys(value="my_value", reward=("agents", "reward"))``.
 
         Raises:
@@ -196,7 +199,7 @@ class ValueEstimatorBase(TensorDictModuleBase):
         for name, key in keys.items():
             if name not in known:
                 raise KeyError(f"{type(self).__name__} has no key {name!r}; it has: {', '.join(known)}")
-            if not isinstance(key, str | tuple):
+            if not isinstance(key, str | tuple) and not (isinstance(key, list) and name in ONE_PER_HEAD):
                 raise ValueError(f"the key {name!r} must be a str or a tuple of str, but is {key!r}")
             network = self.value_network
             if name == "value" and network is not None and key not in network.out_keys:
@@ -216,7 +219,7 @@ class ValueEstimatorBase(TensorDictModuleBase):
     def in_keys(self) -> list[NestedKey]:
         """What `forward` reads."""
         keys = self._tensor_keys
-        value_inputs = [keys.value] if self.value_network is None else list(self.value_network.in_keys)
+        value_inputs = [keys.value] if self.value_network is None else self._network.in_keys
         masks = [_next(keys.reward), _next(keys.done), _next(keys.terminated)]
         return [*value_inputs, *masks, *(_next(key) for key in value_inputs)]
 
@@ -339,6 +342,10 @@ class ValueEstimatorBase(TensorDictModuleBase):
         dim = self._time_dim(tensordict, time_dim)
         steps = self._steps(tensordict, dim)
         value, next_value, fitted = self._values(tensordict, steps, dim, params, target_params, **kwargs)
+        steps = self._per_value(steps, value)
+        key = self._tensor_keys.value
+        self._check_value(key, value, steps)
+        self._check_value(_next(key), next_value, steps)
         if fitted is not None:
             steps = cut(steps, fitted, dim)
         valid_value, valid_next_value = valid_only(steps, value, next_value.detach())
@@ -364,15 +371,7 @@ class ValueEstimatorBase(TensorDictModuleBase):
 
     def _steps(self, tensordict: TensorDictBase, time_dim: int) -> Steps:
         keys = self._tensor_keys
-        reward = self._get(tensordict, _next(keys.reward), "reward")
-        terminated = tensordict.get(_next(keys.terminated), None)
-        done = tensordict.get(_next(keys.done), None)
-        if done is None:
-            if self.needs_done or terminated is None:
-                raise self._missing(_next(keys.done), "done")
-            done = terminated
-        if terminated is None:
-            terminated = done
+        reward, done, terminated = self._signals(tensordict)
         for key, mask in ((keys.done, done), (keys.terminated, terminated)):
             if mask.shape != reward.shape:
                 raise RuntimeError(
@@ -385,6 +384,22 @@ class ValueEstimatorBase(TensorDictModuleBase):
             steps = cut(steps, any_right(mask != 0, tensordict.ndim), time_dim)
             steps = steps._replace(reward=valid_only(steps, reward)[0])
         return steps._replace(reward=standardize(steps.reward, steps.valid)) if self.average_rewards else steps
+
+    def _signals(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
+        """Reward, done and terminated."""
+        keys = self._tensor_keys
+        reward = self._get(tensordict, _next(keys.reward), "reward")
+        terminated = tensordict.get(_next(keys.terminated), None)
+        done = tensordict.get(_next(keys.done), None)
+        if done is None:
+            if self.needs_done or terminated is None:
+                raise self._missing(_next(keys.done), "done")
+            done = terminated
+        return reward, done, done if terminated is None else terminated
+
+    def _per_value(self, steps: Steps, value: Tensor) -> Steps:
+        """``steps`` in the shape of the ``value``; a value of another shape is refused afterwards."""
+        return steps
 
     def _discount(self, tensordict: TensorDictBase, reward: Tensor) -> Tensor:
         """γ, or γⁿ per step for n-step data."""
@@ -413,7 +428,7 @@ class ValueEstimatorBase(TensorDictModuleBase):
         if self.shifted and target_params is not None:
             raise ValueError("shifted=True calls the value network once, so it can't have target_params of its own")
         key = self._tensor_keys.value
-        data = self._without_padding(self._inputs(tensordict), steps)
+        data = without_padding(self._inputs(tensordict), steps, self._network.in_keys)
         next_data = self._next_inputs(tensordict, steps, fill=self.shifted)
         params = None if params is None else params.detach()
         next_params = params if target_params is None else target_params
@@ -433,8 +448,6 @@ class ValueEstimatorBase(TensorDictModuleBase):
                 value, next_value = self._network.both(data, next_data, key, params, next_params, **kwargs)
         except KeyError as error:
             raise self._lacking(error, (data, ""), (next_data, "next")) from error
-        self._check_value(key, value, steps)
-        self._check_value(_next(key), next_value, steps)
         return value, next_value, valid
 
     def _inputs(self, tensordict: TensorDictBase, prefix: str = "") -> TensorDictBase:
@@ -458,7 +471,7 @@ class ValueEstimatorBase(TensorDictModuleBase):
         shifted call reads the next observations of the steps that end a trajectory, and of no others.
         """
         source = tensordict.get("next").copy()
-        inputs = () if self.value_network is None else self.value_network.in_keys
+        inputs = self._network.in_keys
         if IS_INIT in inputs:
             # The next observations form trajectories of their own, which start (also) where those of the observations
             # do; inserted into a shifted call they continue a trajectory.
@@ -478,18 +491,7 @@ class ValueEstimatorBase(TensorDictModuleBase):
                 absent = x.isnan() | (expand_right(terminal, x) & x.isinf())
                 current = tensordict.get(key, None)
                 data.set(key, torch.where(absent, 0 if current is None else current.detach(), x))
-        return self._without_padding(data, steps)
-
-    def _without_padding(self, data: TensorDictBase, steps: Steps) -> TensorDictBase:
-        """``data`` with network inputs of 0 in padded steps, whose NaN would reach the gradients."""
-        if steps.valid is None or self.value_network is None:
-            return data
-        data, valid = data.copy(), any_right(steps.valid, data.ndim)
-        for key in self.value_network.in_keys:
-            x = data.get(key, None)
-            if isinstance(x, Tensor) and x.is_floating_point():
-                data.set(key, torch.where(expand_right(valid, x), x, 0))
-        return data
+        return without_padding(data, steps, inputs)
 
     def _check_value(self, key: NestedKey, value: Tensor, steps: Steps) -> None:
         if value.shape != steps.reward.shape:
@@ -507,15 +509,33 @@ class ValueEstimatorBase(TensorDictModuleBase):
     def _lacking(self, error: KeyError, *inputs: tuple[TensorDictBase, str]) -> KeyError:
         """What to say of an ``error`` of the network: the first input it lacks; without one, it is raised again."""
         for data, prefix in inputs:
-            for key in self.value_network.in_keys if data.get(self._tensor_keys.value, None) is None else ():
+            for key in self._network.in_keys if data.get(self._tensor_keys.value, None) is None else ():
                 if data.get(key, None) is None:
                     return self._missing(unravel_key((prefix, key)) if prefix else key, None)
         raise error
 
-    def _missing(self, key: NestedKey, name: str | None) -> KeyError:
-        """The error for an entry that `set_keys` renames under ``name``, or for an input of the network (None)."""
-        advice = "the value network reads it" if name is None else f"if it has another name, say set_keys({name}=...)"
+    def _missing(self, key: NestedKey, name: str | None, reader: str = "the value network") -> KeyError:
+        """The error for an entry that `set_keys` renames under ``name``, or for an input of the ``reader`` (None)."""
+        advice = f"{reader} reads it" if name is None else f"if it has another name, say set_keys({name}=...)"
         return KeyError(f"{type(self).__name__} needs {key!r}, which is missing from the TensorDict: {advice}")
+
+
+class BothValuesEstimatorBase(ValueEstimatorBase):
+    """Base of the estimators whose value target depends on the current values too, not on next values alone."""
+
+    def value_estimate(  # type: ignore[override]  # `params` come second in TorchRL's order
+        self,
+        tensordict: TensorDictBase,
+        params: TensorDictBase | None = None,
+        target_params: TensorDictBase | None = None,
+        time_dim: int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The value target of `forward` alone, with its gradients; ``tensordict`` is left as it is.
+
+        Args are those of `forward`; ``kwargs`` are passed to the value network.
+        """
+        return self._compute(tensordict, params, target_params, time_dim, **kwargs).value_target
 
 
 class LambdaEstimatorBase(ValueEstimatorBase):
@@ -548,6 +568,9 @@ class LambdaEstimatorBase(ValueEstimatorBase):
         elif self._vectorized is False:
             self.backend = None
         self._vectorized = value
+
+    def _steps(self, tensordict: TensorDictBase, time_dim: int) -> Steps:
+        return super()._steps(tensordict, time_dim)._replace(lmbda=self.lmbda)
 
 
 def as_hyperparameter(x: Scalar, device: torch.device | str | None) -> Tensor:

@@ -1,7 +1,7 @@
 """Value estimates on tensors, with the names and argument order of ``torchrl.objectives.value.functional``.
 
-The plain names run the reference loop; the ``vec_`` names and `reward2go` run on the backend in force (see
-`fusedrl.kernels.use_backend`) or the one that a call names. Throughout:
+The plain names run the reference loop; the ``vec_`` names, `vtrace_advantage_estimate` and `reward2go` run on the
+backend in force (see `fusedrl.kernels.use_backend`) or the one that a call names. Throughout:
 
 * reward, values, ``done`` and ``terminated`` have one shape ``[*B, T, *F]`` with time at ``time_dim`` (−2 unless
   said otherwise), and so has the result; γ and λ are numbers, or tensors that broadcast to that shape;
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels.recurrence import TD_LAMBDA, Recurrence, checked
+from ..kernels.vtrace import vtrace
 
 Scalar = float | Tensor
 
@@ -35,6 +36,7 @@ __all__ = [
     "vec_td1_return_estimate",
     "vec_td_lambda_advantage_estimate",
     "vec_td_lambda_return_estimate",
+    "vtrace_advantage_estimate",
 ]
 
 REFERENCE = "reference"
@@ -369,6 +371,67 @@ def td_lambda_advantage_estimate(
         time_dim,
         backend=REFERENCE,
     )
+
+
+# -- V-trace ---------------------------------------------------------------------------------------------------------
+
+
+def vtrace_advantage_estimate(
+    gamma: Scalar,
+    log_pi: Tensor,
+    log_mu: Tensor,
+    state_value: Tensor,
+    next_state_value: Tensor,
+    reward: Tensor,
+    done: Tensor,
+    terminated: Tensor | None = None,
+    rho_thresh: Scalar = 1.0,
+    c_thresh: Scalar = 1.0,
+    time_dim: int = -2,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Advantage ρ_t(r_t + γG_{t+1} − v_t) and value target G_t = v_t + ρ_tδ_t + γc_t(1−done_t)(G_{t+1} − v_{t+1}).
+
+    δ_t = r_t + γ(1−term_t)v'_t − v_t is the step's error, and ρ_t and c_t are the ratio π(a_t|s_t) / μ(a_t|s_t), at
+    most ``rho_thresh`` and ``c_thresh``. ``log_pi`` and ``log_mu`` are the logarithms of its parts, for the policy
+    that is learned and the one that acted; they have the shape of the reward. In the advantage G_{t+1} is
+    (1−term_t)v'_t if the trajectory ends at t, as it does at the last step of the tensor.
+
+    Espeholt et al. 2018 (arXiv:1802.01561), equations 1 and 4.
+
+    Examples:
+        >>> value, next_value, reward = torch.zeros(3), torch.tensor([0.0, 0.0, 8.0]), torch.ones(3)
+        >>> done, terminated = torch.tensor([False, False, True]), torch.tensor([False, False, False])
+        >>> log_pi, log_mu = torch.tensor([0.5, 0.25, 1.0]).log(), torch.tensor([0.5, 0.5, 0.5]).log()
+        >>> advantage, value_target = vtrace_advantage_estimate(
+        ...     0.5, log_pi, log_mu, value, next_value, reward, done, terminated, time_dim=-1
+        ... )
+        >>> value_target
+        tensor([1.8750, 1.7500, 5.0000])
+
+    """
+    shapes = {"log_pi": log_pi, "log_mu": log_mu, "state_value": state_value, "next_state_value": next_state_value}
+    _check_shapes(reward, **shapes, done=done, terminated=terminated)
+    return vtrace(
+        gamma,
+        log_ratio(log_pi, log_mu),
+        state_value,
+        next_state_value,
+        reward,
+        done,
+        terminated,
+        rho_thresh,
+        c_thresh,
+        time_dim=time_dim,
+        backend=backend,
+    )
+
+
+def log_ratio(log_pi: Tensor, log_mu: Tensor) -> Tensor:
+    """log π − log μ, in float32 at least: the difference of two logarithms keeps none of their leading digits."""
+    dtype = torch.promote_types(log_pi.dtype, torch.float32)
+    return log_pi.to(dtype) - log_mu
 
 
 # -- reward-to-go ----------------------------------------------------------------------------------------------------

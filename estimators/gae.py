@@ -3,17 +3,16 @@
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor
 
-from .base import LambdaEstimatorBase
+from .base import BothValuesEstimatorBase, LambdaEstimatorBase
 from .functional import vec_generalized_advantage_estimate
 from .registry import ValueEstimators, register_value_estimator
 from .steps import Steps, standardize
 
 
 @register_value_estimator(ValueEstimators.GAE, default_kwargs={"gamma": 0.99, "lmbda": 0.95, "differentiable": True})
-class GAE(LambdaEstimatorBase):
+class GAE(BothValuesEstimatorBase, LambdaEstimatorBase):
     """Generalised advantage estimate A_t = δ_t + γλ(1−done_t)A_{t+1}, and value target A_t + v_t.
 
     Args:
@@ -47,26 +46,12 @@ class GAE(LambdaEstimatorBase):
         self.average_gae = average_gae
         self.auto_reset_env = auto_reset_env
 
-    def value_estimate(  # type: ignore[override]  # `params` come second in TorchRL's order
-        self,
-        tensordict: TensorDictBase,
-        params: TensorDictBase | None = None,
-        target_params: TensorDictBase | None = None,
-        time_dim: int | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """The value target of `forward` alone, with its gradients; ``tensordict`` is left as it is.
-
-        Args are those of `forward`; ``kwargs`` are passed to the value network.
-        """
-        return self._compute(tensordict, params, target_params, time_dim, **kwargs).value_target
-
     def _estimate(self, steps: Steps, value: Tensor, next_value: Tensor, time_dim: int) -> tuple[Tensor, Tensor]:
         if self.auto_reset_env:
             next_value = torch.where(steps.done != 0, value, next_value)
         advantage, value_target = vec_generalized_advantage_estimate(
             steps.gamma,
-            self.lmbda,
+            steps.lmbda,
             value,
             next_value,
             steps.reward,

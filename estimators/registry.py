@@ -108,13 +108,13 @@ def dispatch_value_estimator(
         The estimator, which is also ``loss_module._value_estimator``; ``loss_module.value_type`` becomes its type.
 
     Raises:
-        NotImplementedError: ``value_type`` isn't supported, or isn't built yet.
+        NotImplementedError: ``value_type`` isn't supported.
 
     """
     value_type = _resolve(value_type)
     supported = tuple(supported)
     if value_type not in supported:
-        names = ", ".join(getattr(x, "name", str(x)) for x in supported if x in _entries)
+        names = ", ".join(getattr(x, "name", str(x)) for x in supported)
         raise NotImplementedError(
             f"{type(loss_module).__name__} does not support the value estimator {value_type}; it supports: {names}"
         )

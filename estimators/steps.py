@@ -1,8 +1,10 @@
 """The steps of a batch of trajectories, and what estimators do to them before and after the recurrence."""
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
+from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 # Below this standard deviation, standardising only shifts: it would blow noise up.
@@ -10,16 +12,22 @@ SMALLEST_STD = 1e-4
 
 
 class Steps(NamedTuple):
-    """What an estimator reads of each step, all of the reward's shape, and the discount to its next observation.
+    """What an estimator knows of each step: tensors of the reward's shape, γ and λ of one that broadcasts to it.
 
-    ``valid`` says which steps count; None: all.
+    Which of the fields typed Any are there and which are None depends on the estimator.
     """
 
     reward: Tensor
     done: Tensor
     terminated: Tensor
     gamma: Tensor
+    """The discount to the step's next observation."""
     valid: Tensor | None = None
+    """Which steps count; None: all."""
+    lmbda: Any = None
+    """The trace decay λ."""
+    log_weight: Any = None
+    """log π(a|s) − log μ(a|s), for the policy π that is learned and the policy μ that acted."""
 
 
 def cut(steps: Steps, valid: Tensor, time_dim: int) -> Steps:
@@ -38,6 +46,18 @@ def valid_only(steps: Steps, *tensors: Tensor) -> tuple[Tensor, ...]:
     """``tensors`` with 0 at the steps that aren't valid, and no gradient to what was there."""
     valid = steps.valid
     return tensors if valid is None else tuple(torch.where(valid, x, 0) for x in tensors)
+
+
+def without_padding(data: TensorDictBase, steps: Steps, keys: Iterable[NestedKey]) -> TensorDictBase:
+    """``data`` with entries ``keys`` of 0 in the steps that aren't valid, whose NaN would reach the gradients."""
+    if steps.valid is None:
+        return data
+    data, valid = data.copy(), any_right(steps.valid, data.ndim)
+    for key in keys:
+        x = data.get(key, None)
+        if isinstance(x, Tensor) and x.is_floating_point():
+            data.set(key, torch.where(expand_right(valid, x), x, 0))
+    return data
 
 
 def standardize(x: Tensor, valid: Tensor | None = None) -> Tensor:

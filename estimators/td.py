@@ -62,7 +62,7 @@ class TDLambdaEstimator(LambdaEstimatorBase):
     def _value_target(self, steps: Steps, next_value: Tensor, time_dim: int) -> Tensor:
         return vec_td_lambda_return_estimate(
             steps.gamma,
-            self.lmbda,
+            steps.lmbda,
             next_value,
             steps.reward,
             steps.done,

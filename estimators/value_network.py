@@ -12,8 +12,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import skip_existing
 from torch import Tensor
 
-RANDOM_MODULES = (torch.nn.modules.dropout._DropoutNd, torch.nn.RReLU)
-VMAP_RANDOMNESS = ("error", "different", "same")
+from .modules import is_random
 
 
 class ValueNetwork:
@@ -61,6 +60,11 @@ class ValueNetwork:
         self.num_chunks = num_chunks
         self.chunk_dim = chunk_dim
         self.vmap_randomness = _default_randomness(module)
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """What the network reads; nothing without a network."""
+        return [] if self.module is None else list(self.module.in_keys)
 
     def both(
         self,
@@ -152,6 +156,4 @@ def check_positive(name: str, count: Any) -> None:
 
 def _default_randomness(module: Any) -> str:
     """Networks with dropout draw per observation; the others must not draw at all."""
-    if isinstance(module, torch.nn.Module) and any(isinstance(m, RANDOM_MODULES) for m in module.modules()):
-        return "different"
-    return "error"
+    return "different" if isinstance(module, torch.nn.Module) and is_random(module) else "error"

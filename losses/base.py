@@ -170,8 +170,7 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
         """Tell the value estimator the names of the entries that it shares with the loss."""
         current = vars(self._value_estimator.tensor_keys)
         shared = {name: getattr(self.tensor_keys, name) for name in keys if name in current}
-        renamed = {name: key for name, key in shared.items() if key != current[name] and not isinstance(key, list)}
-        self._value_estimator.set_keys(**renamed)
+        self._value_estimator.set_keys(**{name: key for name, key in shared.items() if key != current[name]})
 
     def _find_in_keys(self) -> Iterator[NestedKey]:
         yield from super()._find_in_keys()

@@ -18,7 +18,8 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 from torch.nn import Buffer
 
-from ..estimators.value_network import RANDOM_MODULES, VMAP_RANDOMNESS
+from ..estimators.modules import VMAP_RANDOMNESS, is_random
+from ..estimators.modules import keys_read as keys_read  # the losses look for it here
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -308,22 +309,6 @@ def reset_parameters(network: nn.Module, params: TensorDictBase) -> None:
                     reset()
 
 
-def is_random(network: nn.Module) -> bool:
-    """Whether the network draws random numbers (dropout)."""
-    return any(isinstance(module, RANDOM_MODULES) for module in network.modules())
-
-
-def keys_read(network: nn.Module) -> list[NestedKey]:
-    """The entries that ``network`` reads and doesn't itself write a part of."""
-    written = [_as_tuple(key) for key in getattr(network, "out_keys", ())]
-
-    def writes_into(key: NestedKey) -> bool:
-        path = _as_tuple(key)
-        return any(len(out) > len(path) and out[: len(path)] == path for out in written)
-
-    return [unravel_key(key) for key in getattr(network, "in_keys", ()) if not writes_into(key)]
-
-
 def delayed_copy(params: TensorDictParams) -> TensorDictParams:
     """A copy of ``params`` made of buffers, for a target network."""
     return _mapped(params, lambda _, x: Buffer(x.data.clone()), params.batch_size)
@@ -336,7 +321,3 @@ def _mapped(
     for key, x in params.items(True, True):
         result.set(key, function(key, x))
     return TensorDictParams(result)
-
-
-def _as_tuple(key: NestedKey) -> tuple[str, ...]:
-    return (key,) if isinstance(key, str) else tuple(unravel_key(key))

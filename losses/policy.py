@@ -1,47 +1,20 @@
-"""What a loss asks of a policy's distribution: log-probability, entropy and divergence, for one head or several.
-
-A policy with one action head gives a plain distribution, one with several a
-`tensordict.nn.CompositeDistribution`; `ActionHeads` makes them alike. Nothing here depends on
-`tensordict.nn.set_composite_lp_aggregate`.
-"""
+"""What a loss asks of a policy's distribution: log-probability, entropy and divergence, for one head or several."""
 
 import torch
-from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import CompositeDistribution
+from tensordict import NestedKey
 from torch import Tensor
 from torch.distributions import Distribution, Independent, TransformedDistribution, kl_divergence
 from torch.distributions.kl import _KL_MEMOIZE, _dispatch_kl
 
+from ..estimators.heads import DistributionHeads
 
-class ActionHeads:
-    """The distribution of an action that is made of one or several parts, independent given the observation.
 
-    Log-probabilities, entropies and divergences add up over the heads of a `CompositeDistribution`, and over the
-    dimensions of a head that the samples don't have (the agents of a team with one common reward). Those of a plain
-    distribution are taken as they are: summing over the dimensions of an action is `torch.distributions.Independent`'s
-    task. All have one trailing dimension more than the batch: ``[*B, 1]``.
-
-    Args:
-        dist: the policy's distribution.
-        action: the key of the action that a plain distribution draws.
-        batch_ndim: number of dimensions ``*B`` of the samples.
-
-    """
-
-    def __init__(self, dist: Distribution, action: NestedKey, batch_ndim: int) -> None:
-        self.composite = isinstance(dist, CompositeDistribution)
-        self.heads: dict[NestedKey, Distribution] = (
-            dict(dist.dists) if isinstance(dist, CompositeDistribution) else {action: dist}
-        )
-        self.batch_ndim = batch_ndim
+class ActionHeads(DistributionHeads):
+    """The heads of a policy's action, with their entropies and their divergence from another policy's."""
 
     def like(self, dist: Distribution) -> "ActionHeads":
         """Those of another distribution over the same action."""
         return ActionHeads(dist, next(iter(self.heads)), self.batch_ndim)
-
-    def log_prob(self, tensordict: TensorDictBase) -> Tensor:
-        """Log-probability of the action in ``tensordict``."""
-        return self.total([head.log_prob(tensordict.get(key)) for key, head in self.heads.items()])
 
     def entropies(self, samples: int) -> dict[NestedKey, Tensor]:
         """Entropy of each head, see `entropy`."""
@@ -53,16 +26,6 @@ class ActionHeads:
         for pair in pairs:
             _look_up_divergence(*pair)
         return self.total([divergence(*pair, samples) for pair in pairs])
-
-    def total(self, parts: list[Tensor]) -> Tensor:
-        """Sum of what belongs to each head."""
-        return torch.stack([self.per_sample(part) for part in parts]).sum(0)
-
-    def per_sample(self, x: Tensor) -> Tensor:
-        """``x``, of a distribution's batch shape, as one value per sample."""
-        if self.composite and x.ndim > self.batch_ndim:
-            x = x.flatten(self.batch_ndim).sum(-1)
-        return x.unsqueeze(-1) if x.ndim == self.batch_ndim else x
 
 
 def entropy(dist: Distribution, samples: int) -> Tensor:

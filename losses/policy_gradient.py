@@ -1,6 +1,6 @@
 """What the losses of a policy with a critic share: networks, advantage, log-probability, the critic's distance."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
 from tensordict.utils import unravel_key
 from torch import Tensor
 
+from ..estimators.heads import one_or_list
+from ..estimators.vtrace import VTrace
 from .base import LossModule
 from .functional import explained_variance
 from .networks import keys_read
@@ -95,8 +97,8 @@ class PolicyGradientLoss(LossModule):
         self.delay_value = delay_value
         self.has_critic_loss = critic_network is not None
         self._actor_keys = {
-            "action": _one_or_list(actor_network.dist_sample_keys),
-            "sample_log_prob": _one_or_list(actor_network.log_prob_keys),
+            "action": one_or_list(actor_network.dist_sample_keys),
+            "sample_log_prob": one_or_list(actor_network.log_prob_keys),
         }
         self._take_networks(actor_network, critic_network, functional)
         self.set_keys(**self._actor_keys)
@@ -137,11 +139,16 @@ class PolicyGradientLoss(LossModule):
         """
         super().set_keys(**{name: self._actor_keys.get(name) if key is None else key for name, key in keys.items()})
 
-    def _forward_value_estimator_keys(self, **keys: Any) -> None:
-        # Several heads' log-probabilities are no single entry; no estimator built here reads them.
-        super()._forward_value_estimator_keys(
-            **{name: key for name, key in keys.items() if name not in self._actor_keys}
-        )
+    def make_value_estimator(self, value_type: Any = None, **hyperparams: Any) -> "PolicyGradientLoss":
+        """Choose how returns and advantages are estimated; see `LossModule.make_value_estimator`."""
+        super().make_value_estimator(value_type, **hyperparams)
+        self._in_keys = list(dict.fromkeys(self._find_in_keys()))
+        return self
+
+    def _find_in_keys(self) -> Iterator[NestedKey]:
+        yield from super()._find_in_keys()
+        if isinstance(self._value_estimator, VTrace):
+            yield from self._keys("sample_log_prob")
 
     # --- reading ------------------------------------------------------------------------------------------------
 
@@ -252,8 +259,3 @@ class PolicyGradientLoss(LossModule):
                 for name, term in terms.items()
             }
         )
-
-
-def _one_or_list(keys: Iterable[NestedKey]) -> NestedKey | list[NestedKey]:
-    keys = list(keys)
-    return keys[0] if len(keys) == 1 else keys

@@ -7,8 +7,9 @@ import pytest
 import torch
 from fusedrl import estimators
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
 from torch import nn
+from torch.distributions import Categorical
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Errors of a sum of a dozen terms of size 1: some units in the last place of the dtype. Half precision is computed in
@@ -54,8 +55,11 @@ def signals(shape=(2, 9, 1), seed=0, dtype=torch.float64):
     """The tensor arguments of a functional, by name."""
     generator = torch.Generator().manual_seed(seed)
     value, next_value, reward = torch.randn(3, *shape, generator=generator, dtype=torch.float64).to(dtype)
+    log_pi, log_mu = -torch.rand(2, *shape, generator=generator, dtype=torch.float64).to(dtype)
     done, terminated = masks(shape, seed)
     return {
+        "log_pi": log_pi,
+        "log_mu": log_mu,
         "state_value": value,
         "next_state_value": next_value,
         "reward": reward,
@@ -95,6 +99,17 @@ def critic(dtype=torch.float64, out=1, module=None):
             torch.manual_seed(0)
             module = nn.Sequential(nn.Linear(OBSERVATION, 4), nn.Tanh(), nn.Linear(4, out)).to(dtype)
     return TensorDictModule(module, in_keys=["obs"], out_keys=["state_value"])
+
+
+def policy(dtype=torch.float64):
+    """A small policy with two actions and fixed parameters."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        module = TensorDictModule(nn.Linear(OBSERVATION, 2).to(dtype), in_keys=["obs"], out_keys=["logits"])
+    draw = ProbabilisticTensorDictModule(
+        in_keys=["logits"], out_keys=["action"], distribution_class=Categorical, return_log_prob=True
+    )
+    return ProbabilisticTensorDictSequential(module, draw)
 
 
 def as_keywords(tensordict):

@@ -364,12 +364,6 @@ def test_unknown_key_is_refused():
         A2CLoss(discrete_actor(), critic()).set_keys(foo="bar")
 
 
-@pytest.mark.parametrize("value_type", [ValueEstimators.VTrace, ValueEstimators.MAGAE])
-def test_estimator_that_is_not_built_yet_says_so(value_type):
-    with pytest.raises(NotImplementedError, match="not implemented"):
-        A2CLoss(discrete_actor(), critic()).make_value_estimator(value_type)
-
-
 # --- how it runs ------------------------------------------------------------------------------------------------
 
 

@@ -1,13 +1,16 @@
 """What the functionals promise, on tensors, whatever the backend."""
 
 import inspect
+import math
 
 import fusedrl.estimators.functional as F
 import pytest
 import torch
 from helpers_estimators import BACKENDS, assert_close, masks, no_host_sync, signals
 
-VECTORISED = [name for name in F.__all__ if name.startswith("vec_") or name == "reward2go"]
+VECTORISED = [
+    name for name in F.__all__ if name.startswith("vec_") or name in ("reward2go", "vtrace_advantage_estimate")
+]
 PLAIN = [name for name in F.__all__ if name not in VECTORISED]
 BOOTSTRAPPING = [name for name in F.__all__ if name != "reward2go"]
 WITH_TIME = [name for name in F.__all__ if not name.startswith("td0")]
@@ -27,10 +30,10 @@ def call(name, backend=None, **kwargs):
     return result if isinstance(result, tuple) else (result,)
 
 
-def written_out(gamma, lmbda, state_value, next_state_value, reward, done, terminated):
+def written_out(gamma, lmbda, log_pi, log_mu, state_value, next_state_value, reward, done, terminated):
     """Every estimate of one trajectory of numbers, each sum written as Python would be by hand."""
     steps = range(len(reward))
-    value_target, td1, to_go, advantage = {}, {}, {}, {}
+    value_target, td1, to_go, advantage, vtrace, vtrace_advantage = {}, {}, {}, {}, {}, {}
     for t in reversed(steps):
         ends = done[t] or terminated[t]
         last = ends or t == len(reward) - 1
@@ -41,6 +44,10 @@ def written_out(gamma, lmbda, state_value, next_state_value, reward, done, termi
         to_go[t] = reward[t] + (0.0 if done[t] or t == len(reward) - 1 else gamma * to_go[t + 1])
         delta = reward[t] + gamma * keep * nv - v
         advantage[t] = delta + (0.0 if last else gamma * lmbda * advantage[t + 1])
+        weight = min(1.0, math.exp(log_pi[t] - log_mu[t]))
+        rest = 0.0 if last else gamma * weight * (vtrace[t + 1] - state_value[t + 1])
+        vtrace[t] = v + weight * delta + rest
+        vtrace_advantage[t] = weight * (reward[t] + gamma * (keep * nv if last else vtrace[t + 1]) - v)
     td0 = [reward[t] + (0.0 if terminated[t] else gamma * next_state_value[t]) for t in steps]
 
     def minus_value(x):
@@ -58,6 +65,7 @@ def written_out(gamma, lmbda, state_value, next_state_value, reward, done, termi
         "td_lambda_return_estimate": ([value_target[t] for t in steps],),
         "td_lambda_advantage_estimate": (minus_value(value_target),),
         "reward2go": ([to_go[t] for t in steps],),
+        "vtrace_advantage_estimate": ([vtrace_advantage[t] for t in steps], [vtrace[t] for t in steps]),
     }
 
 
@@ -82,7 +90,8 @@ def test_gamma_of_zero_and_lambda_of_zero_are_exact(name, backend):
         assert_close(tensors, actual, rtol=1e-6, atol=1e-6)
         if gamma == 0.0:
             value = inputs["state_value"] if "advantage" in name else 0
-            assert_close(actual, inputs["reward"] - value)
+            weight = (inputs["log_pi"] - inputs["log_mu"]).exp().clamp_max(1) if name.startswith("vtrace") else 1
+            assert_close(actual, weight * (inputs["reward"] - value))
 
 
 @every_case
@@ -234,6 +243,8 @@ def test_a_hundred_thousand_undiscounted_steps_are_exact(name):
         "torch",
         gamma=1.0,
         lmbda=1.0,
+        log_pi=zero,
+        log_mu=zero,
         state_value=zero,
         next_state_value=zero,
         reward=reward,

@@ -21,7 +21,7 @@ def arguments(name, shape, seed, extra):
     generator = torch.Generator().manual_seed(seed)
     done, terminated = masks(shape, seed)
     everything = {"gamma": GAMMA, "lmbda": LMBDA, "done": done, "terminated": terminated, **extra}
-    for key in ("state_value", "next_state_value", "reward"):
+    for key in ("state_value", "next_state_value", "reward", "log_pi", "log_mu"):
         everything[key] = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
     parameters = inspect.signature(getattr(theirs, name)).parameters
     return {key: x for key, x in everything.items() if key in parameters}

@@ -1,20 +1,22 @@
 """Losses find value estimators by enum member or name, with defaults, and hear clearly what can't be had."""
 
 from enum import Enum
+from functools import partial
 
 import fusedrl.estimators as E
 import pytest
 from fusedrl.estimators import registry
 from fusedrl.estimators.registry import ValueEstimators
-from helpers_estimators import assert_close, critic, rollout
+from helpers_estimators import assert_close, critic, policy, rollout
 
-BUILT = [ValueEstimators.TD0, ValueEstimators.TD1, ValueEstimators.TDLambda, ValueEstimators.GAE]
+EVERY = list(ValueEstimators)
 
 
 class Loss:
     """What the registry needs of a loss."""
 
     def __init__(self, **attributes):
+        self.actor_network = policy()
         vars(self).update(attributes)
 
 
@@ -30,6 +32,8 @@ def clean_registry(monkeypatch):
         ("td1", E.TD1Estimator, {"gamma": 0.99, "differentiable": True}),
         ("TDLambda", E.TDLambdaEstimator, {"gamma": 0.99, "lmbda": 0.95, "differentiable": True}),
         ("Gae", E.GAE, {"gamma": 0.99, "lmbda": 0.95, "differentiable": True}),
+        (ValueEstimators.MAGAE, E.MultiAgentGAE, {"gamma": 0.99, "lmbda": 0.95, "differentiable": True}),
+        ("vtrace", E.VTrace, {"gamma": 0.99, "differentiable": True}),
     ],
 )
 def test_members_and_their_names_in_any_case_find_the_class_and_its_defaults(value_type, cls, kwargs):
@@ -42,14 +46,13 @@ def test_default_kwargs_are_the_callers_to_change():
     assert E.default_value_kwargs("gae")["gamma"] == 0.99
 
 
-@pytest.mark.parametrize("value_type", [ValueEstimators.MAGAE, "vtrace"])
-def test_an_estimator_that_is_not_built_yet_says_so(value_type):
-    with pytest.raises(NotImplementedError, match="not implemented"):
-        E.get_value_estimator_entry(value_type)
-    with pytest.raises(NotImplementedError, match="not implemented"):
-        E.build_value_estimator(Loss(value_network=critic()), value_type)
-    with pytest.raises(NotImplementedError, match="not implemented"):
-        E.default_value_kwargs(value_type)
+def test_a_member_of_an_enum_that_nothing_is_registered_under_says_so():
+    class Other(Enum):
+        ESTIMATE = 1
+
+    for call in (E.get_value_estimator_entry, E.default_value_kwargs, partial(E.build_value_estimator, Loss())):
+        with pytest.raises(NotImplementedError, match=r"Other.ESTIMATE is not implemented"):
+            call(Other.ESTIMATE)
 
 
 def test_an_unknown_name_lists_the_known_ones():
@@ -59,7 +62,7 @@ def test_an_unknown_name_lists_the_known_ones():
         E.get_value_estimator_entry(E.GAE)
 
 
-@pytest.mark.parametrize("value_type", BUILT)
+@pytest.mark.parametrize("value_type", EVERY)
 def test_built_estimators_use_the_losss_critic_and_the_given_hyperparameters(value_type):
     critic_network, value_network = critic(), critic()
     built = E.build_value_estimator(Loss(value_network=value_network), value_type, gamma=0.5)
@@ -74,7 +77,7 @@ def test_built_estimators_use_the_losss_critic_and_the_given_hyperparameters(val
 
 def test_dispatch_builds_sets_keys_and_keeps_the_estimator_on_the_loss():
     loss = Loss(value_network=critic())
-    built = E.dispatch_value_estimator(loss, "gae", supported=BUILT, tensor_keys={"advantage": "adv"}, lmbda=0.5)
+    built = E.dispatch_value_estimator(loss, "gae", supported=EVERY, tensor_keys={"advantage": "adv"}, lmbda=0.5)
     assert loss._value_estimator is built
     assert loss.value_type is ValueEstimators.GAE
     assert built.tensor_keys.advantage == "adv"
@@ -84,18 +87,14 @@ def test_dispatch_builds_sets_keys_and_keeps_the_estimator_on_the_loss():
 
 def test_dispatch_takes_gamma_from_the_loss_unless_it_is_given():
     loss = Loss(value_network=critic(), gamma=0.7)
-    assert E.dispatch_value_estimator(loss, "td0", supported=BUILT).gamma.item() == 0.7
-    assert E.dispatch_value_estimator(loss, "td0", supported=BUILT, gamma=0.2).gamma.item() == 0.2
+    assert E.dispatch_value_estimator(loss, "td0", supported=EVERY).gamma.item() == 0.7
+    assert E.dispatch_value_estimator(loss, "td0", supported=EVERY, gamma=0.2).gamma.item() == 0.2
 
 
 def test_an_estimator_that_the_loss_does_not_support_is_an_error_that_lists_those_it_does():
     loss = Loss(value_network=critic())
     with pytest.raises(NotImplementedError, match=r"Loss does not support.*GAE.*supports: TD0, TD1$"):
-        E.dispatch_value_estimator(
-            loss,
-            "gae",
-            supported=[ValueEstimators.TD0, ValueEstimators.TD1, ValueEstimators.VTrace],  # not built yet
-        )
+        E.dispatch_value_estimator(loss, "gae", supported=[ValueEstimators.TD0, ValueEstimators.TD1])
     assert not hasattr(loss, "_value_estimator")
 
 

@@ -1,0 +1,54 @@
+"""What estimators and losses ask of any network: the entries it reads, and whether it draws random numbers."""
+
+import torch
+from tensordict import NestedKey, unravel_key
+from torch import nn
+
+VMAP_RANDOMNESS = ("error", "different", "same")
+_random_modules: list[type[nn.Module]] = [torch.nn.modules.dropout._DropoutNd, torch.nn.RReLU]
+
+
+def add_random_module(module: type[nn.Module]) -> None:
+    """Make it known that modules of this class draw random numbers when they're called, as dropout does.
+
+    Networks that contain one then draw anew for each member of an ensemble and for each observation of a pair, where
+    they are called under `torch.vmap`; otherwise PyTorch refuses the call.
+
+    Raises:
+        TypeError: ``module`` is not a class of modules.
+
+    Examples:
+        >>> class Noise(nn.Module):
+        ...     def forward(self, x):
+        ...         return x + torch.randn_like(x)
+        >>> is_random(nn.Sequential(Noise()))
+        False
+        >>> add_random_module(Noise)
+        >>> is_random(nn.Sequential(Noise()))
+        True
+
+    """
+    if not (isinstance(module, type) and issubclass(module, nn.Module)):
+        raise TypeError(f"add_random_module takes a subclass of torch.nn.Module, but got {module!r}")
+    if module not in _random_modules:
+        _random_modules.append(module)
+
+
+def is_random(network: nn.Module) -> bool:
+    """Whether the network draws random numbers: dropout, and what `add_random_module` made known."""
+    return any(isinstance(module, tuple(_random_modules)) for module in network.modules())
+
+
+def keys_read(network: nn.Module) -> list[NestedKey]:
+    """The entries that ``network`` reads and doesn't itself write a part of."""
+    written = [_as_tuple(key) for key in getattr(network, "out_keys", ())]
+
+    def writes_into(key: NestedKey) -> bool:
+        path = _as_tuple(key)
+        return any(len(out) > len(path) and out[: len(path)] == path for out in written)
+
+    return [unravel_key(key) for key in getattr(network, "in_keys", ()) if not writes_into(key)]
+
+
+def _as_tuple(key: NestedKey) -> tuple[str, ...]:
+    return (key,) if isinstance(key, str) else tuple(unravel_key(key))
