@@ -50,7 +50,7 @@ def loss_kernel(
     chooser = next_log_prob if next_online_log_prob is None else next_online_log_prob
     best = _greedy_action(chooser, support, sample, atoms, actions, DTYPE, INDEX, ACTIONS_POWER, TILE_ATOMS)
     target = _column(next_log_prob, sample, best)
-    bellman = _bellman(reward, terminated, gamma, gamma_tensor, sample, DTYPE)
+    bellman = _bellman(support, reward, terminated, gamma, gamma_tensor, sample, atoms, DTYPE, INDEX)
     taken = tl.load(action[0] + sample * action[1]).to(INDEX)
     exists = (taken >= 0) & (taken < actions)
     pointer, stride = _column(log_prob, sample, taken)
@@ -113,7 +113,7 @@ def projection_kernel(
 ):
     """The projection of ``prob``, passed as (pointer, batch stride, atom stride)."""
     sample = tl.program_id(0).to(tl.int64)
-    bellman = _bellman(reward, terminated, gamma, gamma_tensor, sample, DTYPE)
+    bellman = _bellman(support, reward, terminated, gamma, gamma_tensor, sample, atoms, DTYPE, INDEX)
     column = (prob[0] + sample * prob[1], prob[2])
     for start in range(0, atoms, TARGETS):
         i = start + tl.arange(0, TARGETS)
@@ -157,8 +157,8 @@ def _greedy_action(
 
 
 @triton.jit
-def _bellman(reward, terminated, gamma, gamma_tensor, sample, DTYPE: tl.constexpr):
-    """(r, term, γ) of a sample."""
+def _bellman(support, reward, terminated, gamma, gamma_tensor, sample, atoms, DTYPE: tl.constexpr, INDEX: tl.constexpr):
+    """(start, step, term) of a sample: atom j lands at b_j = clip(start + step · z_j, 0, N − 1)."""
     # The product with a float64 one makes a tensor of a number in the interpreter as well as in compiled code.
     discount = (gamma * tl.full((), 1.0, tl.float64)).to(DTYPE)
     if gamma_tensor is not None:
@@ -166,8 +166,12 @@ def _bellman(reward, terminated, gamma, gamma_tensor, sample, DTYPE: tl.constexp
             discount = tl.load(gamma_tensor[0]).to(DTYPE)
         else:
             discount = tl.load(gamma_tensor[0] + sample * gamma_tensor[1]).to(DTYPE)
+    v_min = tl.load(support[0]).to(DTYPE)
+    v_max = tl.load(support[0] + (atoms - 1).to(INDEX) * support[1]).to(DTYPE)
+    atoms_per_value = (atoms - 1).to(DTYPE) / (v_max - v_min)
     r = tl.load(reward[0] + sample * reward[1]).to(DTYPE)
-    return r, tl.load(terminated[0] + sample * terminated[1]) != 0, discount
+    terminal = tl.load(terminated[0] + sample * terminated[1]) != 0
+    return (r - v_min) * atoms_per_value, tl.where(terminal, 0.0, discount * atoms_per_value), terminal
 
 
 @triton.jit
@@ -184,25 +188,20 @@ def _project(
 ):
     """m_i = Σ_j p_j · max(0, 1 − |b_j − i|) of the column's (log-)probabilities, for some targets i."""
     pointer, stride = column
-    r, terminal, discount = bellman
-    v_min = tl.load(support[0]).to(DTYPE)
-    v_max = tl.load(support[0] + (atoms - 1).to(INDEX) * support[1]).to(DTYPE)
+    start, step, terminal = bellman
     last = (atoms - 1).to(DTYPE)
-    atoms_per_value = last / (v_max - v_min)
     position = i.to(DTYPE)
     m = tl.zeros_like(position)
-    for start in range(0, atoms, SOURCES):
-        j = start + tl.arange(0, SOURCES)
+    for first in range(0, atoms, SOURCES):
+        j = first + tl.arange(0, SOURCES)
         p = tl.load(pointer + j.to(INDEX) * stride, mask=j < atoms, other=float("-inf") if LOG else 0.0).to(DTYPE)
         if LOG:
             p = tl.exp(p)
         z = tl.load(support[0] + j.to(INDEX) * support[1], mask=j < atoms, other=0.0).to(DTYPE)
-        # After a terminal step one atom, the first, has all mass and lands at the reward.
+        b = start + step * z
+        b = tl.where(b < 0.0, 0.0, tl.where(b > last, last, b))
+        # After a terminal step one atom, the first, has all mass; all of them land at the reward.
         p = tl.where(terminal, tl.where(j == 0, 1.0, 0.0).to(DTYPE), p)
-        moved = r + tl.where(terminal, 0.0, discount * z)
-        moved = tl.where(moved < v_min, v_min, tl.where(moved > v_max, v_max, moved))
-        b = (moved - v_min) * atoms_per_value
-        b = tl.where(b > last, last, b)
         p = tl.where(b == b, p, b)
         m += tl.sum(p[:, None] * tl.maximum(1.0 - tl.abs(b[:, None] - position[None, :]), 0.0), 0)
     return m

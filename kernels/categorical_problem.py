@@ -7,6 +7,9 @@ The mathematics is that of Bellemare, Dabney & Munos 2017 (arXiv:1707.06887), al
     m_i = Σ_j p_j · max(0, 1 − |b_j − i|)                               the projected distribution
     L   = −Σ_i m_i · log p(s_t, a_t)_i                                  the cross-entropy
 
+Clipping commutes with the map to atoms, so that the fast backends compute b_j = clip(start + step · z_j, 0, N − 1)
+with start = (r − V_min) / Δz and step = γ(1 − term) / Δz.
+
 The hat function shares the mass p_j between the two atoms around b_j, and gives all of it to an atom that is hit
 exactly. After a terminal step all mass is at r, selected and not multiplied by zero, so that nothing is read of the
 next observation.

@@ -5,6 +5,7 @@ memory, and nothing of size [B, atoms, atoms] exists.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,20 +18,19 @@ _TILE = 1 << 17
 
 def forward(transition: Transition, bellman: Bellman, keep: bool) -> list[Tensor]:
     """The loss ``[B]`` and, if it is to be kept, the projected distribution ``[B, atoms]``."""
-    log_prob = transition.log_prob
-    samples, atoms, actions = log_prob.shape
+    log_prob, action, target, online = transition
+    samples, atoms, _ = log_prob.shape
     dtype = compute_dtype(log_prob.dtype)
+    best = _greedy_action(target if online is None else online, bellman.support.to(dtype))
+    positions = _positions(bellman, dtype)
+    projected = log_prob.new_zeros((samples, atoms), dtype=dtype)
     loss = log_prob.new_empty(samples)
-    projected = log_prob.new_empty((samples, atoms) if keep else 0, dtype=dtype)
-    for tile in _tiles(log_prob, atoms * actions):
-        part = Transition(*(x if x is None else x[tile] for x in transition))
-        moved = _tile_of(bellman, tile, dtype)
-        m = _project(_greedy_next_prob(part, moved.support), moved)
-        taken = _of_action(part.log_prob, part.action).to(dtype)
+    for tile in _tiles(samples, atoms):
+        m = projected[tile]
+        _add_projection(m, _of_action(target[tile], best[tile]).to(dtype).exp_(), positions.of(tile))
         # Selected: an atom without mass counts for nothing even if its log-probability is −∞.
-        loss[tile] = torch.where(m == 0, 0, m * taken).sum(-1).neg_()
-        if keep:
-            projected[tile] = m
+        terms = (m * _of_action(log_prob[tile], action[tile])).masked_fill_(m == 0, 0)
+        loss[tile] = terms.sum(-1).neg_()
     return [loss, projected] if keep else [loss]
 
 
@@ -44,38 +44,65 @@ def backward(log_prob: Tensor, action: Tensor, projected: Tensor, grad: Tensor) 
 def project(prob: Tensor, bellman: Bellman) -> Tensor:
     """The projected distribution ``[B, atoms]`` of ``prob``."""
     dtype = compute_dtype(prob.dtype)
-    projected = torch.empty_like(prob, memory_format=torch.contiguous_format)
-    for tile in _tiles(prob, prob.shape[-1]):
-        projected[tile] = _project(prob[tile].to(dtype), _tile_of(bellman, tile, dtype))
-    return projected
+    positions = _positions(bellman, dtype)
+    projected = prob.new_zeros(prob.shape, dtype=dtype)
+    for tile in _tiles(*prob.shape):
+        _add_projection(projected[tile], prob[tile].to(dtype), positions.of(tile))
+    return projected.to(prob.dtype)
 
 
-def _greedy_next_prob(part: Transition, support: Tensor) -> Tensor:
-    """The target network's distribution of the greedy next action."""
-    _, _, target, online = part
-    q = torch.einsum("n,bna->ba", support, (target if online is None else online).to(support.dtype).exp())
-    return _of_action(target, q.argmax(-1)).to(support.dtype).exp_()
+class _Positions(NamedTuple):
+    """b_j = clip(start + step · z_j, 0, N − 1), with the columns start, step and terminated of shape ``[B, 1]``."""
+
+    start: Tensor
+    step: Tensor
+    terminated: Tensor
+    support: Tensor
+
+    def of(self, tile: slice) -> "_Positions":
+        """Those of some samples."""
+        return _Positions(self.start[tile], self.step[tile], self.terminated[tile], self.support)
 
 
-def _project(prob: Tensor, bellman: Bellman) -> Tensor:
-    """m_i = Σ_j p_j · max(0, 1 − |b_j − i|)."""
+def _positions(bellman: Bellman, dtype: torch.dtype) -> _Positions:
     support, reward, terminated, gamma = bellman
-    last = support.shape[-1] - 1
-    v_min, v_max = support[0], support[-1]
-    # After a terminal step one atom, the first, has all mass and lands at the reward.
-    terminated = terminated[:, None]
+    support, reward, terminated = support.to(dtype), reward.to(dtype), terminated != 0
+    if isinstance(gamma, Tensor):
+        gamma = gamma.to(support.device, dtype, non_blocking=True)
+    atoms_per_value = (support.shape[0] - 1) / (support[-1] - support[0])
+    start = (reward - support[0]) * atoms_per_value
+    # Selected: after a terminal step γ isn't read.
+    step = torch.where(terminated, 0, gamma * atoms_per_value)
+    return _Positions(start[:, None], step[:, None], terminated[:, None], support)
+
+
+def _greedy_action(log_prob: Tensor, support: Tensor) -> Tensor:
+    """argmax_a Σ_j z_j p_j(a), the first of equals."""
+    samples, atoms, actions = log_prob.shape
+    best = torch.empty(samples, dtype=torch.int64, device=log_prob.device)
+    for tile in _tiles(samples, atoms * actions):
+        prob = log_prob[tile].to(support.dtype).exp()
+        q = torch.bmm(support.expand(len(prob), 1, atoms), prob)
+        best[tile] = q.argmax(-1)[:, 0]
+    return best
+
+
+def _add_projection(m: Tensor, prob: Tensor, positions: _Positions) -> None:
+    """m_i += Σ_j p_j · max(0, 1 − |b_j − i|)."""
+    start, step, terminated, support = positions
+    last = m.shape[-1] - 1
+    # After a terminal step one atom, the first, has all mass; all of them land at the reward.
     prob = torch.where(terminated, _first_atom(prob), prob)
-    moved = reward[:, None] + torch.where(terminated, 0, gamma * support)
-    b = ((moved.clamp_(v_min, v_max) - v_min) * (last / (v_max - v_min))).clamp_(0, last)
-    if not _adds_in_order(prob):
+    b = torch.addcmul(start, step, support).clamp_(0, last)
+    if not _adds_in_order(m):
         atoms = torch.arange(last + 1, dtype=b.dtype, device=b.device)
         hat = (1 - (b[..., None] - atoms).abs_()).clamp_min_(0)
-        return hat.mul_(prob[..., None]).sum(-2)
-    lower = b.nan_to_num(0.0).floor_()  # an index whatever b is; where it is NaN the weights carry it on
+        m += hat.mul_(prob[..., None]).sum(-2)
+        return
+    lower = b.long().clamp_(0, last - 1)  # an index whatever b is; where it is NaN the masses carry it on
     upper_mass = (b - lower) * prob
-    index = lower.long()
-    m = torch.zeros_like(prob).scatter_add_(-1, index, prob - upper_mass)
-    return m.scatter_add_(-1, index.add_(1).clamp_(max=last), upper_mass)
+    m.scatter_add_(-1, lower, prob - upper_mass)
+    m[:, 1:].scatter_add_(-1, lower, upper_mass)
 
 
 def _adds_in_order(x: Tensor) -> bool:
@@ -98,15 +125,6 @@ def _index(action: Tensor, atoms: int) -> Tensor:
     return action.long()[:, None, None].expand(-1, atoms, 1)
 
 
-def _tile_of(bellman: Bellman, tile: slice, dtype: torch.dtype) -> Bellman:
-    """The tile's share, in ``dtype``; γ broadcastable to ``[b, atoms]``."""
-    support, reward, terminated, gamma = bellman
-    if isinstance(gamma, Tensor):
-        gamma = gamma.to(support.device, dtype, non_blocking=True)
-        gamma = gamma[tile, None] if gamma.ndim else gamma
-    return Bellman(support.to(dtype), reward[tile].to(dtype), terminated[tile] != 0, gamma)
-
-
-def _tiles(x: Tensor, elements_per_sample: int) -> Iterator[slice]:
-    samples = max(1, _TILE // elements_per_sample)
-    return (slice(start, start + samples) for start in range(0, x.shape[0], samples))
+def _tiles(samples: int, elements_per_sample: int) -> Iterator[slice]:
+    size = max(1, _TILE // elements_per_sample)
+    return (slice(start, start + size) for start in range(0, samples, size))
