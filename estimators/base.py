@@ -218,6 +218,10 @@ class ValueEstimatorBase(TensorDictModuleBase):
     @property
     def in_keys(self) -> list[NestedKey]:
         """What `forward` reads."""
+        return list(dict.fromkeys(self._find_in_keys()))
+
+    # Not in the property, which the compiler can't follow into that of a base class.
+    def _find_in_keys(self) -> list[NestedKey]:
         keys = self._tensor_keys
         value_inputs = [keys.value] if self.value_network is None else self._network.in_keys
         masks = [_next(keys.reward), _next(keys.done), _next(keys.terminated)]
@@ -295,6 +299,7 @@ class ValueEstimatorBase(TensorDictModuleBase):
         target_params: TensorDictBase | None = None,
         next_value: Tensor | None = None,
         time_dim: int | None = None,
+        continuation: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """The value target alone, with gradients to next values and rewards; ``tensordict`` is left as it is.
@@ -304,11 +309,15 @@ class ValueEstimatorBase(TensorDictModuleBase):
             target_params: parameters of the value network for the next values; by default its own.
             next_value: the next values, instead of the network's.
             time_dim: the dimension of time, for this call.
+            continuation: the reward's shape; how likely it is that the trajectory goes on after the step, as a world
+                model predicts it. It multiplies the discount, with gradients.
             kwargs: passed to the value network.
 
         """
         dim = self._time_dim(tensordict, time_dim)
         steps = self._steps(tensordict, dim)
+        if continuation is not None:
+            steps = steps._replace(gamma=steps.gamma * continuation)
         key = self._tensor_keys.value
         if next_value is None:
             inputs = self._next_inputs(tensordict, steps)

@@ -22,9 +22,11 @@ from .utils import ValueEstimators, check_distance, distance_loss
 class DreamerLoss(LossModule):
     """Base of Dreamer's three losses, which return a pair: the losses, and the data that they were computed from.
 
-    The data is detached, and the input stays as it is. Called with tensors instead of a TensorDict, a loss returns
-    the tuple of its ``out_keys``.
+    The data is detached (unless ``detach_output`` is False), and the input stays as it is. Called with tensors
+    instead of a TensorDict, a loss returns the tuple of its ``out_keys``.
     """
+
+    detach_output = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The losses and their data; the losses alone if called with tensors."""
@@ -33,7 +35,7 @@ class DreamerLoss(LossModule):
             return super().__call__(*args, **kwargs)
         data: list[TensorDictBase] = []
         losses = super().__call__(*args, **kwargs, data=data)
-        return losses, data[0].detach()
+        return losses, data[0].detach() if self.detach_output else data[0]
 
     @dispatch
     def forward(self, tensordict: TensorDictBase, *, data: list[TensorDictBase] | None = None) -> TensorDictBase:
@@ -69,7 +71,39 @@ class DreamerLoss(LossModule):
         return value
 
 
-class DreamerModelLoss(DreamerLoss):
+class ModelLoss(DreamerLoss):
+    """Base of the losses of world models, whose keys are all read under "next".
+
+    The world model writes its reward in place of that of the input, which is then in the data as ``true_reward``.
+    """
+
+    def __init__(self, world_model: TensorDictModule, reduction: str | None) -> None:
+        super().__init__(reduction)
+        self.world_model = world_model
+
+    def _keys(self, name: str) -> list[NestedKey]:
+        keys = getattr(self.tensor_keys, name)
+        return [unravel_key(("next", key)) for key in (keys if isinstance(keys, list) else [keys])]
+
+    def _find_in_keys(self) -> Iterator[NestedKey]:
+        yield from keys_read(self.world_model)
+        yield from (*self._keys("pixels"), *self._keys("reward"))
+
+    def _modelled(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """A copy of the data with what the world model says of it, and the reward under another name."""
+        self._require(tensordict, "reward", "pixels")
+        self._require_entries(tensordict, keys_read(self.world_model), "it is one of the in_keys of world_model")
+        data = self._without_padding(tensordict, *self.in_keys)
+        data.rename_key_(*self._keys("reward"), *self._keys("true_reward"))
+        return self.world_model(data)
+
+    def _reduced(self, loss: Tensor, data: TensorDictBase) -> Tensor:
+        """A loss as TorchRL returns it: of shape ``[1]``, unless there is one for each step."""
+        loss = self._reduce_loss(loss, data)
+        return loss if self.reduction == "none" else loss.unsqueeze(-1)
+
+
+class DreamerModelLoss(ModelLoss):
     r"""Negative evidence lower bound of a world model: it reconstructs what it saw, from latents that it can predict.
 
     .. math::
@@ -155,8 +189,7 @@ class DreamerModelLoss(DreamerLoss):
         global_average: bool = False,
         reduction: str | None = None,
     ) -> None:
-        super().__init__(reduction)
-        self.world_model = world_model
+        super().__init__(world_model, reduction)
         self.lambda_kl = lambda_kl
         self.lambda_reco = lambda_reco
         self.lambda_reward = lambda_reward
@@ -165,13 +198,6 @@ class DreamerModelLoss(DreamerLoss):
         self.free_nats = free_nats
         self.delayed_clamp = delayed_clamp
         self.global_average = global_average
-
-    def _keys(self, name: str) -> list[NestedKey]:
-        return [unravel_key(("next", getattr(self.tensor_keys, name)))]
-
-    def _find_in_keys(self) -> Iterator[NestedKey]:
-        yield from keys_read(self.world_model)
-        yield from (*self._keys("pixels"), *self._keys("reward"))
 
     def _losses(self, tensordict: TensorDictBase) -> tuple[TensorDictBase, dict[str, Tensor]]:
         data = self._modelled(tensordict)
@@ -190,12 +216,7 @@ class DreamerModelLoss(DreamerLoss):
         }
 
     def _modelled(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """A copy of the data with what the world model says of it, and the reward under another name."""
-        self._require(tensordict, "reward", "pixels")
-        self._require_entries(tensordict, keys_read(self.world_model), "it is one of the in_keys of world_model")
-        data = self._without_padding(tensordict, *self.in_keys)
-        data.rename_key_(*self._keys("reward"), *self._keys("true_reward"))
-        data = self.world_model(data)
+        data = super()._modelled(tensordict)
         self._require(data, *vars(self.tensor_keys))
         for name, of in self._alike.items():
             self._require_shape(self._get(data, name), *self._keys(name), self._get(data, of), *self._keys(of))
@@ -205,11 +226,6 @@ class DreamerModelLoss(DreamerLoss):
         prediction = self._get(data, predicted)
         distance = distance_loss(self._get(data, seen).to(prediction.dtype), prediction, loss_function)
         return self._reduced(over_features(distance, data.ndim, self.global_average), data)
-
-    def _reduced(self, loss: Tensor, data: TensorDictBase) -> Tensor:
-        """A loss as TorchRL returns it: of shape ``[1]``, unless there is one for each step."""
-        loss = self._reduce_loss(loss, data)
-        return loss if self.reduction == "none" else loss.unsqueeze(-1)
 
 
 class DreamerActorLoss(DreamerLoss):
@@ -257,6 +273,8 @@ class DreamerActorLoss(DreamerLoss):
     default_value_estimator = ValueEstimators.TDLambda
     SUPPORTED_VALUE_ESTIMATORS = (ValueEstimators.TD0, ValueEstimators.TD1, ValueEstimators.TDLambda)
 
+    _rollout_options: ClassVar[dict[str, Any]] = {}
+
     value_model: nn.Module
 
     def __init__(
@@ -285,15 +303,18 @@ class DreamerActorLoss(DreamerLoss):
 
     def _losses(self, tensordict: TensorDictBase) -> tuple[TensorDictBase, dict[str, Tensor]]:
         imagined = self._imagined(tensordict)
-        lambda_target = self._lambda_target(imagined)
+        lambda_target = self._lambda_target(imagined, self._next_value(imagined))
         imagined.set("lambda_target", lambda_target)
         gain = discounted_sum(lambda_target, self.value_estimator.gamma if self.discount_loss else None)
         return imagined, {"loss_actor": self._reduce_loss(-gain, tensordict)}
 
-    def _imagined(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """H steps of the policy in the model, from each state."""
+    def _check_start(self, tensordict: TensorDictBase) -> None:
         self._require_entries(tensordict, ["state"], "it is where the imagination starts")
         self._require(tensordict, "belief")
+
+    def _imagined(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """H steps of the policy in the model, from each state."""
+        self._check_start(tensordict)
         start = self._without_padding(tensordict, *self.in_keys).select(*self.in_keys).detach()
         with set_interaction_type(InteractionType.RANDOM), _held_constant(self.model_based_env):
             imagined = self.model_based_env.rollout(
@@ -301,6 +322,7 @@ class DreamerActorLoss(DreamerLoss):
                 policy=self.actor_model,
                 auto_reset=False,
                 tensordict=self.model_based_env.reset(start),
+                **self._rollout_options,
             )
         self._require(imagined, "reward")
         mask = self._mask(tensordict, self._get(imagined, "reward").squeeze(-1)[..., 0])
@@ -309,22 +331,43 @@ class DreamerActorLoss(DreamerLoss):
             imagined.set(key, expand_right(mask, self._get(imagined, "reward")).squeeze(-1))
         return imagined
 
-    def _lambda_target(self, imagined: TensorDictBase) -> Tensor:
-        """The return of each imagined step, shape ``[*B, H, 1]``, with gradients through rewards and states."""
-        reward = self._get(imagined, "reward")
-        done = imagined.get(*self._keys("done"), torch.zeros_like(reward, dtype=torch.bool))
-        terminated = imagined.get(*self._keys("terminated"), done)
-        steps = TensorDict({}, imagined.batch_size)
-        for name, x in (("reward", reward), ("done", done), ("terminated", terminated)):
-            steps.set(*self._keys(name), x)
-        next_states = imagined.get("next").select(*keys_read(self.value_model), strict=False)
-        terminal = any_right(terminated != 0, imagined.ndim)
-        for key, x in list(next_states.items(True, True)):
-            if x.is_floating_point():  # the value of a terminal state isn't read, but its NaN would be as 0 · NaN
-                next_states.set(key, torch.where(expand_right(terminal, x), 0, x))
+    def _next_value(self, imagined: TensorDictBase) -> Tensor:
+        """V of the states that the imagined steps lead to, with gradients to them."""
         with _held_constant(self.value_model):
-            next_value = self._value(next_states)
-        return self.value_estimator.value_estimate(steps, next_value=next_value, time_dim=-1)
+            return self._value(self._next_states(imagined, self.value_model))
+
+    def _next_states(self, imagined: TensorDictBase, network: nn.Module) -> TensorDictBase:
+        """What ``network`` reads of the states that the imagined steps lead to."""
+        next_states = imagined.get("next").select(*keys_read(network), strict=False)
+        terminal = any_right(self._terminated(imagined) != 0, imagined.ndim)
+        for key, x in list(next_states.items(True, True)):
+            if x.is_floating_point():  # what is made of a terminal state isn't read, but its NaN would be as 0 · NaN
+                next_states.set(key, torch.where(expand_right(terminal, x), 0, x))
+        return next_states
+
+    def _terminated(self, imagined: TensorDictBase) -> Tensor:
+        return imagined.get(*self._keys("terminated"), self._done(imagined))
+
+    def _done(self, imagined: TensorDictBase) -> Tensor:
+        reward = self._get(imagined, "reward")
+        return imagined.get(*self._keys("done"), torch.zeros_like(reward, dtype=torch.bool))
+
+    def _lambda_target(
+        self, imagined: TensorDictBase, next_value: Tensor, continuation: Tensor | None = None
+    ) -> Tensor:
+        """The return of each imagined step, shape ``[*B, H, 1]``, with gradients through rewards and values.
+
+        Args:
+            imagined: batch size ``[*B, H]``.
+            next_value: V of the states that the steps lead to, shape ``[*B, H, 1]``.
+            continuation: how likely it is to go on from there, the same shape; it multiplies γ.
+
+        """
+        steps = TensorDict({}, imagined.batch_size)
+        steps.set(*self._keys("reward"), self._get(imagined, "reward"))
+        steps.set(*self._keys("done"), self._done(imagined))
+        steps.set(*self._keys("terminated"), self._terminated(imagined))
+        return self.value_estimator.value_estimate(steps, next_value=next_value, time_dim=-1, continuation=continuation)
 
 
 class DreamerValueLoss(DreamerLoss):

@@ -105,10 +105,31 @@ def discounted_sum(x: Tensor, gamma: Scalar | None) -> Tensor:
 
     """
     if gamma is not None:
-        ones = torch.ones_like(x)
-        steps = torch.cat([ones[..., :1, :], (ones * gamma)[..., :-1, :]], -2)
-        x = x * steps.cumprod(-2)
+        x = x * discount_weight(x, gamma)
     return x.sum((-2, -1))
+
+
+def discount_weight(like: Tensor, gamma: Scalar, continuation: Tensor | None = None) -> Tensor:
+    r"""How much each step of an imagined trajectory counts: how likely it is still to be reached.
+
+    .. math::
+        w_t = \prod_{k<t} γ_k \prod_{k \le t} c_k
+
+    Args:
+        like: anything of shape ``[*B, H, 1]``, that of the result.
+        gamma: γ, a number or a tensor that broadcasts to it.
+        continuation: c, how likely it is to go on from each state, the same shape; None where that is certain.
+
+    Examples:
+        >>> discount_weight(torch.zeros(1, 3, 1), 0.5).flatten()
+        tensor([1.0000, 0.5000, 0.2500])
+
+    See Hafner et al. 2020, Dream to control (arXiv:1912.01603), and 2023 (arXiv:2301.04104) for c.
+
+    """
+    ones = torch.ones_like(like)
+    steps = torch.cat([ones[..., :1, :], (ones * gamma)[..., :-1, :]], -2)
+    return (steps if continuation is None else steps * continuation).cumprod(-2)
 
 
 def _wide(x: Tensor) -> Tensor:
