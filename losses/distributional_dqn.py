@@ -12,6 +12,7 @@ from ..estimators.base import as_hyperparameter
 from ..kernels import categorical_q_loss
 from ..kernels.backend import check_backend
 from .q_learning import QLearningLoss
+from .reduction import align
 from .utils import ValueEstimators
 
 
@@ -131,7 +132,7 @@ class DistributionalDQNLoss(QLearningLoss):
         if unknown:
             raise TypeError(f"DistributionalDQNLoss has the hyperparameter gamma, but got {', '.join(sorted(unknown))}")
         if "gamma" in hyperparams:
-            self.gamma = hyperparams["gamma"]
+            self.gamma = as_hyperparameter(hyperparams["gamma"], self.gamma.device)
         return self
 
     @dispatch
@@ -150,7 +151,7 @@ class DistributionalDQNLoss(QLearningLoss):
             next_online_log_prob=next_online_log_prob,
             backend=self.backend,
         )
-        loss = self._reduce_loss(per_sample, tensordict)
+        loss = self._reduce_loss(per_sample.unsqueeze(-1), tensordict)
         self._write_priority(tensordict, priority.unsqueeze(-1))
         return TensorDict({"loss": loss})
 
@@ -160,15 +161,13 @@ class DistributionalDQNLoss(QLearningLoss):
         terminated = tensordict.get(*self._keys("terminated"), None)
         if terminated is None:
             terminated = self._get(tensordict, "done")
-        steps = tensordict.get(self.tensor_keys.steps_to_next_obs, None)
         valid = self._mask(tensordict, reward)
         if valid is not None:  # a NaN there would make the gradient of a loss that doesn't count NaN, as 0 · NaN
             reward = torch.where(valid, reward, 0)
-        return (
-            reward,
-            terminated.squeeze(-1),
-            self.gamma if steps is None else self.gamma ** steps.reshape(reward.shape),
-        )
+        key = self.tensor_keys.steps_to_next_obs
+        steps = tensordict.get(key, None)
+        discount = self.gamma if steps is None else self.gamma ** align(steps, reward, f"{key!r}")
+        return reward, terminated.squeeze(-1), discount
 
 
 def _owner_of_support(network: nn.Module) -> str:
@@ -182,6 +181,6 @@ def _owner_of_support(network: nn.Module) -> str:
         if isinstance(getattr(module, "support", None), Tensor):
             return name
     raise ValueError(
-        "DistributionalDQNLoss needs the support of the distribution, as an attribute 'support' of the network or of a "
-        f"module in it, but the {type(network).__name__} has none"
+        "DistributionalDQNLoss needs the support of the distributions, as an attribute 'support' of the network or of "
+        "a module in it"
     )

@@ -110,6 +110,7 @@ class DQNLoss(QLearningLoss):
         value = self._actions.value(action_value, self._get(tensordict, "action"))
         next_value = self._actions.greedy_value(next_action_value, choosing_value)
         target = self._value_target(tensordict, next_value)
-        loss = self._reduce_loss(distance_loss(value, target, self.loss_function), tensordict)
+        distance = distance_loss(value, target, self.loss_function)
+        loss = self._reduce_loss(distance.unsqueeze(-1), tensordict)
         self._write_priority(tensordict, (value.detach() - target).square().unsqueeze(-1))
         return TensorDict({"loss": loss})

@@ -111,9 +111,10 @@ def test_dqn_leaves_masked_actions_out(double_dqn):
     assert_parity(ours, theirs, data)
 
 
-@pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
+@pytest.mark.parametrize("batch", [(), (1,), (4,), (2, 3)])
 def test_dqn_of_a_plain_network(batch):
-    ours, theirs = both(nn.Linear(OBSERVATION, ACTIONS, **DOUBLE), action_space="one-hot")
+    network = nn.Linear(OBSERVATION, ACTIONS, **DOUBLE)
+    ours, theirs = both(network, action_space="one-hot", reduction="none")
     assert_parity(ours, theirs, transitions(batch, action="one-hot"))
     assert_states_are_exchanged(ours, theirs)
 
