@@ -100,11 +100,9 @@ class VTrace(BothValuesEstimatorBase):
         hyperparams.setdefault("actor_network", getattr(loss_module, "actor_network", None))
         return super().for_loss(loss_module, **hyperparams)
 
-    @property
-    def in_keys(self) -> list[NestedKey]:
-        """What `forward` reads."""
-        read = [*super().in_keys, *keys_read(self.actor_network), *self._keys("action"), *self._keys("sample_log_prob")]
-        return list(dict.fromkeys(read))
+    def _find_in_keys(self) -> list[NestedKey]:
+        of_actor = [*keys_read(self.actor_network), *self._keys("action"), *self._keys("sample_log_prob")]
+        return [*super()._find_in_keys(), *of_actor]
 
     def _keys(self, name: str) -> list[NestedKey]:
         key = getattr(self._tensor_keys, name)
