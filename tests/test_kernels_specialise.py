@@ -1,8 +1,9 @@
-"""Every way in which a launch specialises the kernel's arguments compiles for a GPU, without one at hand."""
+"""Every way in which a launch specialises the kernels' arguments compiles for a GPU, without one at hand."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -58,14 +59,56 @@ changes = [dict(steps=1), dict(rows=1), dict(rows=1, steps=1), dict(inner=3, con
            dict(kind="scan", scalars="per step", adjoint=True), dict(kind="scan", contiguous=False, scalars="0-d")]
 for change in changes:
     compile_with(**{**base, **change})
-print(len(changes))
 """
 
 
-def test_every_specialisation_compiles() -> None:
+CATEGORICAL = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import triton.language as tl
+from static_variants import Strided, compile_as_launched
+from triton.backends.compiler import GPUTarget
+from fusedrl.kernels import categorical_kernel
+from fusedrl.kernels.categorical_launch import tiling
+
+def compile_with(*, kernel, atoms, actions, strides, member, index, gamma, double, keep, action_type, mask_type, dtype):
+    tile = tiling(atoms, actions, 8 if dtype == "fp64" else 4, sources=32)
+    compute = tl.float64 if dtype == "fp64" else tl.float32
+    pointer = "*" + dtype
+    distribution = Strided(pointer, strides)
+    gammas = {"number": None, "0-d": Strided("*fp64", (None,)), "per sample": Strided("*fp32", (member,))}
+    projected = None if not keep else pointer if kernel == "projection" else f"*{compute}"
+    compile_as_launched(getattr(categorical_kernel, kernel + "_kernel"), {
+        "log_prob": distribution, "next_log_prob": distribution, "found": distribution,
+        "next_online_log_prob": distribution if double else None, "prob": Strided(pointer, strides[:2]),
+        "action": Strided(action_type, (member,)), "support": Strided("*fp32", (member,)),
+        "reward": Strided(pointer, (member,)), "terminated": Strided(mask_type, (member,)),
+        "grad": Strided(pointer, (member,)), "gamma": "fp64", "gamma_tensor": gammas[gamma], "loss": pointer,
+        "projected": projected, "atoms": atoms, "actions": actions, "DTYPE": compute, "INDEX": index,
+        "ACTIONS_POWER": tile.actions_power, "TILE_ATOMS": tile.atoms, "TARGETS": tile.targets, "SOURCES": tile.sources,
+    }, GPUTarget("cuda", 90, 32), warps=1)
+
+base = dict(atoms=5, actions=3, strides=(15, 3, 1), member=1, index=tl.int32, gamma="number", double=False, keep=True,
+            action_type="*i64", mask_type="*u1", dtype="fp32")
+changes = [dict(double=True), dict(keep=False), dict(actions=1, strides=(5, 1, 1)), dict(strides=(15, 1, 5)),
+           dict(strides=(1, 21, 7)), dict(strides=(0, 3, 1), member=0), dict(index=tl.int64), dict(gamma="0-d"),
+           dict(gamma="per sample", member=3), dict(action_type="*u8", mask_type="*fp32"), dict(mask_type="*i64"),
+           dict(dtype="bf16", gamma="0-d"), dict(dtype="fp64", gamma="0-d"), dict(atoms=2, actions=2),
+           dict(atoms=64, actions=16, strides=(1024, 16, 1))]
+for change in changes:
+    compile_with(**{**base, "kernel": "loss", **change})
+for change in [{}, dict(index=tl.int64), dict(actions=1, strides=(5, 1, 1)), dict(member=0), dict(dtype="fp16")]:
+    compile_with(**{**base, "kernel": "gradient", **change})
+for change in [dict(strides=(5, 1)), dict(strides=(1, 7), gamma="0-d"), dict(gamma="per sample"), dict(dtype="bf16")]:
+    compile_with(**{**base, "kernel": "projection", **change})
+"""
+
+
+@pytest.mark.parametrize("source", [COMPILE, CATEGORICAL], ids=["scan", "categorical"])
+def test_every_specialisation_compiles(source) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    bench = str(Path(__file__).parent.parent / "bench")
     result = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", source, bench], env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "16"

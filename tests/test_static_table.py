@@ -42,3 +42,18 @@ def test_gae_forward_on_sm_90_stays_within_its_budget(table, layout, instruction
     assert row["instructions_per_element"] <= instructions
     assert row["shuffles_per_element"] <= shuffles
     assert row["widest_load_bits"] == 128
+
+
+@pytest.mark.parametrize(("kernel", "instructions"), [("loss", 15), ("projection", 7), ("gradient", 17)])
+def test_categorical_kernels_on_sm_90_stay_within_their_budgets(table, kernel, instructions) -> None:
+    """A hat function is 4 instructions. If every lane prepared all sources of a tile it would be 9 more."""
+    row = only(table, f"categorical {kernel}, actions last, 51 atoms × 6 actions, fp32", "sm_90")
+    assert row["instructions_per_element"] <= instructions
+
+
+def test_what_a_categorical_kernel_costs_does_not_grow_with_atoms(table) -> None:
+    few, many = (
+        only(table, f"categorical loss, actions last, {atoms} atoms × 6 actions, fp32", "sm_90") for atoms in (51, 512)
+    )
+    assert many["registers"] <= few["registers"] + 8
+    assert many["instructions_per_element"] <= few["instructions_per_element"] + 1

@@ -1,0 +1,235 @@
+"""The compiled forms of the kernels that the static table measures, specialised as launches on aligned tensors are."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import triton
+import triton.language as tl
+from fusedrl.kernels import categorical_kernel, categorical_launch, launch
+from fusedrl.kernels.recurrence import GAE, SCAN, TD_LAMBDA
+from fusedrl.kernels.scan import STEPS_PER_LANE, scan_kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+_COMPUTE = {"bf16": tl.float32, "fp32": tl.float32, "fp64": tl.float64}
+_ITEMSIZE = {"bf16": 2, "fp32": 4, "fp64": 8}
+_DIVISIBLE = [["tt.divisibility", 16]]
+
+
+class Strided(NamedTuple):
+    """A tensor passed as (pointer, strides …)."""
+
+    pointer: str
+    strides: tuple[int, ...]
+
+
+class Variant(Protocol):
+    """One compiled form of a kernel."""
+
+    @property
+    def name(self) -> str:
+        """The row's name in the table."""
+
+    def compile(self, target: GPUTarget) -> tuple[Any, float]:
+        """The compiled kernel, and the elements of a tile that a thread owns."""
+
+
+def variants() -> list[Variant]:
+    """All rows of the table."""
+    return [*_scan_variants(), *_categorical_variants()]
+
+
+def compile_as_launched(kernel: Any, arguments: Mapping[str, Any], target: GPUTarget, warps: int) -> Any:
+    """Compile for ``arguments``: `Strided`, a pointer type, "fp64", an integer, or what is a constant to the kernel.
+
+    A launch makes a constant of an integer that is 1, and knows of integers and addresses whether 16 divides them.
+    Arguments that aren't given are None.
+    """
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def declare(at: tuple[int, ...], x: Any) -> str:
+        if isinstance(x, str) and x.startswith("*"):
+            attributes[at] = _DIVISIBLE
+            return x
+        if x == "fp64":
+            return "fp64"
+        if isinstance(x, int) and not isinstance(x, bool) and x != 1 and not kernel.params[at[0]].is_constexpr:
+            if x % 16 == 0:
+                attributes[at] = _DIVISIBLE
+            return "i32"
+        constants[at] = x
+        return "constexpr"
+
+    for i, name in enumerate(kernel.arg_names):
+        x = arguments.get(name)
+        if isinstance(x, Strided):
+            signature[name] = tuple(declare((i, k), part) for k, part in enumerate((x.pointer, *x.strides)))
+        else:
+            signature[name] = declare((i,), x)
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=target, options={"num_warps": warps})
+
+
+# --- the scan -----------------------------------------------------------------------------------------------------
+
+# The tensors that each variant gets; all gradients that training a critic and an actor needs are in the adjoint.
+_READ = {
+    SCAN: ("reward", "done"),
+    TD_LAMBDA: ("reward", "next_value", "done", "terminated"),
+    GAE: ("reward", "value", "next_value", "done", "terminated"),
+}
+_ADJOINT = {
+    SCAN: ("done", "grad_y", "grad_reward"),
+    TD_LAMBDA: ("done", "terminated", "grad_y", "grad_reward", "grad_next_value"),
+    GAE: ("done", "terminated", "grad_y", "grad_target", "grad_reward", "grad_value", "grad_next_value"),
+}
+_ADJOINT_OF_SCALARS = {
+    SCAN: ("y", "grad_gamma"),
+    TD_LAMBDA: ("y", "next_value", "grad_gamma", "grad_lmbda"),
+    GAE: ("y", "next_value", "grad_gamma", "grad_lmbda"),
+}
+_MASKS = ("done", "terminated")
+
+
+class Scan(NamedTuple):
+    """A recurrence or its adjoint; the element is a step of a row."""
+
+    kind: str
+    direction: str  # "recurrence", "adjoint", or "adjoint γλ" with the gradients of γ and λ too
+    layout: str  # "contiguous time" or "time-major"
+    phase: str  # "whole row", or "compose" and "solve" of a split row
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """The row's name in the table."""
+        return ", ".join(self)
+
+    def compile(self, target: GPUTarget) -> tuple[Any, float]:
+        """The compiled kernel, and the elements of a tile that a thread owns."""
+        contiguous = self.layout == "contiguous time"
+        split = self.phase != "whole row"
+        # Rows that fill a device, or don't quite; or one row (contiguous), 32 columns (time-major) of a million steps.
+        rows, steps = (1 if contiguous else 32, 1 << 20) if split else (1 << 16, 1 << 10)
+        if self.layout.endswith("few rows"):
+            rows = 1 << 12
+        tile = launch.tiling(rows, steps, _ITEMSIZE[self.dtype], time_is_contiguous=contiguous, processors=132)
+        assert (tile.split > 1) == split
+        adjoint = self.direction != "recurrence"
+        present = (_ADJOINT if adjoint else _READ)[self.kind]
+        if self.direction == "adjoint γλ":
+            present += _ADJOINT_OF_SCALARS[self.kind]
+        if not adjoint:
+            present += ("y", "target") if self.kind == GAE else ("y",)
+        strides = (steps, 0, 1) if contiguous else (1, 0, rows)
+        arguments: dict[str, Any] = {
+            name: Strided("*u1" if name in _MASKS else "*" + self.dtype, strides) for name in present
+        }
+        arguments |= {
+            "gamma": "fp64",
+            "lmbda": "fp64",
+            "compositions": f"*{_COMPUTE[self.dtype]}" if split else None,
+            "rows": rows,
+            "inner": 1,
+            "steps": steps,
+            "KIND": self.kind,
+            "ADJOINT": adjoint,
+            "DTYPE": _COMPUTE[self.dtype],
+            "INDEX": tl.int32,
+            "TIME_IS_CONTIGUOUS": contiguous,
+            "TILE_ROWS": tile.rows,
+            "TILE_LANES": tile.lanes,
+            "COMPOSE": self.phase == "compose",
+            "SPLIT": tile.split,
+            "SPLIT_POWER": triton.next_power_of_2(tile.split),
+        }
+        compiled = compile_as_launched(scan_kernel, arguments, target, launch._WARPS)
+        return compiled, tile.rows * tile.lanes * STEPS_PER_LANE / (launch._WARPS * target.warp_size)
+
+
+def _scan_variants() -> Iterable[Scan]:
+    """Every kind, direction and layout in float32; split rows and the other dtypes for GAE."""
+    layouts = ("contiguous time", "time-major")
+    for kind in (GAE, TD_LAMBDA, SCAN):
+        for direction in ("recurrence", "adjoint", "adjoint γλ"):
+            for layout in layouts:
+                yield Scan(kind, direction, layout, "whole row", "fp32")
+    yield Scan(GAE, "recurrence", "time-major, few rows", "whole row", "fp32")
+    for layout in layouts:
+        for phase in ("compose", "solve"):
+            yield Scan(GAE, "recurrence", layout, phase, "fp32")
+    for layout in layouts:
+        for dtype in ("bf16", "fp64"):
+            yield Scan(GAE, "recurrence", layout, "whole row", dtype)
+
+
+# --- the categorical loss -----------------------------------------------------------------------------------------
+
+
+class Categorical(NamedTuple):
+    """A kernel of the categorical loss.
+
+    The element is one of the tile that dominates: a hat function of loss and projection, an element of the gradient.
+    """
+
+    kernel: str  # "loss" (with the online network's choice), "gradient" or "projection"
+    layout: str  # "actions last" or "atoms last"
+    atoms: int
+    actions: int
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """The row's name in the table."""
+        return f"categorical {self.kernel}, {self.layout}, {self.atoms} atoms × {self.actions} actions, {self.dtype}"
+
+    def compile(self, target: GPUTarget) -> tuple[Any, float]:
+        """The compiled kernel, and the elements of a tile that a thread owns."""
+        compute = _COMPUTE[self.dtype]
+        floating, precise = "*" + self.dtype, f"*{compute}"
+        tile = categorical_launch.tiling(
+            self.atoms, self.actions, compute.primitive_bitwidth // 8, sources=target.warp_size
+        )
+        inner = (self.actions, 1) if self.layout == "actions last" else (1, self.atoms)
+        distribution = Strided(floating, (self.atoms * self.actions, *inner))
+        arguments = {
+            "log_prob": distribution,
+            "next_log_prob": distribution,
+            "next_online_log_prob": distribution,
+            "found": distribution,
+            "prob": Strided(floating, (self.atoms, 1)),
+            "action": Strided("*i64", (1,)),
+            "support": Strided("*fp32", (1,)),
+            "reward": Strided("*fp32", (1,)),
+            "terminated": Strided("*u1", (1,)),
+            "grad": Strided(floating, (1,)),
+            "gamma": "fp64",
+            "loss": floating,
+            "projected": floating if self.kernel == "projection" else precise,
+            "atoms": self.atoms,
+            "actions": self.actions,
+            "DTYPE": compute,
+            "INDEX": tl.int32,
+            "ACTIONS_POWER": tile.actions_power,
+            "TILE_ATOMS": tile.atoms,
+            "TARGETS": tile.targets,
+            "SOURCES": tile.sources,
+        }
+        kernel = getattr(categorical_kernel, f"{self.kernel}_kernel")
+        compiled = compile_as_launched(kernel, arguments, target, categorical_launch._WARPS)
+        elements = tile.atoms * tile.actions_power if self.kernel == "gradient" else tile.sources * tile.targets
+        return compiled, elements / (categorical_launch._WARPS * target.warp_size)
+
+
+def _categorical_variants() -> Iterable[Categorical]:
+    """All kernels at 51 atoms and 6 actions in every dtype; other layouts and sizes in float32."""
+    for kernel in ("loss", "gradient", "projection"):
+        for dtype in ("fp32", "bf16", "fp64"):
+            yield Categorical(kernel, "actions last", 51, 6, dtype)
+    for kernel in ("loss", "gradient"):
+        yield Categorical(kernel, "atoms last", 51, 6, "fp32")
+        yield Categorical(kernel, "actions last", 512, 6, "fp32")
+    for atoms, actions in ((51, 18), (101, 6)):
+        yield Categorical("loss", "actions last", atoms, actions, "fp32")
