@@ -120,11 +120,12 @@ def run(loss, data, seed=1):
 
 
 def gradients(loss, out):
-    """Gradient of every ``loss_*`` entry with respect to every parameter of ``loss``, by names."""
-    names, parameters = zip(*sorted(loss.named_parameters()), strict=True)
+    """Gradient of every ``loss_*`` entry with respect to every trained parameter of ``loss``, by names."""
+    trained = sorted((name, p) for name, p in loss.named_parameters() if p.requires_grad)
+    names, parameters = [name for name, _ in trained], [p for _, p in trained]
     found = {}
     for term, value in out.items():
-        if term.startswith("loss") and value.requires_grad:
+        if term.startswith("loss") and value.requires_grad and trained:
             grads = torch.autograd.grad(
                 value.sum(), parameters, retain_graph=True, allow_unused=True, materialize_grads=True
             )
