@@ -6,6 +6,8 @@ import pickle
 
 import pytest
 import torch
+from fusedrl.kernels import categorical_reference
+from fusedrl.kernels.verify import VerificationError
 from fusedrl.losses import ValueEstimators
 from fusedrl.losses.distributional_dqn import DistributionalDQNLoss
 from helpers_losses import DOUBLE, OBSERVATION
@@ -222,6 +224,15 @@ def test_every_backend_gives_the_same(backend):
     (out, _), (expected, _) = run(loss, data), run(wanted, data)
     torch.testing.assert_close(out["loss"], expected["loss"], **CLOSE)
     torch.testing.assert_close(gradients(loss, out), gradients(wanted, expected), **CLOSE)
+
+
+def test_the_backend_asked_for_is_the_one_that_runs(monkeypatch):
+    right = categorical_reference.forward
+    monkeypatch.setattr(categorical_reference, "forward", lambda *args: [x + 1 for x in right(*args)])
+    data = transitions((4,), action="one-hot")
+    with pytest.raises(VerificationError):
+        random_loss(backend="verify")(data)
+    random_loss()(data)
 
 
 # --- what doesn't count -----------------------------------------------------------------------------------------

@@ -131,6 +131,24 @@ def test_only_the_value_of_the_taken_action_is_trained(options):
     torch.testing.assert_close(gradient, torch.tensor([[0, 0], [2 * error, 0], [0, 0]], **DOUBLE))
 
 
+class Witness(nn.Linear):
+    """Notes of each call whether autograd is watching."""
+
+    def forward(self, observation):
+        self.__dict__.setdefault("watched", []).append(torch.is_grad_enabled())
+        return super().forward(observation)
+
+
+def test_next_observations_are_seen_without_autograd_and_nothing_is_seen_of_bad_data():
+    network = Witness(OBSERVATION, ACTIONS, **DOUBLE)
+    loss = DQNLoss(network, action_space="one-hot", double_dqn=True)
+    for missing in ("action", ("next", "reward"), ("next", "observation")):
+        assert_rejected(loss, transitions(action="one-hot").exclude(missing), KeyError, "DQNLoss needs")
+    assert not hasattr(network, "watched")
+    loss(transitions(action="one-hot"))
+    assert network.watched == [True, False, False]
+
+
 def random_loss(**options):
     options = {"action_space": "one-hot", "double_dqn": True} | options
     return desynchronise_targets(DQNLoss(action_values(), **options))
