@@ -285,12 +285,12 @@ class ValueEstimatorBase(TensorDictModuleBase):
             estimate = self._compute(tensordict, params, target_params, time_dim)
         keys = self._tensor_keys
         if self.value_network is not None:
-            tensordict.set(keys.value, estimate.value)
-            tensordict.set(_next(keys.value), estimate.next_value)
+            _write(tensordict, keys.value, estimate.value)
+            _write(tensordict, _next(keys.value), estimate.next_value)
         if estimate.valid is not None:
             tensordict.set(SHIFTED_VALID, estimate.valid)
-        tensordict.set(keys.advantage, estimate.advantage)
-        tensordict.set(keys.value_target, estimate.value_target)
+        _write(tensordict, keys.advantage, estimate.advantage)
+        _write(tensordict, keys.value_target, estimate.value_target)
         return tensordict
 
     def value_estimate(
@@ -587,6 +587,19 @@ def as_hyperparameter(x: Scalar, device: torch.device | str | None) -> Tensor:
     if isinstance(x, Tensor) and x.is_floating_point():
         return x.to(device)
     return torch.as_tensor(x, dtype=torch.float64, device=device)
+
+
+def _write(tensordict: TensorDictBase, key: NestedKey, x: Tensor) -> None:
+    """Set an entry, also beside those of a nested TensorDict whose batch size is all that they share.
+
+    Such a batch size, with dimensions of features in it, is what `dispatch` gives a single entry.
+    """
+    path = (key,) if isinstance(key, str) else key
+    for depth in range(1, len(path)):
+        parent = tensordict.get(path[:depth], None)
+        if parent is not None and x.shape[: parent.ndim] != parent.batch_size:
+            parent.batch_size = tensordict.batch_size
+    tensordict.set(key, x)
 
 
 def _next(key: NestedKey) -> NestedKey:

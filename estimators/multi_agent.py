@@ -49,14 +49,24 @@ class MultiAgentGAE(GAE):
         return self._of_each(reward, widest), self._of_each(done, widest), self._of_each(terminated, widest)
 
     def _per_value(self, steps: Steps, value: Tensor) -> Steps:
-        # γ and λ are the team's if the reward is.
-        if steps.reward.ndim != value.ndim - 1:
+        if not self._is_shared(steps.reward, value):
             return steps
-        return Steps._make(self._of_each(x, value) if isinstance(x, Tensor) else x for x in steps)
+        # γ and λ are the team's if the reward is.
+        return Steps._make(
+            self._with_agents(x, value) if isinstance(x, Tensor) and x.ndim == value.ndim - 1 else x for x in steps
+        )
 
     def _of_each(self, x: Tensor, like: Tensor) -> Tensor:
-        """``x`` for each agent of ``like``: as it is, unless it lacks one dimension."""
-        if x.ndim != like.ndim - 1 or not -like.ndim <= self.agent_dim < like.ndim:
-            return x
+        return self._with_agents(x, like) if self._is_shared(x, like) else x
+
+    def _is_shared(self, x: Tensor, like: Tensor) -> bool:
+        """Whether ``x`` has the shape of ``like`` without the agents."""
+        if not -like.ndim <= self.agent_dim < like.ndim:
+            return False
+        dim = self.agent_dim % like.ndim
+        return x.shape == like.shape[:dim] + like.shape[dim + 1 :]
+
+    def _with_agents(self, x: Tensor, like: Tensor) -> Tensor:
+        """``x`` for each agent of ``like``."""
         dim = self.agent_dim % like.ndim
         return x.unsqueeze(dim).expand(*x.shape[:dim], like.shape[dim], *x.shape[dim:])

@@ -218,13 +218,11 @@ class PolicyGradientLoss(LossModule):
 
     def _critic_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Terms]:
         """d(V, V̂) per sample, and the critic's metrics."""
-        value, value_target = self._value_and_target(tensordict)
+        value, value_target, old_value = self._critic_values(tensordict)
         metrics: Terms = {}
-        if self.clip_value is None:
+        if self.clip_value is None or old_value is None:
             loss = distance_loss(value, value_target, self.loss_critic_type)
         else:
-            old_value = self._only_valid(self._get(tensordict, "value"), tensordict).detach()
-            self._require_shape(old_value, self.tensor_keys.value, value_target, self.tensor_keys.value_target)
             loss, clipped = clipped_value_loss(old_value, value, value_target, self.clip_value, self.loss_critic_type)
             metrics["value_clip_fraction"] = self._metric(clipped, tensordict)
         if self.log_explained_variance:
@@ -232,7 +230,8 @@ class PolicyGradientLoss(LossModule):
             metrics["explained_variance"] = explained_variance(value.detach(), value_target.detach(), mask)
         return loss, metrics
 
-    def _value_and_target(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
+    def _critic_values(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor, Tensor | None]:
+        """V, V̂, and V^old if the step of the value is bounded."""
         with self._parameters_in("critic_network"):
             # What the policy's layers wrote holds their gradient.
             inputs = tensordict.detach() if self.separate_losses else tensordict.copy()
@@ -244,7 +243,11 @@ class PolicyGradientLoss(LossModule):
             )
         value_target = self._get(tensordict, "value_target")
         self._require_shape(value, self.tensor_keys.value, value_target, self.tensor_keys.value_target)
-        return value, self._only_valid(value_target, tensordict)
+        old_value = None
+        if self.clip_value is not None:
+            old_value = self._only_valid(self._get(tensordict, "value"), tensordict).detach()
+            self._require_shape(old_value, self.tensor_keys.value, value_target, self.tensor_keys.value_target)
+        return value, self._only_valid(value_target, tensordict), old_value
 
     def _only_valid(self, x: Tensor, tensordict: TensorDictBase) -> Tensor:
         """``x`` with 0 at the steps that don't count: what padding holds must not reach a gradient as 0 · NaN."""

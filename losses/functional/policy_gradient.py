@@ -33,6 +33,27 @@ def masked_mean(x: Tensor, mask: Tensor | None = None, dim: int | None = None) -
     return (kept.sum(dim, dtype=dtype) / mask.sum(dim).clamp_min(1)).to(x.dtype)
 
 
+def fill_padding(x: Tensor, mask: Tensor | None, batch_ndim: int) -> Tensor:
+    """``x`` in which the samples that don't count have the mean and the variance of those that do.
+
+    For statistics that can't be told which samples count. The others are set to one standard deviation above and
+    below the mean in turn, for each index of the dimensions after the first ``batch_ndim`` by itself.
+
+    Examples:
+        >>> fill_padding(torch.tensor([1.0, 3.0, 7.0, 8.0]), torch.tensor([True, True, False, False]), 1)
+        tensor([1., 3., 3., 1.])
+
+    """
+    if mask is None:
+        return x
+    dims = tuple(range(batch_ndim))
+    count = mask.sum(dims, keepdim=True).clamp_min(1)
+    mean = torch.where(mask, x, 0).sum(dims, keepdim=True) / count
+    std = (torch.where(mask, x - mean, 0).square().sum(dims, keepdim=True) / count).sqrt()
+    padding = (~mask).flatten(0, batch_ndim - 1).cumsum(0).view(mask.shape)
+    return torch.where(mask, x, torch.where(padding % 2 == 1, mean + std, mean - std))
+
+
 # --- REINFORCE and A2C ------------------------------------------------------------------------------------------
 
 
