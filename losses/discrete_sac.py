@@ -83,7 +83,8 @@ class DiscreteSACLoss(SoftActorCriticLoss):
     class _AcceptedKeys:
         """The entries read and written. ``reward``, ``done`` and ``terminated`` are read under "next".
 
-        ``action_value`` is written by the Q network, ``value`` and ``log_prob`` by nobody.
+        ``action`` is the policy's own; ``action_value`` is written by the Q network, ``value`` and ``log_prob`` by
+        nobody.
         """
 
         action: NestedKey = "action"

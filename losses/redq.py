@@ -97,10 +97,11 @@ class REDQLoss(SoftActorCriticLoss):
     class _AcceptedKeys:
         """The entries read and written. ``reward``, ``done`` and ``terminated`` are read under "next".
 
-        ``state_action_value`` is written by the Q network, ``value`` and ``sample_log_prob`` by nobody.
+        ``action`` is the policy's own, a list if it has several heads; ``state_action_value`` is written by the
+        Q network, ``value`` and ``sample_log_prob`` by nobody.
         """
 
-        action: NestedKey = "action"
+        action: NestedKey | list[NestedKey] = "action"
         value: NestedKey = "state_value"
         sample_log_prob: NestedKey = "action_log_prob"
         priority: NestedKey = "td_error"

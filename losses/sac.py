@@ -106,7 +106,8 @@ class SACLoss(SoftActorCriticLoss):
     class _AcceptedKeys:
         """The entries read and written. ``reward``, ``done`` and ``terminated`` are read under "next".
 
-        ``value`` and ``state_action_value`` are written by the networks, ``log_prob`` by nobody.
+        ``action`` is the policy's own, a list if it has several heads; ``value`` and ``state_action_value`` are
+        written by the networks, ``log_prob`` by nobody.
         """
 
         action: NestedKey | list[NestedKey] = "action"
@@ -258,6 +259,8 @@ def own_share(value: Tensor) -> Tensor:
         tensor([0, 1, 6, 7])
 
     """
+    if value.ndim == 1:  # a single sample
+        return own_share(value.unsqueeze(1)).squeeze(0)
     networks, batch = value.shape[:2]
     owner = torch.arange(batch, device=value.device) * networks // max(batch, 1)
     owner = owner.view(1, batch, *(1,) * (value.ndim - 2)).expand_as(value[:1])

@@ -71,6 +71,8 @@ class SoftActorCriticLoss(TemperatureLoss):
         self.use_prioritized_weights = use_prioritized_weights
         self.scalar_output_mode = scalar_output_mode
         self.convert_to_functional(actor_network, "actor_network", create_target_params=delay_actor)
+        actions = actor_network.dist_sample_keys
+        self.set_keys(action=actions[0] if len(actions) == 1 else actions)
 
     def _trained_by_policy(self) -> list[Tensor]:
         """The parameters that other networks leave alone."""
