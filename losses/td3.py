@@ -163,13 +163,13 @@ class TD3Loss(DeterministicPolicyLoss):
     def _with_smoothed_action(self, following: TensorDictBase) -> TensorDictBase:
         """``following`` with the target policy's action and its noise: a shallow copy."""
         key = self.tensor_keys.action
-        following = self._with_action(following, target=True)
-        action = following.get(key, None)
-        if action is None:
+        if key not in self.actor_network.out_keys:
             raise KeyError(
                 f"TD3Loss: the actor network doesn't write {key!r} but {self.actor_network.out_keys}; say which is the "
                 "action with set_keys(action=...)"
             )
+        following = self._with_action(following, target=True)
+        action = following.get(key)
         for bound in (self.min_action, self.max_action):
             if bound.shape != action.shape[action.ndim - bound.ndim :] and bound.numel() != 1:
                 raise RuntimeError(
