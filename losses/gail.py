@@ -7,6 +7,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, dispatch
 from torch import Tensor
 
+from ..estimators.steps import expand_right
 from .functional.imitation import discriminator_loss, gradient_penalty
 from .networks import keys_read
 from .supervised import SupervisedLoss
@@ -117,19 +118,18 @@ class GAILLoss(SupervisedLoss):
 
     def _penalty(self, expert: TensorDictBase, collector: TensorDictBase) -> Tensor:
         """The gradient penalty of each sample, shape ``[*B, 1]``."""
-        differentiated = torch.is_grad_enabled()
         keys = list(expert.keys(True, True))
         for key in keys:
             if not expert.get(key).is_floating_point():
                 raise TypeError(f"GAILLoss: use_grad_penalty needs floating-point data, but {key!r} holds integers")
         first = expert.get(keys[0])
         share = torch.rand(expert.shape, dtype=first.dtype, device=first.device)
-        with torch.enable_grad():
-            points = {}
-            for key in keys:
-                x, y = expert.get(key).detach(), collector.get(key).detach()
-                weight = share.reshape(share.shape + (1,) * (x.ndim - share.ndim)).to(x.dtype)
-                points[key] = torch.lerp(y, x, weight).requires_grad_()
-            probability = self._discriminate(TensorDict(points, expert.batch_size))
-            gradients = torch.autograd.grad(probability.sum(), list(points.values()), create_graph=differentiated)
-        return gradient_penalty(torch.cat([g.reshape(*expert.shape, -1) for g in gradients], -1))
+        pairs = [(expert.get(key), collector.get(key)) for key in keys]
+        points = tuple(torch.lerp(y, x, expand_right(share, x).to(x.dtype)) for x, y in pairs)
+
+        def total(points: tuple[Tensor, ...]) -> Tensor:
+            return self._discriminate(TensorDict(dict(zip(keys, points, strict=True)), expert.batch_size)).sum()
+
+        # Not torch.autograd.grad, which torch.compile doesn't trace.
+        slopes = torch.func.grad(total)(points)
+        return gradient_penalty(torch.cat([slope.reshape(*expert.shape, -1) for slope in slopes], -1))

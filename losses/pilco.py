@@ -67,11 +67,12 @@ class ExponentialQuadraticCost(SupervisedLoss):
                 wanted = "[F]" if ndim == 1 else "[F, F]"
                 raise ValueError(f"{name} must have shape {wanted}, but has shape {tuple(value.shape)}")
             self.register_buffer(name, value)
+        self.out_keys = [self.tensor_keys.loss_cost]
 
-    @property
-    def out_keys(self) -> list[NestedKey]:
-        """The name of the loss."""
-        return [self.tensor_keys.loss_cost]
+    def set_keys(self, **keys: NestedKey | list[NestedKey] | None) -> None:
+        """Rename entries, that of the cost too; see `LossModule`."""
+        super().set_keys(**keys)
+        self.out_keys = [self.tensor_keys.loss_cost]
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

@@ -137,6 +137,8 @@ class WorldModelLoss(SupervisedLoss):
             self._require(tensordict, "observation")
         self._require_entries(tensordict, keys_read(self.world_model), "the world model reads it")
         data = tensordict.copy()
+        if (following := data.get("next", None)) is not None:
+            following.batch_size = data.batch_size
         for name in ("reward", "done", "terminated"):
             key = self._keys(name)[0]
             if data.get(key, None) is not None:

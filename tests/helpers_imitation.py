@@ -19,7 +19,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 
-CHUNK, LATENT, AGENTS, STATE = 4, 2, 3, 5
+CHUNK, LATENT, AGENTS, STATE = 6, 2, 3, 5
 
 
 def demonstrations(batch=(3, 5), action="continuous"):
