@@ -60,4 +60,7 @@ class GAE(BothValuesEstimatorBase, LambdaEstimatorBase):
             time_dim=time_dim,
             backend=self.backend,
         )
-        return standardize(advantage, steps.valid) if self.average_gae else advantage, value_target
+        return self._averaged(advantage, steps) if self.average_gae else advantage, value_target
+
+    def _averaged(self, advantage: Tensor, steps: Steps) -> Tensor:
+        return standardize(advantage, steps.valid)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .gae import GAE
 from .registry import ValueEstimators, register_value_estimator
-from .steps import Steps
+from .steps import Steps, standardize
 
 
 @register_value_estimator(ValueEstimators.MAGAE, default_kwargs={"gamma": 0.99, "lmbda": 0.95, "differentiable": True})
@@ -21,7 +21,7 @@ class MultiAgentGAE(GAE):
 
     Args:
         agent_dim: the dimension of the agents in the value.
-        kwargs: the arguments of `GAE`.
+        kwargs: the arguments of `GAE`; ``average_gae`` standardises the advantages of each agent by themselves.
 
     Examples:
         >>> import torch
@@ -55,6 +55,9 @@ class MultiAgentGAE(GAE):
         return Steps._make(
             self._with_agents(x, value) if isinstance(x, Tensor) and x.ndim == value.ndim - 1 else x for x in steps
         )
+
+    def _averaged(self, advantage: Tensor, steps: Steps) -> Tensor:
+        return standardize(advantage, steps.valid, own=self.agent_dim)
 
     def _of_each(self, x: Tensor, like: Tensor) -> Tensor:
         return self._with_agents(x, like) if self._is_shared(x, like) else x

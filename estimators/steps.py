@@ -60,14 +60,21 @@ def without_padding(data: TensorDictBase, steps: Steps, keys: Iterable[NestedKey
     return data
 
 
-def standardize(x: Tensor, valid: Tensor | None = None) -> Tensor:
-    """(x − mean) / std over all elements, or the valid ones, computed in float32 at least."""
+def standardize(x: Tensor, valid: Tensor | None = None, own: int | None = None) -> Tensor:
+    """(x − mean) / std over all elements, or the valid ones, computed in float32 at least.
+
+    Each index of the dimension ``own`` has statistics of its own.
+    """
     dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
     x = x.to(torch.promote_types(dtype, torch.float32))
-    count = torch.ones_like(x).sum() if valid is None else valid.sum()
-    centred = x - (x if valid is None else torch.where(valid, x, 0)).sum() / count
-    squares = (centred if valid is None else torch.where(valid, centred, 0)).square()
-    std = (squares.sum() / (count - 1).clamp_min(1)).sqrt()
+    dims = [dim for dim in range(x.ndim) if own is None or dim != own % x.ndim]
+
+    def total(values: Tensor) -> Tensor:
+        return (values if valid is None else torch.where(valid, values, 0)).sum(dims, keepdim=True)
+
+    count = total(torch.ones_like(x))
+    centred = x - total(x) / count
+    std = (total(centred.square()) / (count - 1).clamp_min(1)).sqrt()
     return (centred / std.clamp_min(SMALLEST_STD)).to(dtype)
 
 

@@ -58,7 +58,6 @@ def test_what_the_team_shares_is_that_of_each_agent(own, backend):
 @pytest.mark.parametrize(
     "options",
     [
-        {"average_gae": True},
         {"auto_reset_env": True},
         {"shifted": True, "shifted_budget": 2},
         {"value_chunk_size": 1},
@@ -73,6 +72,18 @@ def test_the_options_of_gae_mean_the_same(options):
     actual = estimator(value_network=network, **options)(data)
     for key in ("advantage", "value_target"):
         assert_close(actual[key], expected[key])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_average_gae_standardises_the_advantages_of_each_agent(padded):
+    data, network = collect_team(), team_critic()
+    if padded:
+        data["collector", "mask"] = torch.arange(5).expand(2, 5) < 4
+    plain = estimator(value_network=network)(data.copy())["advantage"][:, : 4 if padded else 5]
+    averaged = estimator(value_network=network, average_gae=True)(data.copy())["advantage"]
+    for agent in range(AGENTS):
+        x = plain[:, :, agent]
+        assert_close(averaged[:, : x.shape[1], agent], (x - x.mean()) / x.std())
 
 
 def test_n_step_data_of_a_team_is_discounted_by_gamma_to_the_n():
