@@ -24,7 +24,8 @@ def expectile_loss(error: Tensor, expectile: float) -> Tensor:
     See Kostrikov et al. 2021, Offline reinforcement learning with implicit Q-learning (arXiv:2110.06169), equation 3.
 
     """
-    return torch.where(error > 0, expectile, 1 - expectile) * error.square()
+    square = error.square()
+    return torch.where(error > 0, expectile * square, (1 - expectile) * square)
 
 
 def advantage_weighted_objective(log_prob: Tensor, advantage: Tensor, temperature: float) -> Tensor:
