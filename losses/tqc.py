@@ -140,7 +140,7 @@ class TQCLoss(SACLoss):
         self._write_priority(tensordict, mean_atom_distance(atoms.detach(), target).amax(0))
         return result
 
-    def _atoms(self, data: TensorDictBase, tensordict: TensorDictBase, **options: bool) -> Tensor:
+    def _atoms(self, data: TensorDictBase, tensordict: TensorDictBase, **options: Any) -> Tensor:
         """θ_n(s, a) of the actions in ``data``, shape ``[N, *B, M]``; see `_ensemble` for the options."""
         key = self.tensor_keys.state_action_value
         atoms = self._ensemble("qvalue_network", data, key, **options)

@@ -1,0 +1,179 @@
+"""Conservative Q-learning: its conservative term by hand, what it promises, and TorchRL's numbers for the rest.
+
+TorchRL's conservative term isn't compared: its 50 values per sample for a batch of 5 and 10 draws are those of other
+samples too.
+"""
+
+import pytest
+import torch
+from fusedrl.losses.cql import CQLLoss
+from helpers_losses import DOUBLE, squashed_normal
+from helpers_q import (
+    ACTION,
+    CLOSE,
+    assert_padding_is_ignored,
+    assert_parity,
+    assert_states_are_exchanged,
+    desynchronise_targets,
+    gradients,
+    poisoned,
+    qvalue_network,
+    run,
+    same_parameters,
+    stochastic_actor,
+    transitions,
+)
+from tensordict.nn import TensorDictModule
+from torch import nn
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def make(cls=CQLLoss, actor=None, qvalue=None, **options):
+    loss = cls(actor or stochastic_actor(), qvalue or qvalue_network(), target_entropy=-2.0, **options)
+    loss.make_value_estimator()
+    return loss
+
+
+class Quadratic(nn.Module):
+    """Q(s, a) = w · |a|²."""
+
+    def __init__(self, weight=0.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((1,), weight, **DOUBLE))
+
+    def forward(self, observation, action):
+        return self.weight * action.square().sum(-1, keepdim=True) + 0 * observation[..., :1]
+
+
+def quadratic(weight):
+    return TensorDictModule(Quadratic(weight), ["observation", "action"], ["state_action_value"])
+
+
+def zeros(actor):
+    for p in actor.parameters():
+        nn.init.zeros_(p)
+    return actor
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("weight", [0.0, 1.5])
+def test_the_term_estimates_the_integral_over_the_actions(weight, temperature):
+    draws = 5000
+    # tanh of a standard normal, which has all of the square's actions
+    loss = make(actor=zeros(stochastic_actor(squashed_normal)), qvalue=quadratic(weight), num_random=draws,
+                temperature=temperature, reduction="none")  # fmt: skip
+    data = transitions((2,))
+    out, _ = run(loss, data)
+    side = torch.linspace(-1, 1, 2001, **DOUBLE)
+    integral = torch.trapezoid((weight * side.square() / temperature).exp(), side) ** ACTION
+    softest = temperature * (3 * draws * integral).log()  # draws of three kinds
+    expected = 2 * (softest - weight * data["action"].square().sum(-1))  # two networks
+    torch.testing.assert_close(out["loss_cql"], expected, rtol=0.02, atol=0.05)
+
+
+def test_the_weight_multiplies_the_term():
+    loss, heavy, data = make(), make(min_q_weight=5.0), transitions()
+    same_parameters(loss, heavy)
+    torch.testing.assert_close(5 * run(loss, data)[0]["loss_cql"], run(heavy, data)[0]["loss_cql"], **CLOSE)
+
+
+def test_the_multiplier_grows_where_the_term_is_above_its_threshold():
+    data = transitions()
+    for threshold, sign in ((-1e3, -1), (1e3, 1)):
+        loss = make(with_lagrange=True, lagrange_thresh=threshold)
+        out, _ = run(loss, data)
+        (gradient,) = torch.autograd.grad(out["loss_alpha_prime"], [loss.log_alpha_prime])
+        assert gradient.sign() == sign
+
+
+def test_the_conservative_term_trains_the_values_alone():
+    loss = make(with_lagrange=True)
+    out, _ = run(loss, transitions())
+    reached = {name for name, gradient in gradients(loss, out)["loss_cql"].items() if gradient.any()}
+    assert reached
+    assert all(name.startswith("qvalue_network_params") for name in reached)
+
+
+def test_the_greatest_of_several_actions_is_backed_up():
+    data = transitions((4,))
+    loss = make(
+        qvalue=quadratic(1.0), max_q_backup=True, num_random=500, actor=zeros(stochastic_actor(squashed_normal))
+    )
+    loss.make_value_estimator(gamma=1.0)
+    _, seen = run(loss, data)
+    target = data["next", "reward"] + (~data["next", "terminated"]) * 2.0  # the corner of the square
+    expected = (data["action"].square().sum(-1) - target.squeeze(-1)).square()
+    torch.testing.assert_close(seen["td_error"], expected, rtol=0.2, atol=0.2)
+
+
+def test_an_end_may_hold_anything():
+    """What the conservative term takes of it, actions of the policy there, are those of the current observation."""
+    loss, data = make(), transitions()
+    clean, _ = run(loss, data)
+    nan, seen = run(loss, poisoned(data))
+    inf, _ = run(loss, poisoned(data, float("inf")))
+    torch.testing.assert_close(nan.to_dict(), inf.to_dict(), **CLOSE)
+    torch.testing.assert_close(nan["loss_qvalue"], clean["loss_qvalue"], **CLOSE)
+    assert seen["td_error"].isfinite().all()
+    for gradient in gradients(loss, nan)["loss_cql"].values():
+        assert gradient.isfinite().all()
+
+
+def test_a_delayed_policy_draws_the_next_action():
+    loss, data = make(delay_actor=True), transitions()
+    before, _ = run(loss, data)
+    loss.target_actor_network_params.data.mul_(2)
+    after, _ = run(loss, data)
+    assert after["loss_qvalue"] != before["loss_qvalue"]
+    assert after["loss_actor"] == before["loss_actor"]
+
+
+def test_padding_does_not_count():
+    assert_padding_is_ignored(make(), transitions(), random=True)
+
+
+def test_networks_called_in_turn_give_the_same_numbers():
+    batched, in_turn = make(), make(deactivate_vmap=True)
+    same_parameters(batched, in_turn)
+    assert_parity(batched, in_turn, transitions(), **CLOSE)
+
+
+@pytest.mark.parametrize(("option", "value"), [("num_random", 0), ("temperature", 0.0)])
+def test_options_that_make_no_sense_are_refused(option, value):
+    with pytest.raises(ValueError, match=option):
+        make(**{option: value})
+
+
+# --- TorchRL ----------------------------------------------------------------------------------------------------
+
+
+def peers(**options):
+    theirs = pytest.importorskip("torchrl.objectives")
+    actor, qvalue = stochastic_actor(), qvalue_network()
+    pair = [make(cls, actor, qvalue, **options) for cls in (CQLLoss, theirs.CQLLoss)]
+    same_parameters(*pair)
+    desynchronise_targets(*pair)
+    return pair
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"reduction": "sum"}, {"loss_function": "l2"}, {"deterministic_backup": False}, {"max_q_backup": True},
+     {"delay_actor": True}, {"delay_qvalue": False}, {"fixed_alpha": True}, {"alpha_init": 0.3}],
+    ids=str,
+)  # fmt: skip
+def test_all_but_the_conservative_term_is_that_of_torchrl(options, monkeypatch):
+    """Draws come in another order, so all are the mean here. TorchRL's delay_actor has no effect: it isn't compared."""
+    monkeypatch.setattr(torch.distributions.normal, "_standard_normal", lambda shape, dtype, device: torch.zeros(
+        shape, dtype=dtype, device=device))  # fmt: skip
+    monkeypatch.setattr(torch, "normal", lambda mean, std: mean.clone())
+    keys = ["loss_actor", "loss_actor_bc", "loss_qvalue", "loss_alpha", "alpha", "entropy"]
+    assert_parity(*peers(**options), transitions(), keys=keys)
+
+
+def test_states_are_exchanged_with_torchrl():
+    assert_states_are_exchanged(*peers(with_lagrange=True))
