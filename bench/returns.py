@@ -11,10 +11,7 @@ the fraction of each kernel refers to. A result is compared with the reference b
 
 import argparse
 import json
-import math
 import os
-import platform
-import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -22,20 +19,17 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("RL_WARNINGS", "False")
+sys.path.insert(0, str(Path(__file__).parent))  # for those who load this file by its path, as the tests do
 
 import torch
 import torchrl.objectives.value.functional as peer
-import triton
 from fusedrl import kernels
 from fusedrl.estimators import functional as ours
+from measuring import describe, geometric_mean, rounded, seconds, write_readme, write_results
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
-RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
-MARKERS = ("<!-- bench/results/cpu.json -->", "<!-- end -->")
 CPU_GRID = [
     (1, 128), (1, 1024), (1, 16384), (1, 131072), (16, 128), (64, 512),
     (256, 1024), (4096, 32), (4096, 128), (64, 4096), (65536, 32),
@@ -99,18 +93,6 @@ def refuse_if_wrong(name: str, arguments: tuple[Tensor, ...]) -> None:
         sys.exit(f"{name} is wrong by {error} on {tuple(arguments[0].shape)}: not timed")
 
 
-def seconds(arms: dict[str, Callable[[], Any]], device: torch.device, budget: float) -> dict[str, float]:
-    """Median seconds per call of each arm; the arms take turns, so that a busy machine slows all of them."""
-    if device.type == "cuda":
-        return {arm: triton.testing.do_bench(run, return_mode="median") / 1e3 for arm, run in arms.items()}
-    rounds: dict[str, list[float]] = {arm: [] for arm in arms}
-    for _ in range(5):
-        for arm, run in arms.items():
-            timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-            rounds[arm].append(timer.blocked_autorange(min_run_time=budget / 5).median)
-    return {arm: statistics.median(times) for arm, times in rounds.items()}
-
-
 def compiled_loop() -> Estimate:
     """The GAE loop over time, compiled: what a user would write without this library."""
 
@@ -162,7 +144,7 @@ def measure(device: torch.device, budget: float) -> list[dict[str, Any]]:
             if gpu:
                 row["bytes"] = b * t * BYTES_PER_STEP[name]
                 row["fraction_of_copy"] = row["copy_ms"] / row["fusedrl_ms"]
-            rows.append({k: round(x, 4) if isinstance(x, float) else x for k, x in row.items()})
+            rows.append(rounded(row))
     return rows
 
 
@@ -188,19 +170,6 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_readme(results: dict[str, Any]) -> None:
-    """Put the table between its markers in the README."""
-    text = README.read_text()
-    before, rest = text.split(MARKERS[0])
-    _, after = rest.split(MARKERS[1])
-    README.write_text(f"{before}{MARKERS[0]}\n{markdown(results)}\n{MARKERS[1]}{after}")
-
-
-def geometric_mean(values: Any) -> float:
-    logs = [math.log(x) for x in values]
-    return math.exp(sum(logs) / len(logs))
-
-
 def _first(x: Any) -> Tensor:
     return x[0] if isinstance(x, tuple) else x
 
@@ -215,25 +184,14 @@ def main() -> None:
         print(markdown(json.loads(arguments.table.read_text())))
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
-    results = {
-        "machine": machine,
-        "threads": torch.get_num_threads(),
-        "backend": kernels.resolve_backend(None, torch.empty(0, device=device)),
-        "versions": {m.__name__: m.__version__ for m in (torch, triton)} | {"torchrl": "0.14.1"},
-        "rows": measure(device, arguments.budget),
-    }
+    results = describe(device) | {"rows": measure(device, arguments.budget)}
     print(markdown(results))
     slowest = min(results["rows"], key=lambda r: r["speedup"])
     print(f"\nslowest point, forward: {slowest['speedup']:.2f}× ({slowest['estimator']} {slowest['B']}×{slowest['T']})")
     if arguments.write:
-        name = "cpu" if device.type == "cpu" else machine.lower().replace(" ", "_")
-        path = RESULTS / f"{name}.json"
-        lines = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in results.pop("rows"))
-        path.write_text(json.dumps(results, ensure_ascii=False)[:-1] + f', "rows": [\n{lines}\n]}}\n')
-        print(f"wrote {path}")
-        if name == "cpu":
-            write_readme(json.loads(path.read_text()))
+        path = write_results(results, device)
+        if device.type == "cpu":
+            write_readme(path.name, markdown(results))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
 
@@ -60,6 +60,20 @@ class QLearningLoss(ActionValueLoss):
         """How actions are written: ``one_hot``, ``mult_one_hot``, ``binary`` or ``categorical``."""
         return self._actions.name
 
+    def _call(self, name: str, data: TensorDictBase, key: NestedKey, params: TensorDictBase) -> Tensor:
+        """What the network says at ``key``, without the module at its end that only chooses an action.
+
+        The loss chooses by itself; that module would take the exponential of every atom of every action, and more.
+        """
+        network = getattr(self, name)
+        if not _ends_with_choice(network, key):
+            return super()._call(name, data, key, params)
+        data = data.copy()
+        with self._with_parameters(name, params):
+            for module in list(network.module)[:-1]:
+                module(data)
+        return data.get(key)
+
     def _action_values(self, tensordict: TensorDictBase, *dimensions: str) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the network says of s_t, the target network of s_{t+1}, and, if it chooses a*, the network of s_{t+1}.
 
@@ -85,3 +99,15 @@ class QLearningLoss(ActionValueLoss):
             if not (self.double_dqn and self.delay_value):
                 return action_value, target, None
             return action_value, target, self._call("value_network", next_data, key, params)
+
+
+def _ends_with_choice(network: nn.Module, key: NestedKey) -> bool:
+    """Whether the last module chooses among values that one before it writes at ``key``, and doesn't mask them."""
+    if not isinstance(network, TensorDictSequential) or len(network.module) < 2:
+        return False
+    *makers, last = network.module
+    return (
+        getattr(last, "action_value_key", None) == key
+        and getattr(last, "action_mask_key", None) is None
+        and any(key in maker.out_keys for maker in makers)
+    )

@@ -7,6 +7,7 @@ network. It reads no NaN of terminal steps well, so there are none here.
 import pytest
 import torch
 from fusedrl.kernels import categorical_q_loss
+from fusedrl.losses.distributional_dqn import DistributionalDQNLoss as OurLoss
 from helpers_categorical import problem
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
@@ -69,3 +70,30 @@ def test_loss_priority_and_gradient_are_those_of_torchrl(backend, device, gamma,
     weight = torch.arange(8.0, device=device)
     found, wanted = (torch.autograd.grad((weight * x).sum(), arguments["log_prob"])[0] for x in (loss, expected))
     assert torch.allclose(found, wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_module_that_only_chooses_an_action_is_not_run_for_the_loss(monkeypatch, device, masked) -> None:
+    """The operator chooses; but a module that masks actions changes what it chooses from."""
+    network = DistributionalQValueActor(
+        TensorDictModule(torch.nn.Identity(), in_keys=["log_prob"], out_keys=["action_value"]),
+        support=torch.linspace(-2, 3, 5, device=device),
+        action_space="categorical",
+        make_log_softmax=False,
+        action_mask_key="mask" if masked else None,
+    )
+    calls = []
+    chooser = type(network[-1])
+    original = chooser.forward
+    monkeypatch.setattr(chooser, "forward", lambda self, *a, **k: calls.append(1) or original(self, *a, **k))
+    arguments = problem(dtype=torch.float32, device=device)
+    ended = arguments["terminated"].unsqueeze(-1)
+    entries = {"log_prob": arguments["log_prob"], "mask": torch.ones(4, 1, 3, dtype=torch.bool, device=device)}
+    following = {"reward": arguments["reward"].unsqueeze(-1), "done": ended, "terminated": ended}
+    following |= entries | {"log_prob": arguments["next_log_prob"]}
+    data = TensorDict({**entries, "action": arguments["action"], "next": following}, [4])
+    loss = OurLoss(network, gamma=0.9, reduction="none")(data)["loss"]
+    expected, _ = categorical_q_loss(**arguments | {"next_online_log_prob": None}, backend="torch")
+    assert bool(calls) == masked
+    if not masked:
+        assert torch.allclose(loss.reshape(4), expected)
