@@ -163,7 +163,7 @@ def peers(**options):
 @pytest.mark.parametrize(
     "options",
     [{}, {"reduction": "sum"}, {"loss_function": "l2"}, {"deterministic_backup": False}, {"max_q_backup": True},
-     {"delay_actor": True}, {"delay_qvalue": False}, {"fixed_alpha": True}, {"alpha_init": 0.3}],
+     {"delay_qvalue": False}, {"fixed_alpha": True}, {"alpha_init": 0.3}],
     ids=str,
 )  # fmt: skip
 def test_all_but_the_conservative_term_is_that_of_torchrl(options, monkeypatch):
