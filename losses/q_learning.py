@@ -105,6 +105,8 @@ def _ends_with_choice(network: nn.Module, key: NestedKey) -> bool:
     """Whether the last module chooses among values that one before it writes at ``key``, and doesn't mask them."""
     if not isinstance(network, TensorDictSequential) or len(network.module) < 2:
         return False
+    if type(network).forward is not TensorDictSequential.forward:  # it may do more than to call the modules in turn
+        return False
     *makers, last = network.module
     return (
         getattr(last, "action_value_key", None) == key

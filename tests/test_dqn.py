@@ -22,7 +22,7 @@ from helpers_q import (
     transitions,
 )
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 
 Q = torch.tensor([[1.0, 2.0, 3.0], [6.0, 5.0, 4.0]], **DOUBLE)  # of two states, and three actions or parts
@@ -147,6 +147,47 @@ def test_next_observations_are_seen_without_autograd_and_nothing_is_seen_of_bad_
     assert not hasattr(network, "watched")
     loss(transitions(action="one-hot"))
     assert network.watched == [True, False, False]
+
+
+class Choice(nn.Module):
+    """Chooses the best action, as the last module of a policy does."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, action_value, mask=None):
+        self.calls += 1
+        action_value = action_value if mask is None else action_value.masked_fill(~mask, -1e9)
+        return action_value.argmax(-1), action_value
+
+
+class CheckedSequence(TensorDictSequential):
+    """A sequence that does something of its own."""
+
+    def forward(self, tensordict):
+        return super().forward(tensordict)
+
+
+@pytest.mark.parametrize(
+    ("sequence", "masked", "calls"),
+    [(TensorDictSequential, False, 0), (TensorDictSequential, True, 2), (CheckedSequence, False, 2)],
+)
+def test_a_last_module_that_only_chooses_an_action_is_left_out(sequence, masked, calls):
+    choice = Choice()
+    keys = ["action_value", "mask"] if masked else ["action_value"]
+    chooser = TensorDictModule(choice, keys, ["action", "action_value"])
+    chooser.action_value_key, chooser.action_mask_key = "action_value", "mask" if masked else None
+    loss = DQNLoss(sequence(action_values(), chooser), action_space="categorical")
+    data = transitions(action="categorical")
+    if masked:
+        data["mask"], data["next", "mask"] = torch.ones(2, 3, 5, ACTIONS, dtype=torch.bool)
+    out, _ = run(loss, data)
+    assert choice.calls == calls
+    without = DQNLoss(action_values(), action_space="categorical")
+    without.value_network_params.data.update_(loss.value_network_params.data["module", "0"])
+    without.target_value_network_params.data.update_(loss.target_value_network_params.data["module", "0"])
+    torch.testing.assert_close(out["loss"], run(without, data)[0]["loss"], **CLOSE)
 
 
 def random_loss(**options):
