@@ -228,6 +228,43 @@ def test_separate_losses_leave_a_common_trunk_to_the_policy(version, separate):
         assert in_trunk.get("loss_value", policy_s) == policy_s  # one trunk, trained by both
 
 
+def test_separate_losses_leave_what_q_and_the_value_share_to_the_value():
+    trunk = TensorDictModule(nn.Linear(OBSERVATION, OBSERVATION, **DOUBLE), ["observation"], ["hidden"])
+    head, value_head = qvalue_network(), value_network()
+    head.in_keys, value_head.in_keys = ["hidden", "action"], ["hidden"]
+    networks = TensorDictSequential(trunk, head), TensorDictSequential(trunk, value_head)
+    loss = SACLoss(stochastic_actor(), *networks, target_entropy=-2.0, separate_losses=True)
+    found = gradients(loss, run(loss, transitions())[0])
+    assert found["loss_value"]["value_network_params.module.0.module.weight"].any()
+    assert not any(g.any() for key, g in found["loss_qvalue"].items() if "module.0.module" in key)
+
+
+def test_whatever_a_policy_draws_on_the_way_to_its_action_is_drawn():
+    class Action(nn.Linear):
+        def forward(self, intention):
+            seen.append(intention)
+            return super().forward(intention).chunk(2, -1)
+
+    seen = []
+    actor = ProbabilisticTensorDictSequential(
+        TensorDictModule(nn.Linear(OBSERVATION, 3, **DOUBLE), ["observation"], ["intended"]),
+        ProbabilisticTensorDictModule(
+            {"loc": "intended"}, ["intention"], distribution_class=lambda loc: D.Normal(loc, 1)
+        ),
+        TensorDictModule(Action(3, 4, **DOUBLE), ["intention"], ["loc", "log_scale"]),
+        ProbabilisticTensorDictModule(
+            {"loc": "loc", "scale": "log_scale"},
+            ["action"],
+            distribution_class=lambda loc, scale: D.Independent(D.Normal(loc, scale.exp()), 1),
+        ),
+    )
+    loss = SACLoss(actor, qvalue_network(), target_entropy=-2.0)
+    data = continuous()
+    for seed in (1, 2):
+        run(loss, data, seed)
+    assert not torch.equal(seen[1], seen[3])
+
+
 # --- the target entropy -----------------------------------------------------------------------------------------
 
 
