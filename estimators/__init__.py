@@ -5,7 +5,7 @@ the value network; the functions in `fusedrl.estimators.functional` are the same
 """
 
 from . import functional
-from .base import LambdaEstimatorBase, ValueEstimatorBase
+from .base import ValueEstimatorBase
 from .functional import (
     generalized_advantage_estimate,
     reward2go,
@@ -41,6 +41,7 @@ from .td import (
     TDLambdaEstimate,
     TDLambdaEstimator,
 )
+from .variants import LambdaEstimatorBase
 from .vtrace import VTrace
 
 __all__ = [

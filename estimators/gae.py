@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import BothValuesEstimatorBase, LambdaEstimatorBase
 from .functional import vec_generalized_advantage_estimate
 from .registry import ValueEstimators, register_value_estimator
 from .steps import Steps, standardize
+from .variants import BothValuesEstimatorBase, LambdaEstimatorBase
 
 
 @register_value_estimator(ValueEstimators.GAE, default_kwargs={"gamma": 0.99, "lmbda": 0.95, "differentiable": True})

@@ -2,10 +2,11 @@
 
 from torch import Tensor
 
-from .base import LambdaEstimatorBase, ValueEstimatorBase
+from .base import ValueEstimatorBase
 from .functional import td0_return_estimate, vec_td1_return_estimate, vec_td_lambda_return_estimate
 from .registry import ValueEstimators, register_value_estimator
 from .steps import Steps
+from .variants import LambdaEstimatorBase
 
 
 @register_value_estimator(ValueEstimators.TD0, default_kwargs={"gamma": 0.99, "differentiable": True})

@@ -8,12 +8,13 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from ..kernels.vtrace import vtrace
-from .base import BothValuesEstimatorBase, ValueEstimatorBase, as_hyperparameter
+from .base import ValueEstimatorBase, as_hyperparameter
 from .functional import log_ratio
 from .heads import DistributionHeads, one_or_list
 from .modules import keys_read
 from .registry import ValueEstimators, register_value_estimator
 from .steps import Steps, standardize, valid_only, without_padding
+from .variants import BothValuesEstimatorBase
 
 Scalar = float | Tensor
 
