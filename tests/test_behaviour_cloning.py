@@ -77,9 +77,9 @@ def test_padded_actions_of_a_chunk_do_not_count_whatever_they_hold(reduction, va
     data, policy = padded_chunks(), chunk_policy()
     chunk = ("vla_action", "chunk")
     data[chunk][1, 1] = value
-    loss = BCLoss(policy, loss_function="l1", reduction=reduction)
+    loss = BCLoss(policy, loss_function="l2", reduction=reduction)
     loss.set_keys(action=chunk, pad_mask="pad")
-    error = (policy.module(data["observation"]) - data[chunk]).abs()
+    error = (policy.module(data["observation"]) - data[chunk]).square()
     error[1, 1] = 0
     wanted = {"none": error, "sum": error.sum(), "mean": error.sum() / 12}[reduction]
     out = loss(data)

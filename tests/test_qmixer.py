@@ -98,9 +98,8 @@ def test_the_losses_per_sample_have_the_batch_shape():
     torch.testing.assert_close(out["loss"].detach().unsqueeze(-1), seen["td_error"], **CLOSE)
 
 
-@pytest.mark.parametrize("estimator", ["TD0", "TD1", "TDLambda"])
-def test_every_estimator_compiles(estimator):
-    assert_compiles(lambda: make().make_value_estimator(estimator), team_transitions())
+def test_a_target_over_time_compiles():
+    assert_compiles(lambda: make().make_value_estimator("TDLambda"), team_transitions())
 
 
 def test_estimators_that_make_no_sense_are_named():
