@@ -59,16 +59,18 @@ class DreamerLoss(LossModule):
                     tensordict.set(key, torch.where(mask, x, 0))
         return tensordict
 
-    def _value(self, states: TensorDictBase) -> Tensor:
-        """V of the ``states``, which are left as they are."""
+    def _value(self, states: TensorDictBase, *preferred: NestedKey) -> Tensor:
+        """V of the ``states``, which are left as they are, or what is written at one of the ``preferred`` keys."""
         self._require_entries(states, keys_read(self.value_model), "it is one of the in_keys of value_model")
-        value = self.value_model(states.copy()).get(self.tensor_keys.value, None)
-        if value is None:
-            raise KeyError(
-                f"{type(self).__name__}: value_model doesn't write {self.tensor_keys.value!r} but "
-                f"{self.value_model.out_keys}; say which is the value with set_keys(value=...)"
-            )
-        return value
+        written = self.value_model(states.copy())
+        for key in (*preferred, self.tensor_keys.value):
+            value = written.get(key, None)
+            if value is not None:
+                return value
+        raise KeyError(
+            f"{type(self).__name__}: value_model doesn't write {self.tensor_keys.value!r} but "
+            f"{self.value_model.out_keys}; say which is the value with set_keys(value=...)"
+        )
 
 
 class ModelLoss(DreamerLoss):
@@ -96,6 +98,9 @@ class ModelLoss(DreamerLoss):
         data = self._without_padding(tensordict, *self.in_keys)
         data.rename_key_(*self._keys("reward"), *self._keys("true_reward"))
         return self.world_model(data)
+
+    def _require_alike(self, data: TensorDictBase, name: str, of: str) -> None:
+        self._require_shape(self._get(data, name), self._keys(name)[0], self._get(data, of), self._keys(of)[0])
 
     def _reduced(self, loss: Tensor, data: TensorDictBase) -> Tensor:
         """A loss as TorchRL returns it: of shape ``[1]``, unless there is one for each step."""
@@ -219,7 +224,7 @@ class DreamerModelLoss(ModelLoss):
         data = super()._modelled(tensordict)
         self._require(data, *vars(self.tensor_keys))
         for name, of in self._alike.items():
-            self._require_shape(self._get(data, name), *self._keys(name), self._get(data, of), *self._keys(of))
+            self._require_alike(data, name, of)
         return data
 
     def _distance(self, data: TensorDictBase, seen: str, predicted: str, loss_function: str) -> Tensor:
@@ -316,7 +321,7 @@ class DreamerActorLoss(DreamerLoss):
         """H steps of the policy in the model, from each state."""
         self._check_start(tensordict)
         start = self._without_padding(tensordict, *self.in_keys).select(*self.in_keys).detach()
-        with set_interaction_type(InteractionType.RANDOM), _held_constant(self.model_based_env):
+        with set_interaction_type(InteractionType.RANDOM), held_constant(self.model_based_env):
             imagined = self.model_based_env.rollout(
                 max_steps=self.imagination_horizon,
                 policy=self.actor_model,
@@ -333,7 +338,7 @@ class DreamerActorLoss(DreamerLoss):
 
     def _next_value(self, imagined: TensorDictBase) -> Tensor:
         """V of the states that the imagined steps lead to, with gradients to them."""
-        with _held_constant(self.value_model):
+        with held_constant(self.value_model):
             return self._value(self._next_states(imagined, self.value_model))
 
     def _next_states(self, imagined: TensorDictBase, network: nn.Module) -> TensorDictBase:
@@ -441,6 +446,6 @@ class DreamerValueLoss(DreamerLoss):
         return data, {"loss_value": self._reduce_loss(loss, mask=mask)}
 
 
-def _held_constant(network: nn.Module) -> AbstractContextManager[None]:
+def held_constant(network: nn.Module) -> AbstractContextManager[None]:
     """Within the block no gradient reaches the parameters of ``network``, but it passes through to its inputs."""
     return _swapped_in(TensorDict.from_module(network).detach(), network)

@@ -6,6 +6,8 @@ A latent state is several categorical variables, drawn independently. Computed i
 import torch
 from torch import Tensor
 
+from .imagination import wide
+
 
 def categorical_kl_balanced(
     posterior_logits: Tensor, prior_logits: Tensor, alpha: float = 0.8, free_bits: float = 1.0
@@ -101,7 +103,7 @@ def divergence_terms(
 
 
 def _log_prob(logits: Tensor, unimix: float) -> Tensor:
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = wide(logits)
     if unimix:
         return ((1 - unimix) * logits.softmax(-1) + unimix / logits.shape[-1]).log()
     # A class that is ruled out in both has no part in the divergence, but 0 · (−inf + inf) is NaN.

@@ -31,7 +31,7 @@ def gaussian_kl(mean: Tensor, std: Tensor, other_mean: Tensor, other_std: Tensor
     See Kingma & Welling 2014, Auto-encoding variational Bayes (arXiv:1312.6114), appendix B.
 
     """
-    mean, std, other_mean, other_std = (_wide(x) for x in (mean, std, other_mean, other_std))
+    mean, std, other_mean, other_std = (wide(x) for x in (mean, std, other_mean, other_std))
     ratio = std / other_std
     return (ratio.square() + ((mean - other_mean) / other_std).square() - 1) / 2 - ratio.log()
 
@@ -45,8 +45,8 @@ def over_features(x: Tensor, batch_ndim: int, average: bool) -> Tensor:
 
     """
     if x.ndim == batch_ndim:
-        return _wide(x)
-    x = _wide(x).flatten(batch_ndim)
+        return wide(x)
+    x = wide(x).flatten(batch_ndim)
     return x.mean(-1) if average else x.sum(-1)
 
 
@@ -132,5 +132,31 @@ def discount_weight(like: Tensor, gamma: Scalar, continuation: Tensor | None = N
     return (steps if continuation is None else steps * continuation).cumprod(-2)
 
 
-def _wide(x: Tensor) -> Tensor:
+def quantile(x: Tensor, q: float, mask: Tensor | None = None) -> Tensor:
+    """The ``q``-quantile of ``x``, interpolated between its neighbours. A 0-d tensor; not finite where none counts.
+
+    Unlike `torch.quantile` it takes any number of elements, and never waits for the device.
+
+    Args:
+        x: any shape.
+        q: between 0 and 1.
+        mask: bool, the same shape: the elements that count.
+
+    Examples:
+        >>> quantile(torch.tensor([3.0, 1.0, 2.0]), 0.25)
+        tensor(1.5000)
+
+    """
+    x = wide(x)
+    if mask is not None:
+        x = torch.where(mask, x, torch.inf)
+    ascending = x.flatten().sort().values
+    count = x.numel() if mask is None else mask.sum()
+    position = (q * ascending.new_ones(()) * (count - 1)).clamp_min(0)
+    below, above = (ascending.take(at.long()) for at in (position.floor(), position.ceil()))
+    return torch.lerp(below, above, position.frac())
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
