@@ -164,9 +164,11 @@ def test_padding_does_not_count(reduction):
 
 def test_the_greatest_values_are_those_of_samples_that_count():
     loss, data = make(), padded(transitions(), 100.0)
+    data["next", "reward"] -= 50  # less than the target of a step that doesn't count, 0
     out = loss(data)
     for name in ("pred_value", "target_value"):
         assert out[f"{name}_max"] == out[name][data["collector", "mask"]].max()
+    assert out["target_value_max"] < 0
 
 
 def test_priorities_weigh_both_losses():
