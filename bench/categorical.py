@@ -11,8 +11,8 @@ device-to-device copy runs too, whose bandwidth is the ceiling that the fraction
 compared with the reference and with TorchRL's before it is timed.
 
 Memory is the most that one call, forward and backward, has allocated at once beyond its inputs: the allocator's own
-count on a GPU, the profiler's record of every allocation on a CPU. TorchRL computes the projection on the host and
-indexes with masks, so that its GPU times include waiting.
+count on a GPU, the profiler's record of every allocation on a CPU. TorchRL's loss asks the device for `nonzero` and
+`any`, so that its times on a GPU include waiting.
 """
 
 import argparse
