@@ -10,7 +10,8 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
-from .dreamer import DreamerActorLoss, held_constant
+from .dreamer import DreamerActorLoss
+from .dreamer_base import held_constant
 from .functional.imagination import discount_weight, quantile
 from .networks import keys_read
 from .policy import ActionHeads

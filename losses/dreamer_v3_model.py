@@ -9,7 +9,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torch.nn import functional as F
 
-from .dreamer import ModelLoss
+from .dreamer_base import ModelLoss
 from .functional.categorical_kl import balanced_divergence, divergence_terms
 from .functional.discrete_regression import symexp_bins, symlog, two_hot_cross_entropy
 from .functional.imagination import over_features, wide

@@ -9,7 +9,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
 from ..estimators.functional import vec_td_lambda_return_estimate
-from .dreamer import DreamerLoss
+from .dreamer_base import DreamerLoss
 from .dreamer_v3_actor import DreamerV3ActorLoss
 from .functional.discrete_regression import symexp_bins, symlog, two_hot_cross_entropy, two_hot_decode
 from .functional.imagination import Scalar, discount_weight, wide
