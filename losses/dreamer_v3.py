@@ -131,8 +131,8 @@ class DreamerV3Loss(LossModule):
         return TensorDict({key: modelled.get(at) for key, at in names.items()}, modelled.batch_size)
 
     def _starts(self, states: TensorDictBase, tensordict: TensorDictBase) -> TensorDictBase:
-        """The ``states`` as constants, in one row, and which of them count."""
-        starts = states.detach()
+        """The ``states`` in one row, and which of them count. The actor's loss takes them as constants."""
+        starts = states.copy()
         mask_key = self.actor_loss.loss_mask_key
         for key in AUTO_LOSS_MASK_KEYS if mask_key == "auto" else [mask_key]:
             mask = None if key is None else tensordict.get(key, None)

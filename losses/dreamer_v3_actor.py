@@ -191,13 +191,13 @@ class DreamerV3ActorLoss(DreamerActorLoss):
         self._require(both, "continuation")
         continuation, next_continuation = self._get(both, "continuation").chunk(2)
         self._require_shape(continuation, self.tensor_keys.continuation, next_value, self.tensor_keys.value)
-        return continuation.detach(), next_continuation
+        return continuation, next_continuation
 
     def _weight(self, like: Tensor, continuation: Tensor | None) -> Tensor:
-        """How much each step counts, without gradient."""
+        """How much each step counts; the states that it depends on are constants (`_now_and_next`)."""
         if not self.discount_loss:
             return torch.ones_like(like)
-        return discount_weight(like, self.value_estimator.gamma, continuation).detach()
+        return discount_weight(like, self.value_estimator.gamma, continuation)
 
     def _scale(self, imagined: TensorDictBase, lambda_target: Tensor) -> Tensor:
         """What returns are divided by, a 0-d tensor."""

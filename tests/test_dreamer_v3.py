@@ -399,8 +399,28 @@ def test_padding_is_ignored(name):
         assert_same(losses[0], found[0], loss, run(loss, data))
 
 
+class Certain(Gaussian):
+    """Always the mean."""
+
+    def forward(self, *inputs):
+        mean, std = super().forward(*inputs)
+        return mean, 1e-300 * std
+
+
+def test_nothing_is_imagined_from_padding():
+    env, value = Env(), critic()
+    env.transition.prior = Certain(env.transition.prior.in_features, STATE)  # draws differ where there are more rows
+    actor = actor_loss(env, actor=actor_model(Certain(FEATURES, ACTION)), value=value, entropy_bonus=0.0)
+    loss = DreamerV3Loss(model_loss(), actor, DreamerV3ValueLoss(value, actor_loss=actor))
+    data, other = experience(), copy.deepcopy(loss)
+    wanted, found = run(loss, data), run(other, padded(data, float("nan")))
+    assert_same(loss, wanted, other, found)
+
+
 def test_steps_of_padding_end_a_replayed_sequence():
     loss, data = value_loss(), replayed((2, 3))
+    for end in ("done", "terminated"):
+        data["next", end].zero_()
     padding = replayed((2, 2)).apply(lambda x: torch.full_like(x, torch.nan) if x.is_floating_point() else x)
     longer = torch.cat([data, padding], 1)
     longer["collector", "mask"] = (torch.arange(5) < 3).expand(2, 5).clone()
