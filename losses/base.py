@@ -336,6 +336,11 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
         masks = [align(mask != 0, like, f"the mask {key!r}") for key, mask in found if mask is not None]
         return reduce(and_, masks) if masks else None
 
+    def _only_valid(self, x: Tensor, tensordict: TensorDictBase) -> Tensor:
+        """``x`` with 0 at the steps that don't count: what padding holds must not reach a gradient as 0 · NaN."""
+        mask = self._mask(tensordict, x)
+        return x if mask is None else torch.where(mask, x, 0)
+
     def _priority_weights(self, tensordict: TensorDictBase | None, like: Tensor) -> Tensor | None:
         key = getattr(self.tensor_keys, "priority_weight", None)
         if tensordict is None or key is None or self.use_prioritized_weights is False:

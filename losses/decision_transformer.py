@@ -128,7 +128,6 @@ class OnlineDTLoss(SupervisedLoss, TemperatureLoss):
         action_target: NestedKey = "action"
         action_pred: NestedKey = "action"
 
-    default_value_estimator = None  # type: ignore[assignment]  # the other losses with a temperature learn values
     _schedulable_buffers = frozenset({"target_entropy"})
     _data_keys = ("action_target",)
     _target_entropy_name = "target_entropy"

@@ -37,6 +37,7 @@ class FunctionalModule(TensorDictModuleBase):
         self._functional_networks: dict[str, nn.Module] = {}
         self._shared: dict[str, dict[NestedKey, Entry]] = {}
         self._has_update_associated: dict[str, bool] = {}
+        self.register_load_state_dict_pre_hook(_load_shared_once)
 
     def convert_to_functional(
         self,
@@ -209,6 +210,15 @@ class FunctionalModule(TensorDictModuleBase):
         if value not in VMAP_RANDOMNESS:
             raise ValueError(f"vmap randomness is {value!r}; it can be {', '.join(map(repr, VMAP_RANDOMNESS))}")
         self._vmap_randomness = value
+
+
+def _load_shared_once(module: FunctionalModule, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """What an ensemble shares with another network is loaded there: its own entry, a view for all members, follows."""
+    for name, entries in module._shared.items():
+        params = getattr(module, f"{name}_params")
+        for key in entries if params.ndim else ():
+            path = key if isinstance(key, str) else ".".join(key)
+            state_dict[f"{prefix}{name}_params.{path}"] = params.get(key)
 
 
 def stateless(module: M) -> M:

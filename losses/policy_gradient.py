@@ -249,11 +249,6 @@ class PolicyGradientLoss(LossModule):
             self._require_shape(old_value, self.tensor_keys.value, value_target, self.tensor_keys.value_target)
         return value, self._only_valid(value_target, tensordict), old_value
 
-    def _only_valid(self, x: Tensor, tensordict: TensorDictBase) -> Tensor:
-        """``x`` with 0 at the steps that don't count: what padding holds must not reach a gradient as 0 · NaN."""
-        mask = self._mask(tensordict, x)
-        return x if mask is None else torch.where(mask, x, 0)
-
     def _result(self, terms: Terms, tensordict: TensorDictBase) -> TensorDictBase:
         """The loss's output: ``terms`` with the losses reduced."""
         return TensorDict(

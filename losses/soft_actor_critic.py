@@ -12,6 +12,7 @@ from tensordict.nn import (
 from torch import Tensor
 from torch.distributions import Distribution
 
+from .action_value import ActionValueLoss
 from .policy import ActionHeads
 from .temperature import TemperatureLoss
 from .utils import check_distance
@@ -20,7 +21,7 @@ QNetworks = TensorDictModule | list[TensorDictModule]
 METRICS = ("alpha", "entropy")
 
 
-class SoftActorCriticLoss(TemperatureLoss):
+class SoftActorCriticLoss(TemperatureLoss, ActionValueLoss):
     """Base of the losses of a policy that seeks value and entropy, and of the Q networks that judge it.
 
     Args:

@@ -46,11 +46,6 @@ class SupervisedLoss(LossModule):
             data.set(key, self._only_valid(data.get(key), tensordict))
         return data
 
-    def _only_valid(self, x: Tensor, tensordict: TensorDictBase) -> Tensor:
-        """``x`` with 0 at the steps that don't count."""
-        mask = self._mask(tensordict, x)
-        return x if mask is None else torch.where(mask, x, 0)
-
     def _predict(self, network: str, data: TensorDictBase, *names: str) -> list[Tensor]:
         """What the ``network`` writes for ``data``, which is left as it is, at what the keys ``names`` stand for.
 

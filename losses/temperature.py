@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .action_value import ActionValueLoss
+from .base import LossModule
 
 
-class TemperatureLoss(ActionValueLoss):
+class TemperatureLoss(LossModule):
     r"""Base of the losses with a temperature α.
 
     Its logarithm is kept, ``log_alpha``: a parameter of the loss, or a buffer if α is fixed. It stays in its dtype

@@ -19,7 +19,7 @@ from helpers_q import (
     transitions,
 )
 from tensordict import NestedKey, TensorDict
-from tensordict.nn import TensorDictModule, dispatch
+from tensordict.nn import TensorDictModule, TensorDictSequential, dispatch
 from torch import nn
 
 
@@ -36,11 +36,15 @@ class FittedQ(ActionValueLoss):
         terminated: NestedKey = "terminated"
         priority_weight: NestedKey = "priority_weight"
 
-    def __init__(self, actor, qvalue, members=3, deactivate_vmap=False, delay=True, reduction=None):
+    def __init__(
+        self, actor, qvalue, members=3, deactivate_vmap=False, delay=True, reduction=None, compare_against=None
+    ):
         super().__init__(reduction)
         self.deactivate_vmap = deactivate_vmap
         self.convert_to_functional(actor, "actor_network", create_target_params=delay)
-        self.convert_to_functional(qvalue, "qvalue_network", expand_dim=members, create_target_params=delay)
+        self.convert_to_functional(
+            qvalue, "qvalue_network", expand_dim=members, create_target_params=delay, compare_against=compare_against
+        )
         self.out_keys = ["loss_qvalue"]
 
     @dispatch
@@ -109,6 +113,25 @@ def test_an_ensemble_is_called_once():
     loss = FittedQ(deterministic_actor(), network)
     loss(transitions())
     assert len(calls) == 2  # observations, next observations
+
+
+def test_the_state_of_an_ensemble_that_shares_a_trunk_is_loaded():
+    def shares_its_trunk():
+        trunk = TensorDictModule(nn.Linear(4, 4, dtype=torch.float64), ["observation"], ["hidden"])
+        actor, head = deterministic_actor(), qvalue_network()
+        actor.in_keys, head.in_keys = ["hidden"], ["hidden", "action"]
+        actor, qvalue = TensorDictSequential(trunk, actor), TensorDictSequential(trunk, head)
+        return FittedQ(actor, qvalue, compare_against=list(actor.parameters()))
+
+    saved, loss = shares_its_trunk(), shares_its_trunk()
+    loss.load_state_dict(saved.state_dict())
+    assert_same(saved, loss, transitions())
+    key = ("module", "0", "module", "weight")
+    trained, seen = loss.actor_network_params[key], loss.qvalue_network_params[key]
+    assert torch.equal(trained, saved.actor_network_params[key])
+    with torch.no_grad():
+        trained.add_(1)
+    assert all(torch.equal(member, trained) for member in seen)
 
 
 class Branching(nn.Module):
