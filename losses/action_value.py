@@ -198,5 +198,6 @@ class ActionValueLoss(LossModule):
             return self.value_estimator.value_estimate(tensordict, next_value=next_value.unsqueeze(-1)).squeeze(-1)
 
     def _write_priority(self, tensordict: TensorDictBase, td_error: Tensor) -> None:
-        """Write the priority of each sample, shape ``[*B]``: the last thing that a loss does."""
-        tensordict.set(self.tensor_keys.priority, td_error.detach(), inplace=True)
+        """Write the priority of each sample, shape ``[*B]``, 0 for padding: the last thing that a loss does."""
+        priority = self._only_valid(td_error.detach(), tensordict)
+        tensordict.set(self.tensor_keys.priority, priority, inplace=True)

@@ -194,6 +194,13 @@ def test_padding_does_not_count():
     assert_padding_is_ignored(make(), transitions())
 
 
+def test_padding_has_no_priority():
+    data = transitions()
+    data["collector", "mask"] = mask = torch.rand(data.shape) < 0.5
+    make()(data)
+    assert torch.equal(data["td_error"] > 0, mask)
+
+
 @pytest.mark.parametrize("estimator", ["TD0", "TDLambda"])
 def test_a_mask_of_another_name_also_ends_the_trajectories_of_the_estimator(estimator):
     data = transitions()
