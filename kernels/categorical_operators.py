@@ -6,6 +6,7 @@ of the taken action and constant in everything else, so that its gradient is all
 kept for.
 """
 
+import inspect
 from importlib import import_module
 from typing import Any
 
@@ -113,8 +114,12 @@ class _Loss(torch.autograd.Function):
         return None, found, *[None] * 7
 
 
+# What `apply` looks up in every call; found once.
+_Loss.forward.__signature__ = inspect.signature(_Loss.forward)  # type: ignore[attr-defined]  # functions take attributes
+
+
 def _constants(tensors: tuple[Any, ...]) -> list[Any]:
-    return [x.detach() if isinstance(x, Tensor) else x for x in tensors]
+    return [x.detach() if isinstance(x, Tensor) and x.requires_grad else x for x in tensors]
 
 
 def _forward(name: str, keep: bool, *fields: Any) -> list[Tensor]:

@@ -26,11 +26,12 @@ def forward(transition: Transition, bellman: Bellman, keep: bool) -> list[Tensor
     projected = log_prob.new_zeros((samples, atoms), dtype=dtype)
     loss = log_prob.new_empty(samples)
     for tile in _tiles(samples, atoms):
-        m = projected[tile]
-        _add_projection(m, _of_action(target[tile], best[tile]).to(dtype).exp_(), positions.of(tile))
+        m = _part(projected, tile)
+        next_prob = _of_action(_part(target, tile), _part(best, tile)).to(dtype).exp_()
+        _add_projection(m, next_prob, positions.of(tile))
         # Selected: an atom without mass counts for nothing even if its log-probability is −∞.
-        terms = (m * _of_action(log_prob[tile], action[tile])).masked_fill_(m == 0, 0)
-        loss[tile] = terms.sum(-1).neg_()
+        terms = (m * _of_action(_part(log_prob, tile), _part(action, tile))).masked_fill_(m == 0, 0)
+        _part(loss, tile).copy_(terms.sum(-1)).neg_()
     return [loss, projected] if keep else [loss]
 
 
@@ -47,7 +48,7 @@ def project(prob: Tensor, bellman: Bellman) -> Tensor:
     positions = _positions(bellman, dtype)
     projected = prob.new_zeros(prob.shape, dtype=dtype)
     for tile in _tiles(*prob.shape):
-        _add_projection(projected[tile], prob[tile].to(dtype), positions.of(tile))
+        _add_projection(_part(projected, tile), _part(prob, tile).to(dtype, copy=True), positions.of(tile))
     return projected.to(prob.dtype)
 
 
@@ -59,14 +60,17 @@ class _Positions(NamedTuple):
     terminated: Tensor
     support: Tensor
 
-    def of(self, tile: slice) -> "_Positions":
+    def of(self, tile: slice | None) -> "_Positions":
         """Those of some samples."""
+        if tile is None:
+            return self
         return _Positions(self.start[tile], self.step[tile], self.terminated[tile], self.support)
 
 
 def _positions(bellman: Bellman, dtype: torch.dtype) -> _Positions:
     support, reward, terminated, gamma = bellman
-    support, reward, terminated = support.to(dtype), reward.to(dtype), terminated != 0
+    support, reward = support.to(dtype), reward.to(dtype)
+    terminated = terminated if terminated.dtype == torch.bool else terminated != 0
     if isinstance(gamma, Tensor):
         gamma = gamma.to(support.device, dtype, non_blocking=True)
     atoms_per_value = (support.shape[0] - 1) / (support[-1] - support[0])
@@ -81,18 +85,18 @@ def _greedy_action(log_prob: Tensor, support: Tensor) -> Tensor:
     samples, atoms, actions = log_prob.shape
     best = torch.empty(samples, dtype=torch.int64, device=log_prob.device)
     for tile in _tiles(samples, atoms * actions):
-        prob = log_prob[tile].to(support.dtype).exp()
+        prob = _part(log_prob, tile).to(support.dtype).exp()
         q = torch.bmm(support.expand(len(prob), 1, atoms), prob)
-        best[tile] = q.argmax(-1)[:, 0]
+        _part(best, tile).copy_(q.argmax(-1)[:, 0])
     return best
 
 
 def _add_projection(m: Tensor, prob: Tensor, positions: _Positions) -> None:
-    """m_i += Σ_j p_j · max(0, 1 − |b_j − i|)."""
+    """m_i += Σ_j p_j · max(0, 1 − |b_j − i|); ``prob`` is used up."""
     start, step, terminated, support = positions
     last = m.shape[-1] - 1
     # After a terminal step one atom, the first, has all mass; all of them land at the reward.
-    prob = torch.where(terminated, _first_atom(prob), prob)
+    prob.masked_fill_(terminated, 0)[:, :1].masked_fill_(terminated, 1)
     b = torch.addcmul(start, step, support).clamp_(0, last)
     if not _adds_in_order(m):
         atoms = torch.arange(last + 1, dtype=b.dtype, device=b.device)
@@ -110,12 +114,6 @@ def _adds_in_order(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _first_atom(prob: Tensor) -> Tensor:
-    one = prob.new_zeros(prob.shape[-1])
-    one[0] = 1
-    return one
-
-
 def _of_action(x: Tensor, action: Tensor) -> Tensor:
     """``[b, atoms]`` of ``[b, atoms, actions]``."""
     return x.gather(-1, _index(action, x.shape[1])).squeeze(-1)
@@ -125,6 +123,13 @@ def _index(action: Tensor, atoms: int) -> Tensor:
     return action.long()[:, None, None].expand(-1, atoms, 1)
 
 
-def _tiles(samples: int, elements_per_sample: int) -> Iterator[slice]:
+def _tiles(samples: int, elements_per_sample: int) -> Iterator[slice | None]:
+    """Slices of the samples; None for all of them, since at small batches the cost is the number of calls."""
     size = max(1, _TILE // elements_per_sample)
+    if samples <= size:
+        return iter((None,))
     return (slice(start, start + size) for start in range(0, samples, size))
+
+
+def _part(x: Tensor, tile: slice | None) -> Tensor:
+    return x if tile is None else x[tile]

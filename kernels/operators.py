@@ -4,6 +4,7 @@ The operators ``fusedrl::recurrence`` and ``fusedrl::recurrence_backward`` hide 
 so that compile time doesn't depend on the length of time and nothing inside is traced.
 """
 
+import inspect
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
@@ -83,6 +84,10 @@ class _Solve(torch.autograd.Function):
             found = _backward(name, time_dim, problem, y, grads, needs)
         results = iter(found)
         return (None, None, None, *(next(results) if need else None for need in needs), None, None)
+
+
+# What `apply` looks up in every call; found once.
+_Solve.forward.__signature__ = inspect.signature(_Solve.forward)  # type: ignore[attr-defined]  # functions take attributes
 
 
 def _forward(name: str, time_dim: int, problem: Recurrence) -> list[Tensor]:

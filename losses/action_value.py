@@ -68,13 +68,14 @@ class ActionValueLoss(LossModule):
     # --- reading ------------------------------------------------------------------------------------------------
 
     def _transitions(
-        self, tensordict: TensorDictBase, current: Sequence[str], following: Sequence[str]
+        self, tensordict: TensorDictBase, current: Sequence[str], following: Sequence[str], *, finite: bool = True
     ) -> tuple[TensorDictBase, TensorDictBase]:
         """What the networks ``current`` read of the observations, and ``following`` of the next ones: new TensorDicts.
 
         A network may read what one before it in the list writes. Inputs that don't count are made finite, since
         their NaN or inf would reach the gradients through a network, as 0 · NaN: those of padded steps
-        (`loss_mask_key`), and of the next observations of terminal steps.
+        (`loss_mask_key`), and of the next observations of terminal steps. The latter can stay as they are
+        (``finite=False``) where ``following`` hold no gradient and keep the samples apart.
 
         Raises:
             KeyError: an entry is missing, or all of done and terminated.
@@ -93,7 +94,7 @@ class ActionValueLoss(LossModule):
         next_data = tensordict.get("next").select(*next_keys)
         next_data.batch_size = tensordict.batch_size
         terminal = any_right(terminated != 0, tensordict.ndim)
-        for key in next_keys:
+        for key in next_keys if finite else ():
             x = next_data.get(key)
             if x.is_floating_point():
                 instead = tensordict.get(key, None)

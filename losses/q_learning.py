@@ -6,6 +6,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .action_space import find_action_space
 from .action_value import ActionValueLoss
@@ -53,6 +54,9 @@ class QLearningLoss(ActionValueLoss):
             writer = TensorDictModule(value_network, ["observation"], [self.tensor_keys.action_value])
             value_network = TensorDictSequential(writer)
         self.convert_to_functional(value_network, "value_network", create_target_params=delay_value)
+        self._choice_is_last = _ends_with_choice(value_network, self.tensor_keys.action_value)
+        # A NaN of one sample then reaches the others.
+        self._mixes_samples = any(isinstance(module, _BatchNorm) for module in value_network.modules())
         self.out_keys = ["loss"]
 
     @property
@@ -60,17 +64,26 @@ class QLearningLoss(ActionValueLoss):
         """How actions are written: ``one_hot``, ``mult_one_hot``, ``binary`` or ``categorical``."""
         return self._actions.name
 
+    def set_keys(self, **keys: NestedKey | list[NestedKey] | None) -> None:
+        """Rename entries; None gives an entry its default name back. The value estimator follows.
+
+        Raises:
+            ValueError: the loss has no entry of that name.
+
+        """
+        super().set_keys(**keys)
+        self._choice_is_last = _ends_with_choice(self.value_network, self.tensor_keys.action_value)
+
     def _call(self, name: str, data: TensorDictBase, key: NestedKey, params: TensorDictBase) -> Tensor:
         """What the network says at ``key``, without the module at its end that only chooses an action.
 
         The loss chooses by itself; that module would take the exponential of every atom of every action, and more.
         """
-        network = getattr(self, name)
-        if not _ends_with_choice(network, key):
+        if not self._choice_is_last:
             return super()._call(name, data, key, params)
         data = data.copy()
         with self._with_parameters(name, params):
-            for module in list(network.module)[:-1]:
+            for module in list(getattr(self, name).module)[:-1]:
                 module(data)
         return data.get(key)
 
@@ -85,7 +98,9 @@ class QLearningLoss(ActionValueLoss):
 
         """
         self._require(tensordict, "action")
-        data, next_data = self._transitions(tensordict, ["value_network"], ["value_network"])
+        data, next_data = self._transitions(
+            tensordict, ["value_network"], ["value_network"], finite=self._mixes_samples
+        )
         key, params = self.tensor_keys.action_value, self.value_network_params
         action_value = self._call("value_network", data, key, params)
         reward, reward_key = self._get(tensordict, "reward"), self._keys("reward")[0]
