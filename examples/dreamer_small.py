@@ -41,10 +41,12 @@ OBSERVATION, ACTION = 3, 1
 STATE, BELIEF, HIDDEN = 6, 64, 64
 
 ENVIRONMENTS = 8
+HIGHEST_COST = 16.3  # of an environment step: rewards, −cost, are scaled to between 0 and 1
 REPEAT = 2  # environment steps for which an action is held
 EPISODE = 200 // REPEAT  # actions until the environment's own time limit; it never terminates
 STEPS_PER_ROUND = ENVIRONMENTS * EPISODE * REPEAT
 UPDATES_PER_ROUND = 50
+WARM_UP = 100  # updates of the model alone, on the first round: an imagination that knows nothing teaches nothing
 BATCH, LENGTH = 16, 20
 HORIZON = 15
 GAMMA, LMBDA = 0.95, 0.95
@@ -223,8 +225,7 @@ class Collector:
                 rewards.append(reward)
             following = {
                 "observation": as_tensor(observation, device),
-                # The cost of a step is between 0 and 16.3: as a reward it is made to be about ±1.
-                "reward": as_tensor(1 + np.mean(rewards, 0) / 8, device).unsqueeze(-1),
+                "reward": as_tensor(1 + np.mean(rewards, 0) / HIGHEST_COST, device).unsqueeze(-1),
             }
             steps.append(TensorDict({"action": action, "next": following}, [ENVIRONMENTS], device=device))
         return torch.stack(steps, 1)
@@ -255,21 +256,25 @@ class Learner:
         self.policy_optimizer = torch.optim.Adam(policy.parameters(), lr=POLICY_RATE)
         self.value_optimizer = torch.optim.Adam(value.parameters(), lr=VALUE_RATE)
 
-    def update(self, batch: TensorDict) -> dict[str, float]:
-        """One step of each optimizer: what was seen teaches the model, what is imagined the policy and its value."""
+    def learn_model(self, batch: TensorDict) -> tuple[dict[str, float], TensorDict]:
+        """Learn from what was seen; also returns the latents of the batch."""
         losses, data = self.model_loss(batch)
-        model_loss = sum(losses.values())
-        minimize(model_loss, self.model_optimizer)
-        # The imagination starts from every state that the model has just inferred.
-        losses, imagined = self.actor_loss(data["next"].select("state", "belief").reshape(-1))
+        loss = sum(losses.values())
+        minimize(loss, self.model_optimizer)
+        return {"model loss": loss.item()}, data["next"].select("state", "belief")
+
+    def learn_behaviour(self, latents: TensorDict) -> dict[str, float]:
+        """Learn policy and value from what is imagined from each of the ``latents`` on."""
+        losses, imagined = self.actor_loss(latents.reshape(-1))
         minimize(losses["loss_actor"], self.policy_optimizer)
         value_losses, _ = self.value_loss(imagined)
         minimize(value_losses["loss_value"], self.value_optimizer)
+        discount = GAMMA ** torch.arange(HORIZON, device=imagined.device)
         return {
-            "model loss": model_loss.item(),
             "actor loss": losses["loss_actor"].item(),
             "value loss": value_losses["loss_value"].item(),
-            RISING: imagined["lambda_target"][:, 0].mean().item(),
+            # Of the imagined steps alone: what the value expects beyond them is still being learnt.
+            RISING: (imagined["next", "reward"].squeeze(-1) * discount).sum(-1).mean().item(),
         }
 
 
@@ -282,7 +287,7 @@ def minimize(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 
 def train(seed: int, budget: int) -> tuple[Curves, list[float]]:
-    """The curves of every update, and the mean return of each round of episodes; one round at least is played."""
+    """The curves of the updates, and the mean return of each round of episodes; one round at least is played."""
     torch.manual_seed(seed)  # weights, draws and minibatches; the environments get the seed at their first reset
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, policy = WorldModel().to(device), make_policy().to(device)
@@ -293,10 +298,14 @@ def train(seed: int, budget: int) -> tuple[Curves, list[float]]:
     episodes: list[TensorDict] = []
     for _ in tqdm(range(rounds), desc="Dreamer", unit=" rounds"):
         episodes.append(collector.play(device))
-        returns.append(8 * REPEAT * (episodes[-1]["next", "reward"].sum(1).mean().item() - EPISODE))
+        returns.append(HIGHEST_COST * REPEAT * (episodes[-1]["next", "reward"].sum(1).mean().item() - EPISODE))
         replay = torch.cat(episodes)
-        for _ in range(UPDATES_PER_ROUND):
-            for name, value in learner.update(sample(replay)).items():
+        warm_up = WARM_UP if len(episodes) == 1 else 0
+        for update in range(warm_up + UPDATES_PER_ROUND):
+            logged, latents = learner.learn_model(sample(replay))
+            if update >= warm_up:
+                logged |= learner.learn_behaviour(latents)
+            for name, value in logged.items():
                 curves[name].append(value)
     return curves, returns
 

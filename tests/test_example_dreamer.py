@@ -23,7 +23,7 @@ def example(monkeypatch) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for name, value in {"BATCH": 4, "LENGTH": 5, "HORIZON": 3, "UPDATES_PER_ROUND": 6}.items():
+    for name, value in {"BATCH": 4, "LENGTH": 5, "HORIZON": 3, "UPDATES_PER_ROUND": 6, "WARM_UP": 4}.items():
         monkeypatch.setattr(module, name, value)
     return module
 
@@ -40,7 +40,12 @@ def test_a_few_updates_better_the_model(example, monkeypatch):
     first, last = example.first_and_last(curves["model loss"])
     assert last < first / 2
     assert len(returns) == 1
-    assert {len(curve) for curve in curves.values()} == {25}
+    assert {name: len(curve) for name, curve in curves.items()} == {
+        "model loss": 29,  # it alone is warmed up
+        "actor loss": 25,
+        "value loss": 25,
+        example.RISING: 25,
+    }
 
 
 def test_the_same_seed_gives_the_same_curves_and_another_seed_does_not(example):
@@ -79,6 +84,24 @@ def test_an_action_is_stored_with_what_it_led_to(example):
         velocity = (velocity + (15 * angle.sin() + 3 * torque) * 0.05).clamp(-8, 8)
         angle = angle + velocity * 0.05
     torch.testing.assert_close(velocity, speed[:, 1:].double(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_reward_is_what_the_cost_leaves_of_1(example):
+    following = collector(example).play(CPU)
+    cosine, sine, speed = following["next", "observation"].unbind(-1)
+    torque = 2 * following["action"][:, 1:, 0]
+    angle, velocity = torch.atan2(sine, cosine)[:, :-1], speed[:, :-1]
+    cost = []
+    for _ in range(example.REPEAT):
+        cost.append(angle**2 + 0.1 * velocity**2 + 0.001 * torque**2)
+        velocity = (velocity + (15 * angle.sin() + 3 * torque) * 0.05).clamp(-8, 8)
+        angle = (angle + velocity * 0.05 + torch.pi) % (2 * torch.pi) - torch.pi
+    expected = 1 - sum(cost) / len(cost) / example.HIGHEST_COST
+    reward = following["next", "reward"][:, 1:, 0]
+    # an angle within a rounding error of ±π may be taken for either
+    assert ((reward - expected).abs() < 1e-3).float().mean() > 0.999
+    assert reward.min() >= 0
+    assert reward.max() <= 1
 
 
 def test_a_batch_holds_sequences_of_one_episode_in_order(example):
