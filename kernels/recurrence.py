@@ -90,6 +90,8 @@ def checked(problem: Recurrence, time_dim: int) -> tuple[Recurrence, int]:
     if not -len(shape) <= time_dim < len(shape):
         raise IndexError(f"time_dim is {time_dim}, but reward has shape {tuple(shape)}")
     done, terminated = _as_mask(problem.done), _as_mask(problem.terminated)
+    if problem.terminated is problem.done:
+        terminated = None  # which means the same; the compiler refuses a function of one tensor twice
     if done is not problem.done or terminated is not problem.terminated:
         problem = problem._replace(done=done, terminated=terminated)
     return problem, time_dim % len(shape)

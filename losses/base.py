@@ -279,7 +279,7 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
                 self.register_coeff_buffer(name, value)
             else:
                 with torch.no_grad():
-                    buffer.copy_(torch.as_tensor(value, device=buffer.device))
+                    buffer.copy_(torch.as_tensor(value, dtype=buffer.dtype, device=buffer.device))
             return
         super().__setattr__(name, value)
 
@@ -321,7 +321,8 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
         weights = self._priority_weights(tensordict, loss) if weights is None else align(weights, loss, "weights")
         reduction = self.reduction if reduction is None else check_reduction(reduction)
         loss = reduce_loss(loss, reduction, mask, weights)
-        return loss.squeeze(-1) if reduction == "none" and loss.ndim and loss.shape[-1] == 1 else loss
+        trailing = loss.ndim > (0 if tensordict is None else tensordict.ndim) and loss.shape[-1] == 1
+        return loss.squeeze(-1) if reduction == "none" and trailing else loss
 
     def _metric(self, x: Tensor, tensordict: TensorDictBase) -> Tensor:
         """Mean of ``x`` over the samples that count, without gradient."""

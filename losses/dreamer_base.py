@@ -11,7 +11,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
 from .base import LossModule
-from .networks import _swapped_in, keys_read
+from .networks import keys_read, swapped_in
 
 
 class DreamerLoss(LossModule):
@@ -105,4 +105,4 @@ class ModelLoss(DreamerLoss):
 
 def held_constant(network: nn.Module) -> AbstractContextManager[None]:
     """Within the block no gradient reaches the parameters of ``network``, but it passes through to its inputs."""
-    return _swapped_in(TensorDict.from_module(network).detach(), network)
+    return swapped_in(TensorDict.from_module(network).detach(), network)

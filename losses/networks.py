@@ -111,7 +111,7 @@ class FunctionalModule(TensorDictModuleBase):
 
     def _with_parameters(self, name: str, params: TensorDictBase) -> AbstractContextManager[Any]:
         """Within the block the network ``name`` has ``params``, such as those of one member of an ensemble."""
-        return _swapped_in(params, self._functional_networks[name])
+        return swapped_in(params, self._functional_networks[name])
 
     def get_stateful_net(self, network_name: str, copy: bool = True) -> nn.Module:
         """The network with the loss's own parameters in it (not copies), such as for a policy that collects data.
@@ -290,7 +290,7 @@ def share(params: TensorDictParams, sources: dict[NestedKey, Tensor]) -> TensorD
 
 
 @contextmanager
-def _swapped_in(params: TensorDictBase, network: nn.Module) -> Iterator[None]:
+def swapped_in(params: TensorDictBase, network: nn.Module) -> Iterator[None]:
     """Within the block ``network`` has ``params``; after it, however it ends, its own."""
     # Not as `to_module`'s own context, which leaves the parameters in the network when the block raises.
     own = params.to_module(network, preserve_module_state=False)

@@ -238,6 +238,11 @@ def test_priority_weights_weigh_the_samples():
     assert torch.allclose(loss(data)["loss_qvalue"], loss(data[:1])["loss_qvalue"])
 
 
+@pytest.mark.parametrize("batch", [(1,), (4, 1)])
+def test_an_unreduced_loss_keeps_a_batch_dimension_of_one(batch):
+    assert make(reduction="none")(transitions(batch))["loss_qvalue"].shape == batch
+
+
 def test_an_existing_priority_is_written_in_place():
     data, loss = transitions(), make()
     data["td_error"] = stored = torch.zeros(data.shape, dtype=torch.float64)

@@ -39,6 +39,16 @@ def test_compiled_equals_eager_in_values_and_gradients(backend, device) -> None:
         assert torch.allclose(eager, found, rtol=1e-5, atol=1e-6)
 
 
+def test_one_mask_for_done_and_terminated_compiles(device):
+    def loss(reward, value, done):
+        return kernels.td_lambda_return(0.9, 0.9, value, reward, done, done).square().sum()
+
+    reward, value = torch.randn(2, 3, 5, device=device).requires_grad_().unbind(0)
+    done = torch.rand(3, 5, device=device) < 0.3
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(reward, value, done), loss(reward, value, done))
+
+
 def test_inductor_gives_the_same_numbers(device) -> None:
     inputs = leaves(7, device)
     expected = torch.autograd.grad(estimate(*inputs), inputs)
