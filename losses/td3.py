@@ -123,7 +123,7 @@ class TD3Loss(DeterministicPolicyLoss):
         self._take_qvalue_network(qvalue_network, num_qvalue_nets, delay=delay_qvalue, shared=self._trained_by_policy())
         if (action_spec is None) == (bounds is None):
             raise ValueError(
-                f"TD3Loss needs either bounds or action_spec, and not both: got bounds={bounds} and "
+                f"{type(self).__name__} needs either bounds or action_spec, and not both: got bounds={bounds} and "
                 f"action_spec={action_spec}"
             )
         low, high = _limits(bounds) if action_spec is None else _limits_of_spec(action_spec, self.tensor_keys.action)
@@ -145,14 +145,12 @@ class TD3Loss(DeterministicPolicyLoss):
             next_value = clipped_double_q(self._ensemble_values(following, tensordict, target=True))
         value_target = self._value_target(tensordict, next_value)
         values = self._ensemble_values(data, tensordict)
-        policy_values = self._ensemble_values(self._with_action(data), tensordict, detach=True)
         distance = ensemble_distance(values, value_target, self.loss_function)
         out = TensorDict(
             {
-                "loss_actor": self._reduce_loss(-policy_values[0], tensordict),
+                **self._policy_terms(data, tensordict),
                 "loss_qvalue": self._reduce_loss(distance, tensordict),
                 "pred_value": values.detach(),
-                "state_action_value_actor": policy_values.detach(),
                 "next_state_value": next_value,
                 "target_value": value_target,
             }
@@ -160,21 +158,29 @@ class TD3Loss(DeterministicPolicyLoss):
         self._write_priority(tensordict, largest_squared_error(values, value_target))
         return out
 
+    def _policy_terms(self, data: TensorDictBase, tensordict: TensorDictBase) -> dict[str, Tensor]:
+        """The policy's loss and its metrics, for the observations in ``data``."""
+        values = self._ensemble_values(self._with_action(data), tensordict, detach=True)
+        return {
+            "loss_actor": self._reduce_loss(-values[0], tensordict),
+            "state_action_value_actor": values.detach(),
+        }
+
     def _with_smoothed_action(self, following: TensorDictBase) -> TensorDictBase:
         """``following`` with the target policy's action and its noise: a shallow copy."""
         key = self.tensor_keys.action
         if key not in self.actor_network.out_keys:
             raise KeyError(
-                f"TD3Loss: the actor network doesn't write {key!r} but {self.actor_network.out_keys}; say which is the "
-                "action with set_keys(action=...)"
+                f"{type(self).__name__}: the actor network doesn't write {key!r} but {self.actor_network.out_keys}; "
+                "say which is the action with set_keys(action=...)"
             )
         following = self._with_action(following, target=True)
         action = following.get(key)
         for bound in (self.min_action, self.max_action):
             if bound.shape != action.shape[action.ndim - bound.ndim :] and bound.numel() != 1:
                 raise RuntimeError(
-                    f"TD3Loss: the bounds of the action have shape {tuple(bound.shape)}, but the actor network's "
-                    f"{key!r} has shape {tuple(action.shape)}: its last dimensions must agree"
+                    f"{type(self).__name__}: the bounds of the action have shape {tuple(bound.shape)}, but the actor "
+                    f"network's {key!r} has shape {tuple(action.shape)}: its last dimensions must agree"
                 )
         noise = self.policy_noise * torch.randn_like(action)
         low, high = self.min_action.to(action.dtype), self.max_action.to(action.dtype)

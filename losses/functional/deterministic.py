@@ -1,8 +1,9 @@
-"""DDPG and TD3: actor-critic learning with a deterministic policy.
+"""DDPG, TD3 and TD3+BC: actor-critic learning with a deterministic policy.
 
 An ensemble's values have the shape ``[N, *B]``, one row for each of its N networks; all else has the shape ``[*B]``.
 """
 
+import torch
 from torch import Tensor
 
 from ..utils import distance_loss
@@ -22,7 +23,6 @@ def smoothed_action(action: Tensor, noise: Tensor, noise_clip: float, low: Tenso
         high: a_high, likewise.
 
     Examples:
-        >>> import torch
         >>> action, noise = torch.tensor([0.0, 0.0, 0.9]), torch.tensor([0.1, -3.0, 3.0])
         >>> smoothed_action(action, noise, 0.5, torch.tensor(-1.0), torch.tensor(1.0))
         tensor([ 0.1000, -0.5000,  1.0000])
@@ -64,7 +64,6 @@ def ensemble_distance(values: Tensor, value_target: Tensor, loss_function: str) 
         RuntimeError: the shapes don't agree.
 
     Examples:
-        >>> import torch
         >>> ensemble_distance(torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.zeros(2), "l2")
         tensor([10.,  0.])
 
@@ -84,3 +83,47 @@ def largest_squared_error(values: Tensor, value_target: Tensor) -> Tensor:
 
     """
     return (values.detach() - value_target).square().amax(0)
+
+
+def cloning_error(action: Tensor, data_action: Tensor, batch_ndim: int) -> Tensor:
+    r"""How far a policy is from the data, the square averaged over the d dimensions of an action.
+
+    .. math::
+        \tfrac{1}{d} \lVert π(s) - a \rVert^2
+
+    Args:
+        action: π(s), shape ``[*B, *A]``.
+        data_action: a, the same shape.
+        batch_ndim: number of dimensions ``*B``.
+
+    Returns:
+        Shape ``[*B]``.
+
+    Examples:
+        >>> cloning_error(torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0, 1.0]]), 1)
+        tensor([2.])
+
+    """
+    error = (action - data_action).square()
+    return error if error.ndim == batch_ndim else error.flatten(batch_ndim).mean(-1)
+
+
+def value_weight(magnitude: Tensor, alpha: float) -> Tensor:
+    r"""What a value weighs against the imitation of the data, whatever the scale of the rewards.
+
+    .. math::
+        λ = \frac{α}{\mathbb{E}\left[|Q(s, π(s))|\right]}
+
+    Args:
+        magnitude: the mean of |Q|, 0-d, a constant. Where it is 0 the values prefer no action, and λ is 0.
+        alpha: α.
+
+    Examples:
+        >>> value_weight(torch.tensor(50.0), 2.5), value_weight(torch.tensor(0.0), 2.5)
+        (tensor(0.0500), tensor(0.))
+
+    See Fujimoto and Gu 2021, A minimalist approach to offline reinforcement learning (arXiv:2106.06860), equation 5,
+    with the policy's actions in the place of the data's, as in the code published with it.
+
+    """
+    return torch.where(magnitude == 0, 0, alpha / magnitude)
