@@ -112,11 +112,11 @@ class IQLLoss(ActionValueLoss):
         super().__init__(reduction)
         if not hasattr(actor_network, "get_dist"):
             raise TypeError(
-                "IQLLoss needs an actor_network that has a distribution, such as a ProbabilisticTensorDictSequential, "
-                f"but it is a {type(actor_network).__name__}"
+                f"{type(self).__name__} needs an actor_network that has a distribution, such as a "
+                f"ProbabilisticTensorDictSequential, but it is a {type(actor_network).__name__}"
             )
         if value_network is None:
-            raise TypeError("IQLLoss needs a value_network, but it is None")
+            raise TypeError(f"{type(self).__name__} needs a value_network, but it is None")
         if not 0 < expectile < 1:
             raise ValueError(f"expectile must be in (0, 1), but is {expectile}")
         if scalar_output_mode not in SCALAR_OUTPUT_MODES:
