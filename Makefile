@@ -1,5 +1,7 @@
-# Every target sets up .venv by itself. PYTHON picks the interpreter, BACKEND and SEED go to the demo.
+# Every target sets up .venv by itself. PYTHON picks the interpreter, EXAMPLE what `make demo` runs, to which BACKEND
+# and SEED go.
 PYTHON ?= python3
+EXAMPLE ?= ppo_cartpole
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -15,10 +17,10 @@ $(INSTALLED): pyproject.toml constraints.txt $(LIBRARY) losses/functional
 	touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/python examples/ppo_cartpole.py $(if $(BACKEND),--backend $(BACKEND)) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python examples/$(EXAMPLE).py $(if $(BACKEND),--backend $(BACKEND)) $(if $(SEED),--seed $(SEED))
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest -n auto $(PYTEST)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -27,6 +29,7 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python bench/returns.py --write
+	$(BIN)/python bench/categorical.py --write
 
 static: $(INSTALLED)
 	$(BIN)/python bench/static_table.py --write
@@ -39,8 +42,10 @@ gpu:
 	$$python -c "import torch; assert torch.cuda.is_available(), 'make gpu needs a CUDA device'"; \
 	$$python -m pytest $(PYTEST); \
 	if command -v compute-sanitizer; then \
-		compute-sanitizer --error-exitcode 1 $$python -m pytest tests/test_kernels_layouts.py; fi; \
-	$$python bench/returns.py --write
+		compute-sanitizer --error-exitcode 1 $$python -m pytest \
+			tests/test_kernels_layouts.py tests/test_categorical_layouts.py; fi; \
+	$$python bench/returns.py --write; \
+	$$python bench/categorical.py --write
 
 clean:
 	rm -rf $(VENV) build out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 os.environ.setdefault("RL_WARNINGS", "False")
 sys.path.insert(0, str(Path(__file__).parent))  # for those who load this file by its path, as the tests do
@@ -33,9 +33,9 @@ from fusedrl.losses.distributional_dqn import DistributionalDQNLoss
 from measuring import describe, geometric_mean, peak_bytes, rounded, seconds, write_readme, write_results
 from rich.console import Console
 from rich.progress import track
-from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
-from torch import Tensor, nn
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
 from torchrl.modules import DistributionalQValueActor
 from torchrl.objectives import DistributionalDQNLoss as PeerLoss
 
@@ -66,11 +66,21 @@ def data(batch: int, device: torch.device) -> TensorDict:
     return TensorDict({"observation": log_prob().requires_grad_(), "action": action, "next": following}, [batch])
 
 
+class Stored(TensorDictModuleBase):
+    """A network that returns what the data holds."""
+
+    in_keys: ClassVar = ["observation"]
+    out_keys: ClassVar = ["action_value"]
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """The entry ``observation`` as ``action_value``."""
+        return tensordict.set("action_value", tensordict.get("observation"))
+
+
 def network(device: torch.device) -> DistributionalQValueActor:
-    """A value network that returns what the data holds."""
-    stored = TensorDictModule(nn.Identity(), in_keys=["observation"], out_keys=["action_value"])
+    """A value network of no cost of its own."""
     support = torch.linspace(-10, 10, ATOMS, device=device)
-    return DistributionalQValueActor(stored, support, action_space="categorical", make_log_softmax=False)
+    return DistributionalQValueActor(Stored(), support, action_space="categorical", make_log_softmax=False)
 
 
 def operator(transitions: TensorDict, support: Tensor) -> Tensor:

@@ -22,8 +22,7 @@ import matplotlib
 import numpy as np
 import torch
 from fusedrl.kernels import BACKENDS, resolve_backend
-from fusedrl.losses.distributional_dqn import DistributionalDQNLoss
-from fusedrl.losses.targets import SoftUpdate
+from fusedrl.losses import DistributionalDQNLoss, SoftUpdate
 from gymnasium.vector import AutoresetMode, VectorEnv
 from tensordict import TensorDict
 from torch import Tensor, nn

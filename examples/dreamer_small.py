@@ -20,7 +20,7 @@ import gymnasium
 import matplotlib
 import numpy as np
 import torch
-from fusedrl.losses.dreamer import DreamerActorLoss, DreamerModelLoss, DreamerValueLoss
+from fusedrl.losses import DreamerActorLoss, DreamerModelLoss, DreamerValueLoss
 from gymnasium.vector import AutoresetMode
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import (

@@ -18,8 +18,7 @@ import gymnasium
 import matplotlib
 import numpy as np
 import torch
-from fusedrl.losses.sac import SACLoss
-from fusedrl.losses.targets import SoftUpdate
+from fusedrl.losses import SACLoss, SoftUpdate
 from gymnasium.vector import AutoresetMode, VectorEnv
 from tensordict import TensorDict
 from tensordict.nn import (

@@ -19,8 +19,7 @@ import gymnasium
 import matplotlib
 import numpy as np
 import torch
-from fusedrl.losses.targets import SoftUpdate
-from fusedrl.losses.td3 import TD3Loss
+from fusedrl.losses import SoftUpdate, TD3Loss
 from gymnasium.vector import AutoresetMode, VectorEnv
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule

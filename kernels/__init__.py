@@ -13,6 +13,7 @@ from .returns import (
     td1_return,
     td_lambda_return,
 )
+from .vtrace import vtrace
 
 __all__ = [
     "BACKENDS",
@@ -28,4 +29,5 @@ __all__ = [
     "td1_return",
     "td_lambda_return",
     "use_backend",
+    "vtrace",
 ]

@@ -3,41 +3,143 @@
 import inspect
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from fusedrl import losses
+from helpers_dreamer import Imagination, actor_model, imagined, sequences, value_model, world_model
+from helpers_dreamer_v3 import BINS, Env, experience
+from helpers_dreamer_v3 import world_model as discrete_world_model
+from helpers_imitation import CASES as IMITATION
 from helpers_losses import collect, critic, discrete_actor
+from helpers_multi_agent import VALUE, collect_team, team_critic, team_policy
 from helpers_q import (
+    StateAction,
+    action_values,
     assert_compiles,
     assert_no_host_sync,
     assert_rejected,
+    deterministic_actor,
+    qvalue_network,
     run,
+    stochastic_actor,
+    transitions,
+    value_network,
 )
+from helpers_sac import categorical_actor
 from tensordict import TensorDictBase
-from tensordict.nn import set_composite_lp_aggregate
+from tensordict.nn import TensorDictModule, set_composite_lp_aggregate
+from torch import nn
 
 
 @dataclass
 class Case:
-    """How to make a loss and its data, and what it reads."""
+    """How to make a loss and its data, and a key that it reads and a user can rename (None: there is none)."""
 
     make: Callable[..., Any]
     data: Callable[[], TensorDictBase]
-    reads: str = "reward"
-    options: dict[str, Any] = field(default_factory=dict)
+    reads: str | None = "reward"
 
 
-def policy_gradient(cls, **options):
-    return lambda **more: cls(discrete_actor(), critic(), **options, **more)
+def case(name, *networks, data=transitions, reads="reward", **options):
+    """The networks are given as functions that make them."""
+
+    def make(**more):
+        return getattr(losses, name)(*(network() for network in networks), **options, **more)
+
+    return Case(make, data, reads)
 
 
+def team(name):
+    def make(**more):
+        loss = getattr(losses, name)(team_policy(), team_critic(), **more)
+        loss.set_keys(**VALUE)
+        return loss
+
+    return Case(make, collect_team)
+
+
+class Distribution(nn.Linear):
+    """Log-probabilities of five atoms, for each of three actions."""
+
+    def __init__(self):
+        super().__init__(4, 15, dtype=torch.float64)
+
+    def forward(self, observation):
+        return super().forward(observation).unflatten(-1, (5, 3)).log_softmax(-2)
+
+
+def atoms():
+    network = TensorDictModule(Distribution(), ["observation"], ["action_value"])
+    network.support, network.action_space = torch.linspace(-2, 2, 5, dtype=torch.float64), "categorical"
+    return network
+
+
+def quantiles():
+    network = StateAction()
+    network.layers[-1] = nn.Linear(6, 4, dtype=torch.float64)
+    return TensorDictModule(network, ["observation", "action"], ["state_action_value"])
+
+
+def discrete_qvalues():
+    return action_values(key="state_action_value")
+
+
+def discrete_data():
+    return transitions(action="categorical")
+
+
+def discrete_model_loss(**options):
+    loss = losses.DreamerV3ModelLoss(discrete_world_model(), num_reward_bins=BINS, detach_output=False, **options)
+    loss.set_keys(pixels=["pixels", "vector"], reco_pixels=["reco_pixels", "reco_vector"])
+    return loss
+
+
+def dreamer_v3(**options):
+    value = value_model()
+    actor = losses.DreamerV3ActorLoss(actor_model(), value, Env(), imagination_horizon=3)
+    return losses.DreamerV3Loss(discrete_model_loss(), actor, losses.DreamerV3ValueLoss(value), **options)
+
+
+def start():
+    return experience((5,)).select("state", "belief")
+
+
+POLICY_GRADIENT = ("A2CLoss", "ClipPPOLoss", "KLPENPPOLoss", "PPOLoss", "ReinforceLoss")
+SOFT = {"target_entropy": -2.0}
 CASES = {
-    name: Case(policy_gradient(getattr(losses, name)), lambda: collect(discrete_actor(), estimated=False))
-    for name in ("A2CLoss", "ClipPPOLoss", "KLPENPPOLoss", "PPOLoss", "ReinforceLoss")
-}
+    **{name: case(name, discrete_actor, critic, data=lambda: collect(discrete_actor(), estimated=False))
+       for name in POLICY_GRADIENT},
+    **{name: team(name) for name in ("IPPOLoss", "MAPPOLoss")},
+    **{name: Case(*IMITATION[name]) for name in IMITATION},
+    "DQNLoss": case("DQNLoss", action_values, data=discrete_data, action_space="categorical", double_dqn=True),
+    "DistributionalDQNLoss": case("DistributionalDQNLoss", atoms, data=discrete_data, gamma=0.9),
+    "DiscreteCQLLoss": case("DiscreteCQLLoss", action_values, data=discrete_data, action_space="categorical"),
+    "DDPGLoss": case("DDPGLoss", deterministic_actor, qvalue_network),
+    "TD3Loss": case("TD3Loss", deterministic_actor, qvalue_network, bounds=(-1.0, 1.0)),
+    "TD3BCLoss": case("TD3BCLoss", deterministic_actor, qvalue_network, bounds=(-1.0, 1.0)),
+    "SACLoss": case("SACLoss", stochastic_actor, qvalue_network, **SOFT),
+    "REDQLoss": case("REDQLoss", stochastic_actor, qvalue_network, num_qvalue_nets=3, **SOFT),
+    "CrossQLoss": case("CrossQLoss", stochastic_actor, qvalue_network, **SOFT),
+    "CQLLoss": case("CQLLoss", stochastic_actor, qvalue_network, num_random=3, with_lagrange=True, **SOFT),
+    "TQCLoss": case("TQCLoss", stochastic_actor, quantiles, num_qvalue_nets=2, **SOFT),
+    "DiscreteSACLoss": case("DiscreteSACLoss", categorical_actor, action_values, data=discrete_data,
+                            action_space="categorical", num_actions=3),
+    "IQLLoss": case("IQLLoss", stochastic_actor, qvalue_network, value_network),
+    "DiscreteIQLLoss": case("DiscreteIQLLoss", categorical_actor, discrete_qvalues, value_network, data=discrete_data,
+                            action_space="categorical"),
+    "DreamerModelLoss": case("DreamerModelLoss", world_model, data=sequences),
+    "DreamerActorLoss": case("DreamerActorLoss", actor_model, value_model, Imagination, data=start, reads=None,
+                             imagination_horizon=3),
+    "DreamerValueLoss": case("DreamerValueLoss", value_model, data=imagined, reads=None),
+    "DreamerV3ModelLoss": Case(discrete_model_loss, experience, None),
+    "DreamerV3ActorLoss": case("DreamerV3ActorLoss", actor_model, value_model, Env, data=start, reads=None,
+                               imagination_horizon=3),
+    "DreamerV3ValueLoss": case("DreamerV3ValueLoss", value_model, data=imagined, reads=None),
+    "DreamerV3Loss": Case(dreamer_v3, experience, None),
+}  # fmt: skip
 
 every_loss = pytest.mark.parametrize("name", CASES)
 
@@ -90,6 +192,8 @@ def test_a_discount_in_the_wrong_place_points_to_the_right_one(name):
 @every_loss
 def test_a_missing_entry_is_named_and_nothing_is_changed(name):
     case = CASES[name]
+    if case.reads is None:
+        pytest.skip("reads what its networks read alone")
     loss, data = case.make(), case.data()
     key = getattr(loss.tensor_keys, case.reads)
     entry = key if data.get(key, None) is not None else ("next", key)

@@ -7,6 +7,7 @@ import pkgutil
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from fusedrl import estimators, kernels, losses
@@ -33,16 +34,42 @@ def test_the_examples_in_docstrings_run(name) -> None:
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
-def test_the_cpu_table_is_that_of_the_results_file() -> None:
+def benchmark(name: str) -> ModuleType:
     pytest.importorskip("torchrl")
-    specification = importlib.util.spec_from_file_location("bench_returns", ROOT / "bench" / "returns.py")
+    specification = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")
     assert specification is not None
     assert specification.loader is not None
-    bench = importlib.util.module_from_spec(specification)
-    sys.modules["bench_returns"] = bench
-    specification.loader.exec_module(bench)
-    table = bench.markdown(json.loads((ROOT / "bench" / "results" / "cpu.json").read_text()))
-    assert f"<!-- bench/results/cpu.json -->\n{table}\n<!-- end -->" in README
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[f"bench_{name}"] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("script", "results"), [("returns", "cpu.json"), ("categorical", "categorical_cpu.json")])
+def test_the_cpu_tables_are_those_of_the_results_files(script, results) -> None:
+    table = benchmark(script).markdown(json.loads((ROOT / "bench" / "results" / results).read_text()))
+    assert f"<!-- bench/results/{results} -->\n{table}\n<!-- end -->" in README
+
+
+def covered() -> dict[str, str]:
+    """The names in the table of coverage, and the files they are linked to."""
+    table = README.partition("<!-- coverage -->")[2].partition("<!-- end -->")[0]
+    return dict(re.findall(r"\[`(\w+)`\]\(([\w/.]+)\)", table))
+
+
+def test_every_name_that_torchrl_documents_is_in_the_table_of_coverage() -> None:
+    theirs = pytest.importorskip("torchrl.objectives")
+    from torchrl.objectives import value
+    from torchrl.objectives.value import functional
+
+    assert {*theirs.__all__, *value.__all__, *functional.__all__} <= set(covered())
+
+
+def test_every_name_in_the_table_of_coverage_lives_where_its_link_says() -> None:
+    for name, path in covered().items():
+        assert re.search(rf"^(class |def |){name}\b", (ROOT / path).read_text(), re.MULTILINE), (name, path)
+        spaces = (estimators.functional,) if path == "estimators/functional.py" else (losses, estimators)
+        assert any(hasattr(space, name) for space in spaces), name
 
 
 def test_the_kernel_figures_are_those_of_the_static_table() -> None:
