@@ -63,7 +63,7 @@ def test_what_the_team_shares_is_that_of_each_agent(own, backend):
         {"value_chunk_size": 1},
         {"lmbda": torch.rand(2, 1, 1), "gamma": torch.rand(2, 5, 1)},
     ],
-    ids=str,
+    ids=lambda options: "-".join(options),
 )
 def test_the_options_of_gae_mean_the_same(options):
     data, network = collect_team(), team_critic()
