@@ -131,7 +131,7 @@ class Replay:
             "observation": self.observation[t, environment],
             "action": self.action[t, environment],
             "steps_to_next_obs": last[:, None] + 1,  # the loss discounts what follows by γ to this power
-            "priority_weight": weight / weight.max(),
+            "priority_weight": weight,  # the loss divides by their sum
             "next": {
                 "observation": self.next_observation[end],
                 "reward": reward[:, None],

@@ -25,7 +25,7 @@ def forward(transition: Transition, bellman: Bellman, keep: bool) -> list[Tensor
     positions = _positions(bellman, dtype)
     projected = log_prob.new_zeros((samples, atoms), dtype=dtype)
     loss = log_prob.new_empty(samples)
-    for tile in _tiles(samples, atoms):
+    for tile in _tiles(samples, _largest(projected)):
         m = _part(projected, tile)
         next_prob = _of_action(_part(target, tile), _part(best, tile)).to(dtype).exp_()
         _add_projection(m, next_prob, positions.of(tile))
@@ -47,7 +47,7 @@ def project(prob: Tensor, bellman: Bellman) -> Tensor:
     dtype = compute_dtype(prob.dtype)
     positions = _positions(bellman, dtype)
     projected = prob.new_zeros(prob.shape, dtype=dtype)
-    for tile in _tiles(*prob.shape):
+    for tile in _tiles(len(prob), _largest(projected)):
         _add_projection(_part(projected, tile), _part(prob, tile).to(dtype, copy=True), positions.of(tile))
     return projected.to(prob.dtype)
 
@@ -107,6 +107,12 @@ def _add_projection(m: Tensor, prob: Tensor, positions: _Positions) -> None:
     upper_mass = (b - lower) * prob
     m.scatter_add_(-1, lower, prob - upper_mass)
     m[:, 1:].scatter_add_(-1, lower, upper_mass)
+
+
+def _largest(m: Tensor) -> int:
+    """Elements of the largest temporary that one sample of ``m`` takes in `_add_projection`."""
+    atoms = m.shape[-1]
+    return atoms if _adds_in_order(m) else atoms * atoms
 
 
 def _adds_in_order(x: Tensor) -> bool:

@@ -68,14 +68,13 @@ class ActionValueLoss(LossModule):
     # --- reading ------------------------------------------------------------------------------------------------
 
     def _transitions(
-        self, tensordict: TensorDictBase, current: Sequence[str], following: Sequence[str], *, finite: bool = True
+        self, tensordict: TensorDictBase, current: Sequence[str], following: Sequence[str]
     ) -> tuple[TensorDictBase, TensorDictBase]:
         """What the networks ``current`` read of the observations, and ``following`` of the next ones: new TensorDicts.
 
-        A network may read what one before it in the list writes. Inputs that don't count are made finite, since
-        their NaN or inf would reach the gradients through a network, as 0 · NaN: those of padded steps
-        (`loss_mask_key`), and of the next observations of terminal steps. The latter can stay as they are
-        (``finite=False``) where ``following`` hold no gradient and keep the samples apart.
+        A network may read what one before it in the list writes. Inputs that don't count are made finite, since their
+        NaN or inf would reach the gradients through a network, as 0 · NaN, or other samples in one that mixes them:
+        those of padded steps (`loss_mask_key`), and of the next observations of terminal steps.
 
         Raises:
             KeyError: an entry is missing, or all of done and terminated.
@@ -94,12 +93,10 @@ class ActionValueLoss(LossModule):
         next_data = tensordict.get("next").select(*next_keys)
         next_data.batch_size = tensordict.batch_size
         terminal = any_right(terminated != 0, tensordict.ndim)
-        for key in next_keys if finite else ():
+        for key in next_keys:
             x = next_data.get(key)
             if x.is_floating_point():
-                instead = tensordict.get(key, None)
-                instead = 0 if instead is None else instead.detach()
-                next_data.set(key, torch.where(expand_right(terminal, x) & ~x.isfinite(), instead, x))
+                next_data.set(key, torch.where(expand_right(terminal, x), x.nan_to_num(0.0, 0.0, 0.0), x))
         valid = self._mask(tensordict, terminal)
         if valid is not None:
             for part, keys in ((data, current_keys), (next_data, next_keys)):
@@ -108,6 +105,15 @@ class ActionValueLoss(LossModule):
                     if x.is_floating_point():
                         part.set(key, torch.where(expand_right(valid, x), x, 0))
         return data, next_data
+
+    def _taken_action(self, tensordict: TensorDictBase) -> Tensor:
+        """The actions in the data; those of padded steps, which may stand for none at all, are 0."""
+        action = self._get(tensordict, "action")
+        mask = self._mask(tensordict, self._get(tensordict, "reward"))
+        if mask is None:
+            return action
+        mask = mask.squeeze(-1)
+        return torch.where(expand_right(mask, action) if action.ndim >= mask.ndim else mask, action, 0)
 
     def _read_by(self, networks: Sequence[str]) -> list[NestedKey]:
         """What the networks read of which none before it writes."""
@@ -201,4 +207,5 @@ class ActionValueLoss(LossModule):
     def _write_priority(self, tensordict: TensorDictBase, td_error: Tensor) -> None:
         """Write the priority of each sample, shape ``[*B]``, 0 for padding: the last thing that a loss does."""
         priority = self._only_valid(td_error.detach(), tensordict)
-        tensordict.set(self.tensor_keys.priority, priority, inplace=True)
+        # A locked TensorDict takes no other tensor; elsewhere a stale priority may have another shape or dtype.
+        tensordict.set(self.tensor_keys.priority, priority, inplace=tensordict.is_locked)

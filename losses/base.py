@@ -174,10 +174,13 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
 
     def _find_in_keys(self) -> Iterator[NestedKey]:
         yield from super()._find_in_keys()
-        for name in self._network_names():
-            for key in keys_read(getattr(self, name)):
+        networks = [getattr(self, name) for name in self._network_names()]
+        written = {unravel_key(key) for network in networks for key in getattr(network, "out_keys", ())}
+        for network in networks:
+            for key in keys_read(network):
                 yield key
-                yield unravel_key(("next", key))
+                if key not in written:  # such as the next action, which the policy writes
+                    yield unravel_key(("next", key))
 
     # --- value estimator ----------------------------------------------------------------------------------------
 

@@ -97,6 +97,7 @@ class CQLLoss(SoftActorCriticLoss):
         priority_weight: NestedKey = "priority_weight"
 
     _target_entropy_name = "target_entropy_buffer"
+    _multipliers = ("log_alpha", "log_alpha_prime")
     _schedulable_buffers = frozenset({"target_entropy_buffer"})
 
     def __init__(
@@ -154,8 +155,8 @@ class CQLLoss(SoftActorCriticLoss):
         self.num_random = num_random
         self.with_lagrange = with_lagrange
         self.lagrange_thresh = lagrange_thresh
-        if with_lagrange:
-            self.register_parameter("log_alpha_prime", nn.Parameter(torch.zeros_like(self.log_alpha)))
+        multiplier = nn.Parameter(torch.zeros_like(self.log_alpha)) if with_lagrange else None
+        self.register_parameter("log_alpha_prime", multiplier)
         self.out_keys = self._names_of_output(*(["loss_alpha_prime"] if with_lagrange else []))
         self.out_keys = ["loss_actor", "loss_actor_bc", "loss_qvalue", "loss_cql", *self.out_keys[2:]]
 
@@ -249,9 +250,10 @@ class CQLLoss(SoftActorCriticLoss):
         self, data: TensorDictBase, actions: Tensor, tensordict: TensorDictBase, **options: Any
     ) -> Tensor:
         """Q of every state and each of its ``actions``, shape ``[K, *B, *A]``: shape ``[2, *B, K]``."""
-        count = len(actions)
-        many = data.expand(count, *data.batch_size).clone(recurse=False)
-        many.set(self.tensor_keys.action, actions)
         key = self.tensor_keys.state_action_value
-        values = self._ensemble("qvalue_network", many, key, **options)
+        batch = (len(actions), *data.batch_size)
+        many = data.expand(batch).clone(recurse=False).set(self.tensor_keys.action, actions)
+        # In one dimension: of more, the compiler would make a graph for each size.
+        values = self._ensemble("qvalue_network", many.reshape(-1), key, **options)
+        values = values.view(len(values), *batch, *values.shape[2:])
         return self._one_per_sample(values, key, tensordict).movedim(1, -1)

@@ -32,6 +32,8 @@ class CrossQLoss(SoftActorCriticLoss):
     networks go. The target is a constant. Normalisation is by the batch's statistics there, and by the running ones
     where the policy's action is judged, whatever mode the networks are in.
 
+    Padded steps (`LossModule.loss_mask_key`) don't count in the losses, but are among what the normalisation sees.
+
     The losses are ``loss_actor``, ``loss_qvalue`` and ``loss_alpha``. Also in the output: ``log_prob`` and
     ``td_error`` of each sample, ``alpha``, and ``entropy``, the mean of −log π(a|s_t). The priority of a sample,
     written to the input under ``td_error``, is the largest absolute error of a Q network.
@@ -135,16 +137,15 @@ class CrossQLoss(SoftActorCriticLoss):
 
         with torch.no_grad():
             judged, next_log_prob = self._draw(self._policy(next_data), next_data, tensordict)
-        both = torch.cat([data.select(*read).reshape(-1), judged.select(*read).reshape(-1)])
         with _in_mode(self.qvalue_network, training=True):
-            values = self._both_values(both, tensordict)
+            values = self._values(torch.stack([data.select(*read), judged.select(*read)]), tensordict)
         values, next_values = values[:, 0], values[:, 1].detach()
         value_target = self._value_target(tensordict, soft_value(next_values.amin(0), next_log_prob, alpha))
         td_error = (values.detach() - value_target).abs().amax(0)
 
         judged, log_prob = self._draw(self._policy(data), data, tensordict)
         with _in_mode(self.qvalue_network, training=False):
-            value = self._ensemble_values(judged, tensordict, detach=True).amin(0)
+            value = self._values(judged.select(*read), tensordict, detach=True).amin(0)
         losses = {
             "loss_actor": -soft_value(value, log_prob, alpha),
             "loss_qvalue": ensemble_distance(values, value_target, self.loss_function),
@@ -156,17 +157,12 @@ class CrossQLoss(SoftActorCriticLoss):
         self._write_priority(tensordict, td_error)
         return result
 
-    def _both_values(self, both: TensorDictBase, tensordict: TensorDictBase) -> Tensor:
-        """Q of the two halves of ``both``, shape ``[N, 2, *B]``."""
+    def _values(self, data: TensorDictBase, tensordict: TensorDictBase, *, detach: bool = False) -> Tensor:
+        """Q of ``data``, shape ``[N, *D]`` for its batch size ``*D``, which a normalisation sees as one dimension."""
         key = self.tensor_keys.state_action_value
-        values = self._ensemble("qvalue_network", both, key)
-        shape = self._get(tensordict, "reward").shape
-        if values.shape[1:] != (len(both), 1):
-            raise RuntimeError(
-                f"{type(self).__name__}: {key!r} has shape {tuple(values.shape[1:])} for {len(both)} samples: one "
-                "value per sample is wanted"
-            )
-        return values.view(self.num_qvalue_nets, 2, *shape[:-1])
+        values = self._ensemble("qvalue_network", data.reshape(-1), key, detach=detach)
+        values = values.view(len(values), *data.batch_size, *values.shape[2:])
+        return self._one_per_sample(values, key, tensordict)
 
 
 @contextmanager

@@ -84,7 +84,7 @@ class DiscreteCQLLoss(DQNLoss):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """The losses and metrics (see the class), for data of batch size ``[*B]``."""
         action_value, next_action_value, _ = self._action_values(tensordict, "actions")
-        value = self._actions.value(action_value, self._get(tensordict, "action"))
+        value = self._actions.value(action_value, self._taken_action(tensordict))
         target = self._value_target(tensordict, self._actions.greedy_value(next_action_value, None))
         td_error = (value.detach() - target).square()
         losses = {

@@ -156,7 +156,7 @@ class DiscreteSACLoss(SoftActorCriticLoss):
         """The losses and metrics (see the class), for transitions of batch size ``[*B]``."""
         networks = ["qvalue_network", "actor_network"]
         data, next_data = self._transitions(tensordict, networks, networks)
-        action = self._get(tensordict, "action")
+        action = self._taken_action(tensordict)
         alpha = self._bounded_alpha()
 
         log_prob = self._log_probs(data, tensordict)

@@ -107,6 +107,8 @@ class DistributionalDQNLoss(QLearningLoss):
                 f"{self.action_space}"
             )
         self._support_owner = _owner_of_support(self.value_network)
+        masks = (getattr(module, "action_mask_key", None) for module in self.value_network.modules())
+        self._masks_actions = any(key is not None for key in masks)
         self.backend = check_backend(backend)
         self.register_buffer("gamma", as_hyperparameter(gamma, self.support.device))
 
@@ -139,10 +141,14 @@ class DistributionalDQNLoss(QLearningLoss):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """The loss (see the class), for data of batch size ``[*B]``."""
         log_prob, next_log_prob, next_online_log_prob = self._action_values(tensordict, "atoms", "actions")
+        if self._masks_actions:
+            next_log_prob = _worst_where_masked(next_log_prob)
+            if next_online_log_prob is not None:
+                next_online_log_prob = _worst_where_masked(next_online_log_prob)
         reward, terminated, discount = self._bellman(tensordict)
         per_sample, priority = categorical_q_loss(
             log_prob,
-            self._actions.index(log_prob[..., 0, :], self._get(tensordict, "action")),
+            self._actions.index(log_prob[..., 0, :], self._taken_action(tensordict)),
             next_log_prob,
             self.support,
             reward,
@@ -158,9 +164,9 @@ class DistributionalDQNLoss(QLearningLoss):
     def _bellman(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
         """Reward and terminated, shape ``[*B]``, and γ, or γⁿ of that shape for n-step data."""
         reward = self._get(tensordict, "reward").squeeze(-1)
-        terminated = tensordict.get(*self._keys("terminated"), None)
-        if terminated is None:
-            terminated = self._get(tensordict, "done")
+        key = "terminated" if tensordict.get(*self._keys("terminated"), None) is not None else "done"
+        terminated, rewards = self._get(tensordict, key), self._get(tensordict, "reward")
+        self._require_shape(terminated, self._keys(key)[0], rewards, self._keys("reward")[0])
         valid = self._mask(tensordict, reward)
         if valid is not None:  # a NaN there would make the gradient of a loss that doesn't count NaN, as 0 · NaN
             reward = torch.where(valid, reward, 0)
@@ -168,6 +174,13 @@ class DistributionalDQNLoss(QLearningLoss):
         steps = tensordict.get(key, None)
         discount = self.gamma if steps is None else self.gamma ** align(steps, reward, f"{key!r}")
         return reward, terminated.squeeze(-1), discount
+
+
+def _worst_where_masked(log_prob: Tensor) -> Tensor:
+    """``log_prob`` with all mass of a masked action at the least return; TorchRL leaves it none, and so the value 0."""
+    masked = (log_prob <= torch.finfo(log_prob.dtype).min).all(-2, keepdim=True)
+    first, rest = log_prob[..., :1, :], log_prob[..., 1:, :]
+    return torch.cat([first.masked_fill(masked, 0.0), rest.masked_fill(masked, -torch.inf)], -2)
 
 
 def _owner_of_support(network: nn.Module) -> str:

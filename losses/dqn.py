@@ -107,7 +107,7 @@ class DQNLoss(QLearningLoss):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """The loss (see the class), for data of batch size ``[*B]``."""
         action_value, next_action_value, choosing_value = self._action_values(tensordict, "actions")
-        value = self._actions.value(action_value, self._get(tensordict, "action"))
+        value = self._actions.value(action_value, self._taken_action(tensordict))
         next_value = self._actions.greedy_value(next_action_value, choosing_value)
         target = self._value_target(tensordict, next_value)
         distance = distance_loss(value, target, self.loss_function)

@@ -6,7 +6,6 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .action_space import find_action_space
 from .action_value import ActionValueLoss
@@ -55,8 +54,6 @@ class QLearningLoss(ActionValueLoss):
             value_network = TensorDictSequential(writer)
         self.convert_to_functional(value_network, "value_network", create_target_params=delay_value)
         self._choice_is_last = _ends_with_choice(value_network, self.tensor_keys.action_value)
-        # A NaN of one sample then reaches the others.
-        self._mixes_samples = any(isinstance(module, _BatchNorm) for module in value_network.modules())
         self.out_keys = ["loss"]
 
     @property
@@ -98,9 +95,7 @@ class QLearningLoss(ActionValueLoss):
 
         """
         self._require(tensordict, "action")
-        data, next_data = self._transitions(
-            tensordict, ["value_network"], ["value_network"], finite=self._mixes_samples
-        )
+        data, next_data = self._transitions(tensordict, ["value_network"], ["value_network"])
         key, params = self.tensor_keys.action_value, self.value_network_params
         action_value = self._call("value_network", data, key, params)
         reward, reward_key = self._get(tensordict, "reward"), self._keys("reward")[0]
@@ -117,14 +112,19 @@ class QLearningLoss(ActionValueLoss):
 
 
 def _ends_with_choice(network: nn.Module, key: NestedKey) -> bool:
-    """Whether the last module chooses among values that one before it writes at ``key``, and doesn't mask them."""
+    """Whether the last module does nothing but choose among values that one before it writes at ``key``.
+
+    That is known of TorchRL's own modules, where no hook looks on and no action is masked.
+    """
     if not isinstance(network, TensorDictSequential) or len(network.module) < 2:
         return False
     if type(network).forward is not TensorDictSequential.forward:  # it may do more than to call the modules in turn
         return False
     *makers, last = network.module
     return (
-        getattr(last, "action_value_key", None) == key
+        type(last).__module__.startswith("torchrl.")
+        and not (last._forward_hooks or last._forward_pre_hooks)
+        and getattr(last, "action_value_key", None) == key
         and getattr(last, "action_mask_key", None) is None
         and any(key in maker.out_keys for maker in makers)
     )

@@ -105,7 +105,7 @@ class QMixerLoss(ActionValueLoss):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """The loss (see the class), for data of batch size ``[*B]``."""
-        action = self._get(tensordict, "action")
+        action = self._taken_action(tensordict)
         data, next_data = self._transitions(tensordict, self.NETWORKS, self.NETWORKS)
         value = self._team_value(tensordict, data, action)
         with torch.no_grad():

@@ -66,6 +66,8 @@ def reduce_loss(loss: Tensor, reduction: str, mask: Tensor | None = None, weight
     """
     if mask is None and weights is None:
         return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+    if weights is not None and mask is not None:
+        weights = torch.where(mask, weights, 0)  # before the product, whose gradient would be 0 · NaN
     if weights is not None:
         loss = loss * weights
     if mask is not None:

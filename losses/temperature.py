@@ -19,6 +19,9 @@ class TemperatureLoss(LossModule):
     """
 
     _schedulable_buffers = frozenset({"alpha_init", "min_log_alpha", "max_log_alpha"})
+    _multipliers: ClassVar[tuple[str, ...]] = ("log_alpha",)
+    """What stays in its dtype."""
+
     _target_entropy_name: ClassVar[str]
     """The buffer of the target entropy, whose name in TorchRL's checkpoints isn't the same for all losses."""
 
@@ -64,7 +67,8 @@ class TemperatureLoss(LossModule):
         return self.log_alpha.exp()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TemperatureLoss":
-        kept = (self.log_alpha, self.log_alpha.grad)
+        found = [getattr(self, name) for name in self._multipliers]
+        kept = [x for parameter in found if parameter is not None for x in (parameter, parameter.grad)]
 
         def convert(x: Tensor) -> Tensor:
             converted = fn(x)
@@ -101,8 +105,8 @@ def continuous_target_entropy(target_entropy: str | float | Tensor, action_spec:
         )
     if not hasattr(spec, "keys"):
         return -float(math.prod(spec.shape))
-    action = spec[actor_network.dist_sample_keys[0]]
-    return -float(math.prod(action.shape[len(spec.shape) :]))
+    shapes = [spec[key].shape[len(spec.shape) :] for key in actor_network.dist_sample_keys]
+    return -float(sum(math.prod(shape) for shape in shapes))
 
 
 def check_target_entropy(target_entropy: Any) -> float | Tensor:

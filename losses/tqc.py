@@ -7,6 +7,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
 from torch import Tensor
 
+from .base import AUTO_LOSS_MASK_KEYS
 from .functional.quantiles import mean_atom_distance, quantile_huber_loss, truncated_mixture
 from .functional.soft_actor_critic import soft_value, temperature_loss
 from .sac import SACLoss
@@ -158,5 +159,8 @@ class TQCLoss(SACLoss):
         return atoms
 
     def _atom_targets(self, tensordict: TensorDictBase, next_atoms: Tensor) -> Tensor:
-        """The target of each next atom, shape ``[*B, K]``: one-step estimates, one for each."""
-        return torch.stack([self._value_target(tensordict, atom) for atom in next_atoms.unbind(-1)], -1)
+        """The target of each next atom, shape ``[*B, K]``: one-step estimates, of all atoms at once."""
+        read = [key for name in ("reward", "done", "terminated") for key in self._keys(name)]
+        step = tensordict.select(*read, "steps_to_next_obs", *AUTO_LOSS_MASK_KEYS, strict=False)
+        each = step.expand(next_atoms.shape[-1], *step.batch_size)
+        return self._value_target(each, next_atoms.movedim(-1, 0)).movedim(0, -1)

@@ -14,6 +14,7 @@ from helpers_q import (
     assert_terminal_observations_are_ignored,
     deterministic_actor,
     gradients,
+    poisoned,
     qvalue_network,
     run,
     transitions,
@@ -199,6 +200,47 @@ def test_padding_has_no_priority():
     data["collector", "mask"] = mask = torch.rand(data.shape) < 0.5
     make()(data)
     assert torch.equal(data["td_error"] > 0, mask)
+
+
+class Mixing(nn.Module):
+    """Q of a sample depends on all samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 1, dtype=torch.float64)
+
+    def forward(self, observation, action):
+        x = torch.cat([observation, action], -1)
+        return self.linear(x - x.mean(0))
+
+
+def test_what_follows_a_terminal_step_reaches_no_other_sample():
+    loss = FittedQ(deterministic_actor(), TensorDictModule(Mixing(), ["observation", "action"], ["state_action_value"]))
+    out, _ = run(loss, poisoned(transitions()))
+    assert out["loss_qvalue"].isfinite()
+
+
+@pytest.mark.parametrize("stale", [torch.zeros(3, 5, 1), torch.zeros(3, 5).long(), torch.zeros(1).expand(3, 5)])
+def test_a_stale_priority_of_any_form_is_replaced(stale):
+    data, loss = transitions(), make()
+    wanted = run(loss, data)[1]["td_error"]
+    data["td_error"] = stale
+    loss(data)
+    assert torch.equal(data["td_error"], wanted)
+
+
+def test_nan_weights_of_padding_reach_no_gradient():
+    data, loss = transitions(), make()
+    data["collector", "mask"] = mask = torch.rand(data.shape) < 0.5
+    data["priority_weight"] = torch.where(mask, 1.0, torch.nan)
+    out, _ = run(loss, data)
+    assert all(gradient.isfinite().all() for gradient in gradients(loss, out)["loss_qvalue"].values())
+
+
+def test_in_keys_are_the_entries_that_are_read():
+    data, loss = transitions(), make()
+    assert ("next", "action") not in loss.in_keys
+    assert torch.equal(loss(data.select(*loss.in_keys))["loss_qvalue"], loss(data)["loss_qvalue"])
 
 
 @pytest.mark.parametrize("estimator", ["TD0", "TDLambda"])

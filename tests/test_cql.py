@@ -90,6 +90,12 @@ def test_the_multiplier_grows_where_the_term_is_above_its_threshold():
         assert gradient.sign() == sign
 
 
+def test_a_cast_keeps_the_multiplier():
+    loss = make(with_lagrange=True)
+    before = loss.log_alpha_prime.dtype
+    assert loss.to(torch.bfloat16).log_alpha_prime.dtype == before
+
+
 def test_the_conservative_term_trains_the_values_alone():
     loss = make(with_lagrange=True)
     out, _ = run(loss, transitions())
@@ -111,7 +117,7 @@ def test_the_greatest_of_several_actions_is_backed_up():
 
 
 def test_an_end_may_hold_anything():
-    """What the conservative term takes of it, actions of the policy there, are those of the current observation."""
+    """What the conservative term takes of it, actions of the policy there, are those of an observation of 0."""
     loss, data = make(), transitions()
     clean, _ = run(loss, data)
     nan, seen = run(loss, poisoned(data))

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from fusedrl.kernels import categorical_reference
+from fusedrl.kernels import categorical_q_loss, categorical_reference
 from fusedrl.kernels.verify import VerificationError
 from fusedrl.losses import ValueEstimators
 from fusedrl.losses.distributional_dqn import DistributionalDQNLoss
@@ -340,7 +340,7 @@ def test_a_missing_entry_is_named(entry):
     [
         ("action", (3, 5, 1), r"action \(one_hot\) has shape \(3, 5, 1\)"),
         (("next", "reward"), (3, 5), r"'action_value' has shape .*\('next', 'reward'\) has shape \(3, 5\)"),
-        (("next", "terminated"), (3, 5, 2), "terminated has shape"),
+        (("next", "terminated"), (3, 5, 2), "terminated.* has shape"),
         ("steps_to_next_obs", (3, 5, 2), "steps_to_next_obs"),
     ],
 )
@@ -379,3 +379,34 @@ def test_compiled_the_loss_is_one_operator():
     compiled = torch.compile(copy.deepcopy(loss), fullgraph=True, backend=backend)
     torch.testing.assert_close(run(compiled, data)[0]["loss"], run(loss, data)[0]["loss"], **CLOSE)
     assert sum("categorical_loss" in name and "backward" not in name for name in called) == 1
+
+
+@pytest.mark.parametrize("double_dqn", [True, False])
+def test_a_masked_action_is_never_the_greedy_one(double_dqn):
+    """TorchRL's masking leaves it no mass at all, and with that the value 0: more than any negative return."""
+    modules = pytest.importorskip("torchrl.modules")
+    net = nn.Sequential(nn.Linear(4, 15, **DOUBLE), nn.Unflatten(-1, (5, 3)), nn.LogSoftmax(-2))
+    support = torch.linspace(-10, -1, 5, **DOUBLE)
+    options = {"action_space": "categorical", "make_log_softmax": False}
+    masked = modules.DistributionalQValueActor(net, support, action_mask_key="mask", **options)
+    data = TensorDict({"observation": torch.randn(6, 4, **DOUBLE), "action": torch.zeros(6, dtype=torch.int64)}, [6])
+    data["next"] = TensorDict(
+        {
+            "observation": torch.randn(6, 4, **DOUBLE),
+            "reward": torch.randn(6, 1, **DOUBLE),
+            "done": torch.zeros(6, 1, dtype=torch.bool),
+        },
+        [6],
+    )
+    mask = torch.tensor([True, True, False]).expand(6, 1, 3)
+    data["mask"], data["next", "mask"] = torch.ones_like(mask), mask
+    loss = DistributionalDQNLoss(masked, gamma=0.9, double_dqn=double_dqn, reduction="none")
+    with torch.no_grad():
+        log_prob, next_log_prob = net(data["observation"]), net(data["next", "observation"])
+    legal = next_log_prob.clone()
+    legal[..., 2] = torch.nn.functional.one_hot(torch.tensor(0), 5).to(legal).log()  # the least return
+    wanted, _ = categorical_q_loss(
+        log_prob, data["action"], legal, support, data["next", "reward"].squeeze(-1), torch.zeros(6).bool(), 0.9
+    )
+    torch.testing.assert_close(loss(data)["loss"].detach(), wanted)
+    assert (wanted > 0).all()

@@ -149,19 +149,6 @@ def test_next_observations_are_seen_without_autograd_and_nothing_is_seen_of_bad_
     assert network.watched == [True, False, False]
 
 
-class Choice(nn.Module):
-    """Chooses the best action, as the last module of a policy does."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = 0
-
-    def forward(self, action_value, mask=None):
-        self.calls += 1
-        action_value = action_value if mask is None else action_value.masked_fill(~mask, -1e9)
-        return action_value.argmax(-1), action_value
-
-
 class CheckedSequence(TensorDictSequential):
     """A sequence that does something of its own."""
 
@@ -170,20 +157,32 @@ class CheckedSequence(TensorDictSequential):
 
 
 @pytest.mark.parametrize(
-    ("sequence", "masked", "calls"),
-    [(TensorDictSequential, False, 0), (TensorDictSequential, True, 2), (CheckedSequence, False, 2)],
+    ("sequence", "masked", "subclassed", "hooked", "calls"),
+    [
+        (TensorDictSequential, False, False, False, 0),
+        (TensorDictSequential, True, False, False, 2),
+        (TensorDictSequential, False, True, False, 2),
+        (TensorDictSequential, False, False, True, 2),
+        (CheckedSequence, False, False, False, 2),
+    ],
 )
-def test_a_last_module_that_only_chooses_an_action_is_left_out(sequence, masked, calls):
-    choice = Choice()
-    keys = ["action_value", "mask"] if masked else ["action_value"]
-    chooser = TensorDictModule(choice, keys, ["action", "action_value"])
-    chooser.action_value_key, chooser.action_mask_key = "action_value", "mask" if masked else None
+def test_a_last_module_that_only_chooses_an_action_is_left_out(
+    sequence, masked, subclassed, hooked, calls, monkeypatch
+):
+    module = pytest.importorskip("torchrl.modules").QValueModule
+    seen = []
+    forward = module.forward
+    monkeypatch.setattr(module, "forward", lambda *args, **kwargs: seen.append(1) or forward(*args, **kwargs))
+    cls = type("Chooser", (module,), {}) if subclassed else module
+    chooser = cls(action_space="categorical", action_mask_key="mask" if masked else None)
+    if hooked:
+        chooser.register_forward_hook(lambda *_: None)
     loss = DQNLoss(sequence(action_values(), chooser), action_space="categorical")
     data = transitions(action="categorical")
     if masked:
         data["mask"], data["next", "mask"] = torch.ones(2, 3, 5, ACTIONS, dtype=torch.bool)
     out, _ = run(loss, data)
-    assert choice.calls == calls
+    assert len(seen) == calls
     without = DQNLoss(action_values(), action_space="categorical")
     without.value_network_params.data.update_(loss.value_network_params.data["module", "0"])
     without.target_value_network_params.data.update_(loss.target_value_network_params.data["module", "0"])

@@ -140,6 +140,16 @@ def test_cross_q_normalises_both_ends_of_a_transition_together():
     assert not any(module.training for module in loss.qvalue_network.modules())
 
 
+@pytest.mark.parametrize("batch", [(2, 4), (2, 6)])  # 6 is the number of features too
+def test_cross_q_normalises_over_all_batch_dimensions(batch):
+    loss, data = cross_q(qvalue=judge(normalized=True)), transitions(batch)
+    flat = cross_q(qvalue=judge(normalized=True))
+    same_parameters(loss, flat)
+    a, b = run(loss, data)[0], run(flat, data.reshape(-1))[0]
+    for key in ("loss_actor", "loss_qvalue", "loss_alpha"):
+        torch.testing.assert_close(a[key], b[key], **CLOSE)
+
+
 def test_cross_q_has_no_target_networks():
     loss = cross_q()
     assert not [name for name in loss.state_dict() if name.startswith("target_")]
@@ -159,6 +169,22 @@ def test_nothing_after_a_terminal_step_matters(name):
 def test_padding_does_not_count(name):
     make, data = MAKE[name]
     assert_padding_is_ignored(make(), data(), random=name == "tqc")
+
+
+def test_an_action_of_padding_may_stand_for_none():
+    data, loss = transitions(action="categorical"), discrete_cql()
+    data["collector", "mask"] = mask = torch.rand(data.shape) < 0.5
+    data["action"] = torch.where(mask, data["action"], -1)
+    assert loss(data)["loss_qvalue"].isfinite()
+
+
+def test_n_step_targets_of_atoms_are_discounted_by_their_length():
+    data, loss = transitions(), tqc(reduction="none").make_value_estimator(gamma=0.5)
+    other = tqc(reduction="none").make_value_estimator(gamma=0.25)
+    other.load_state_dict({k: v for k, v in loss.state_dict().items() if "gamma" not in k}, strict=False)
+    wanted = run(other, data)[0]["loss_qvalue"]
+    data["steps_to_next_obs"] = torch.full((*data.shape, 1), 2)
+    torch.testing.assert_close(run(loss, data)[0]["loss_qvalue"], wanted, **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["tqc", "cross_q"])

@@ -17,7 +17,16 @@ from helpers_q import (
     transitions,
     value_network,
 )
-from helpers_sac import continuous, made, policy_of, sac, sac_with_value, values_of
+from helpers_sac import (
+    continuous,
+    made,
+    policy_of,
+    sac,
+    sac_with_value,
+    two_headed_actor,
+    two_headed_qvalue,
+    values_of,
+)
 from tensordict import TensorDict
 from tensordict.nn import (
     ProbabilisticTensorDictModule,
@@ -296,6 +305,12 @@ def test_the_automatic_target_entropy_is_minus_the_dimensions_of_an_action(spec,
         actor.spec = spec
     loss = SACLoss(actor, qvalue_network(), action_spec=spec if where == "argument" else None)
     assert loss.target_entropy.item() == expected
+
+
+def test_the_dimensions_of_all_heads_count():
+    specs = Specs(())
+    specs[("car", "steer")], specs[("car", "brake")] = Spec(1), Spec(1)
+    assert SACLoss(two_headed_actor(), two_headed_qvalue(), action_spec=specs).target_entropy.item() == -2
 
 
 def test_an_action_of_unknown_shape_has_no_automatic_target_entropy():
