@@ -276,6 +276,8 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
         self.register_buffer(name, torch.as_tensor(value, dtype=dtype, device=device))
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "use_prioritized_weights" and value not in (True, False, "auto"):
+            raise ValueError(f"use_prioritized_weights is {value!r}; it can be True, False or 'auto'")
         if name in self._all_schedulable_buffers and isinstance(value, (int, float, Tensor)):
             buffer = self._buffers.get(name)
             if buffer is None:

@@ -52,7 +52,8 @@ def reduce_loss(loss: Tensor, reduction: str, mask: Tensor | None = None, weight
         loss: l, any shape.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         mask: m, bool, the same shape: the samples that count. What stands at the others is not read into a result.
-        weights: w, the same shape: importance weights, such as those of a prioritised replay buffer.
+        weights: w, the same shape: importance weights, such as those of a prioritised replay buffer. Their scale
+            cancels in the mean, where Schaul et al. divide them by the greatest.
 
     Examples:
         >>> loss, mask = torch.tensor([1.0, 2.0, 30.0]), torch.tensor([True, True, False])

@@ -63,8 +63,6 @@ class SoftActorCriticLoss(TemperatureLoss, ActionValueLoss):
             )
         if scalar_output_mode not in (None, "exclude", "non_tensor"):
             raise ValueError(f"scalar_output_mode is {scalar_output_mode!r}; it can be None, 'exclude' or 'non_tensor'")
-        if use_prioritized_weights not in (True, False, "auto"):
-            raise ValueError(f"use_prioritized_weights is {use_prioritized_weights!r}; it can be True, False or 'auto'")
         self.loss_function = check_distance(loss_function)
         self.delay_actor = delay_actor
         self.separate_losses = separate_losses

@@ -37,8 +37,8 @@ class TD3Loss(DeterministicPolicyLoss):
         qvalue_network: Q: reads the action, writes ``state_action_value``. It is multiplied (drawn anew) to
             ``num_qvalue_nets`` networks; a list of networks is taken as it is.
         action_spec: the spec of the action, an object with ``space.low`` and ``space.high``, or a composite of specs.
-        bounds: the least and the greatest action, numbers or of a shape that broadcasts to the action's. Either this
-            or ``action_spec``.
+        bounds: the least and the greatest action, each a number or of the shape of the last dimensions of an action.
+            Either this or ``action_spec``.
         num_qvalue_nets: N.
         policy_noise: standard deviation of the noise.
         noise_clip: bound on the noise.

@@ -182,6 +182,14 @@ def test_an_unknown_reduction_is_refused_when_the_loss_is_made(name):
 
 
 @every_loss
+def test_an_unknown_use_of_priority_weights_is_refused_when_the_loss_is_made(name):
+    if "use_prioritized_weights" not in inspect.signature(getattr(losses, name)).parameters:
+        pytest.skip("has no such option")
+    with pytest.raises(ValueError, match="use_prioritized_weights is 'foo'"):
+        CASES[name].make(use_prioritized_weights="foo")
+
+
+@every_loss
 def test_a_discount_in_the_wrong_place_points_to_the_right_one(name):
     if "gamma" in inspect.signature(getattr(losses, name)).parameters:
         pytest.skip("takes gamma")
