@@ -39,6 +39,15 @@ def is_random(network: nn.Module) -> bool:
     return any(isinstance(module, tuple(_random_modules)) for module in network.modules())
 
 
+def check_distribution(actor_network: object, owner: str) -> None:
+    """Raise TypeError, in the name of its ``owner``, if the policy has no distribution."""
+    if not hasattr(actor_network, "get_dist"):
+        raise TypeError(
+            f"{owner} needs an actor_network that has a distribution, such as a ProbabilisticTensorDictSequential, but "
+            f"it is a {type(actor_network).__name__}"
+        )
+
+
 def keys_read(network: nn.Module) -> list[NestedKey]:
     """The entries that ``network`` reads and doesn't itself write a part of."""
     written = [_as_tuple(key) for key in getattr(network, "out_keys", ())]

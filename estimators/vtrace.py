@@ -11,7 +11,7 @@ from ..kernels.vtrace import vtrace
 from .base import ValueEstimatorBase, as_hyperparameter
 from .functional import log_ratio
 from .heads import DistributionHeads, one_or_list
-from .modules import keys_read
+from .modules import check_distribution, keys_read
 from .registry import ValueEstimators, register_value_estimator
 from .steps import Steps, standardize, valid_only, without_padding
 from .variants import BothValuesEstimatorBase
@@ -80,11 +80,7 @@ class VTrace(BothValuesEstimatorBase):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not hasattr(actor_network, "get_dist"):
-            raise TypeError(
-                "VTrace needs an actor_network that has a distribution, such as a ProbabilisticTensorDictSequential, "
-                f"but it is a {type(actor_network).__name__}"
-            )
+        check_distribution(actor_network, "VTrace")
         for name, threshold in (("rho_thresh", rho_thresh), ("c_thresh", c_thresh)):
             if not isinstance(threshold, Tensor) and not threshold >= 0:
                 raise ValueError(f"{name} is {threshold}, but must not be negative")

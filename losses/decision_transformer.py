@@ -7,8 +7,10 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, dispatch
 
+from ..estimators.modules import check_distribution
 from .functional.soft_actor_critic import temperature_loss
 from .policy import ActionHeads
+from .reduction import check_scalar_output_mode
 from .supervised import SupervisedLoss
 from .temperature import TemperatureLoss, continuous_target_entropy
 from .utils import check_distance, distance_loss
@@ -148,13 +150,8 @@ class OnlineDTLoss(SupervisedLoss, TemperatureLoss):
         scalar_output_mode: str | None = None,
     ) -> None:
         super().__init__(reduction)
-        if not hasattr(actor_network, "get_dist"):
-            raise TypeError(
-                "OnlineDTLoss needs an actor_network that has a distribution, such as a "
-                f"ProbabilisticTensorDictSequential, but it is a {type(actor_network).__name__}"
-            )
-        if scalar_output_mode not in (None, "exclude", "non_tensor"):
-            raise ValueError(f"scalar_output_mode is {scalar_output_mode!r}; it can be None, 'exclude' or 'non_tensor'")
+        check_distribution(actor_network, type(self).__name__)
+        check_scalar_output_mode(scalar_output_mode)
         wanted: Any = continuous_target_entropy(target_entropy, None, actor_network)
         self.samples_mc_entropy = samples_mc_entropy
         self.scalar_output_mode = scalar_output_mode

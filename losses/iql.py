@@ -7,13 +7,13 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
 from torch import Tensor
 
+from ..estimators.modules import check_distribution
 from .action_value import ActionValueLoss
 from .functional.deterministic import clipped_double_q, ensemble_distance, largest_squared_error
 from .functional.offline import advantage_weighted_objective, expectile_loss
 from .policy import ActionHeads
+from .reduction import check_scalar_output_mode
 from .utils import check_distance
-
-SCALAR_OUTPUT_MODES = (None, "exclude", "non_tensor")
 
 
 class IQLLoss(ActionValueLoss):
@@ -110,19 +110,12 @@ class IQLLoss(ActionValueLoss):
         use_prioritized_weights: bool | str = "auto",
     ) -> None:
         super().__init__(reduction)
-        if not hasattr(actor_network, "get_dist"):
-            raise TypeError(
-                f"{type(self).__name__} needs an actor_network that has a distribution, such as a "
-                f"ProbabilisticTensorDictSequential, but it is a {type(actor_network).__name__}"
-            )
+        check_distribution(actor_network, type(self).__name__)
         if value_network is None:
             raise TypeError(f"{type(self).__name__} needs a value_network, but it is None")
         if not 0 < expectile < 1:
             raise ValueError(f"expectile must be in (0, 1), but is {expectile}")
-        if scalar_output_mode not in SCALAR_OUTPUT_MODES:
-            raise ValueError(
-                f"scalar_output_mode is {scalar_output_mode!r}; it can be {', '.join(map(repr, SCALAR_OUTPUT_MODES))}"
-            )
+        check_scalar_output_mode(scalar_output_mode)
         self.loss_function = check_distance(loss_function)
         self.temperature = temperature
         self.expectile = expectile

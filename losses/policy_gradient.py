@@ -11,6 +11,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor
 
 from ..estimators.heads import one_or_list
+from ..estimators.modules import check_distribution
 from ..estimators.vtrace import VTrace
 from .base import LossModule
 from .functional import explained_variance
@@ -86,11 +87,7 @@ class PolicyGradientLoss(LossModule):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(reduction)
-        if not hasattr(actor_network, "get_dist"):
-            raise TypeError(
-                f"{type(self).__name__} needs an actor_network that has a distribution, such as a "
-                f"ProbabilisticTensorDictSequential, but it is a {type(actor_network).__name__}"
-            )
+        check_distribution(actor_network, type(self).__name__)
         self.loss_critic_type = check_distance(loss_critic_type, "loss_critic_type")
         self.separate_losses = separate_losses
         self.delay_actor = delay_actor

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 REDUCTIONS = ("none", "mean", "sum")
+SCALAR_OUTPUT_MODES = (None, "exclude", "non_tensor")
 
 
 def check_reduction(reduction: str | None) -> str:
@@ -18,6 +19,12 @@ def check_reduction(reduction: str | None) -> str:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; it can be None (mean), {', '.join(map(repr, REDUCTIONS))}")
     return reduction
+
+
+def check_scalar_output_mode(mode: str | None) -> None:
+    """Raise ValueError if no loss knows this way to hand over numbers that hold for the whole batch."""
+    if mode not in SCALAR_OUTPUT_MODES:
+        raise ValueError(f"scalar_output_mode is {mode!r}; it can be {', '.join(map(repr, SCALAR_OUTPUT_MODES))}")
 
 
 def align(x: Tensor, loss: Tensor, name: str) -> Tensor:

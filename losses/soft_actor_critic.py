@@ -12,8 +12,10 @@ from tensordict.nn import (
 from torch import Tensor
 from torch.distributions import Distribution
 
+from ..estimators.modules import check_distribution
 from .action_value import ActionValueLoss
 from .policy import ActionHeads
+from .reduction import check_scalar_output_mode
 from .temperature import TemperatureLoss
 from .utils import check_distance
 
@@ -56,13 +58,8 @@ class SoftActorCriticLoss(TemperatureLoss, ActionValueLoss):
         scalar_output_mode: str | None,
     ) -> None:
         super().__init__(reduction)
-        if not hasattr(actor_network, "get_dist"):
-            raise TypeError(
-                f"{type(self).__name__} needs an actor_network that has a distribution, such as a "
-                f"ProbabilisticTensorDictSequential, but it is a {type(actor_network).__name__}"
-            )
-        if scalar_output_mode not in (None, "exclude", "non_tensor"):
-            raise ValueError(f"scalar_output_mode is {scalar_output_mode!r}; it can be None, 'exclude' or 'non_tensor'")
+        check_distribution(actor_network, type(self).__name__)
+        check_scalar_output_mode(scalar_output_mode)
         self.loss_function = check_distance(loss_function)
         self.delay_actor = delay_actor
         self.separate_losses = separate_losses
