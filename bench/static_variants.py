@@ -30,6 +30,10 @@ class Variant(Protocol):
     def name(self) -> str:
         """The row's name in the table."""
 
+    @property
+    def minimum_bytes(self) -> int | None:
+        """Per element, if each input is read once and each output written once; None where elements aren't moved."""
+
     def compile(self, target: GPUTarget) -> tuple[Any, float]:
         """The compiled kernel, and the elements of a tile that a thread owns."""
 
@@ -65,7 +69,9 @@ def compile_as_launched(kernel: Any, arguments: Mapping[str, Any], target: GPUTa
     for i, name in enumerate(kernel.arg_names):
         x = arguments.get(name)
         if isinstance(x, Strided):
-            signature[name] = tuple(declare((i, k), part) for k, part in enumerate((x.pointer, *x.strides)))
+            x = (x.pointer, *x.strides)
+        if isinstance(x, tuple):
+            signature[name] = tuple(declare((i, k), part) for k, part in enumerate(x))
         else:
             signature[name] = declare((i,), x)
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -80,10 +86,15 @@ _READ = {
     TD_LAMBDA: ("reward", "next_value", "done", "terminated"),
     GAE: ("reward", "value", "next_value", "done", "terminated"),
 }
+_ADJOINT_READ = {
+    SCAN: ("done", "grad_y"),
+    TD_LAMBDA: ("done", "terminated", "grad_y"),
+    GAE: ("done", "terminated", "grad_y", "grad_target"),
+}
 _ADJOINT = {
-    SCAN: ("done", "grad_y", "grad_reward"),
-    TD_LAMBDA: ("done", "terminated", "grad_y", "grad_reward", "grad_next_value"),
-    GAE: ("done", "terminated", "grad_y", "grad_target", "grad_reward", "grad_value", "grad_next_value"),
+    SCAN: (*_ADJOINT_READ[SCAN], "grad_reward"),
+    TD_LAMBDA: (*_ADJOINT_READ[TD_LAMBDA], "grad_reward", "grad_next_value"),
+    GAE: (*_ADJOINT_READ[GAE], "grad_reward", "grad_value", "grad_next_value"),
 }
 _ADJOINT_OF_SCALARS = {
     SCAN: ("y", "grad_gamma"),
@@ -107,6 +118,21 @@ class Scan(NamedTuple):
         """The row's name in the table."""
         return ", ".join(self)
 
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of the kernel's tensors, inputs before outputs."""
+        if self.direction == "recurrence":
+            return (*_READ[self.kind], "y", *(("target",) if self.kind == GAE else ()))
+        return _ADJOINT[self.kind] + (_ADJOINT_OF_SCALARS[self.kind] if self.direction == "adjoint γλ" else ())
+
+    @property
+    def minimum_bytes(self) -> int:
+        """Per element, if each input is read once and each output written once."""
+        used = self.tensors
+        if self.phase == "compose":  # which needs what c and d are made of, and writes nothing per element
+            used = _READ[self.kind] if self.direction == "recurrence" else _ADJOINT_READ[self.kind]
+        return sum(1 if name in _MASKS else _ITEMSIZE[self.dtype] for name in used)
+
     def compile(self, target: GPUTarget) -> tuple[Any, float]:
         """The compiled kernel, and the elements of a tile that a thread owns."""
         contiguous = self.layout == "contiguous time"
@@ -118,18 +144,14 @@ class Scan(NamedTuple):
         tile = launch.tiling(rows, steps, _ITEMSIZE[self.dtype], time_is_contiguous=contiguous, processors=132)
         assert (tile.split > 1) == split
         adjoint = self.direction != "recurrence"
-        present = (_ADJOINT if adjoint else _READ)[self.kind]
-        if self.direction == "adjoint γλ":
-            present += _ADJOINT_OF_SCALARS[self.kind]
-        if not adjoint:
-            present += ("y", "target") if self.kind == GAE else ("y",)
         strides = (steps, 0, 1) if contiguous else (1, 0, rows)
         arguments: dict[str, Any] = {
-            name: Strided("*u1" if name in _MASKS else "*" + self.dtype, strides) for name in present
+            name: Strided("*u1" if name in _MASKS else "*" + self.dtype, ()) for name in self.tensors
         }
         arguments |= {
             "gamma": "fp64",
             "lmbda": "fp64",
+            "layout": strides,
             "compositions": f"*{_COMPUTE[self.dtype]}" if split else None,
             "rows": rows,
             "inner": 1,
@@ -143,7 +165,7 @@ class Scan(NamedTuple):
             "TILE_LANES": tile.lanes,
             "COMPOSE": self.phase == "compose",
             "SPLIT": tile.split,
-            "SPLIT_POWER": triton.next_power_of_2(tile.split),
+            "SPLIT_POWER": launch.split_power(tile),
         }
         compiled = compile_as_launched(scan_kernel, arguments, target, launch._WARPS)
         return compiled, tile.rows * tile.lanes * STEPS_PER_LANE / (launch._WARPS * target.warp_size)
@@ -152,17 +174,21 @@ class Scan(NamedTuple):
 def _scan_variants() -> Iterable[Scan]:
     """Every kind, direction and layout in float32; split rows and the other dtypes for GAE."""
     layouts = ("contiguous time", "time-major")
+    directions = ("recurrence", "adjoint", "adjoint γλ")
     for kind in (GAE, TD_LAMBDA, SCAN):
-        for direction in ("recurrence", "adjoint", "adjoint γλ"):
+        for direction in directions:
             for layout in layouts:
                 yield Scan(kind, direction, layout, "whole row", "fp32")
-    yield Scan(GAE, "recurrence", "time-major, few rows", "whole row", "fp32")
-    for layout in layouts:
-        for phase in ("compose", "solve"):
-            yield Scan(GAE, "recurrence", layout, phase, "fp32")
-    for layout in layouts:
-        for dtype in ("bf16", "fp64"):
-            yield Scan(GAE, "recurrence", layout, "whole row", dtype)
+    # The dearest kind in the dearest direction too.
+    for kind, direction in (*((GAE, direction) for direction in directions), (TD_LAMBDA, "adjoint γλ")):
+        yield Scan(kind, direction, "time-major, few rows", "whole row", "fp32")
+        for layout in layouts:
+            for phase in ("compose", "solve"):
+                yield Scan(kind, direction, layout, phase, "fp32")
+    for direction in ("recurrence", "adjoint"):
+        for layout in layouts:
+            for dtype in ("bf16", "fp64"):
+                yield Scan(GAE, direction, layout, "whole row", dtype)
 
 
 # --- the categorical loss -----------------------------------------------------------------------------------------
@@ -184,6 +210,11 @@ class Categorical(NamedTuple):
     def name(self) -> str:
         """The row's name in the table."""
         return f"categorical {self.kernel}, {self.layout}, {self.atoms} atoms × {self.actions} actions, {self.dtype}"
+
+    @property
+    def minimum_bytes(self) -> None:
+        """None: the element of a hat function isn't one of memory."""
+        return None
 
     def compile(self, target: GPUTarget) -> tuple[Any, float]:
         """The compiled kernel, and the elements of a tile that a thread owns."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .categorical_kernel import gradient_kernel, loss_kernel, projection_kernel
 from .categorical_problem import Bellman, Transition, compute_dtype, new_gradient
+from .launching import launch
 
 # One warp, which keeps every exchange between lanes a shuffle or a read of shared memory without a barrier.
 _WARPS = 1
@@ -49,22 +50,23 @@ def forward(transition: Transition, bellman: Bellman, keep: bool) -> list[Tensor
     loss = log_prob.new_empty(samples)
     projected = log_prob.new_empty(samples, atoms, dtype=dtype) if keep else None
     tile = tiling(atoms, actions, dtype.itemsize)
-    with torch.cuda.device_of(loss):
-        loss_kernel[samples,](
-            *(None if x is None else (x, *x.stride()) for x in transition),
-            *_bellman_arguments(bellman),
-            loss,
-            projected,
-            atoms,
-            actions,
-            DTYPE=_TRITON_DTYPE[dtype],
-            INDEX=_index(*transition),
-            ACTIONS_POWER=tile.actions_power,
-            TILE_ATOMS=tile.atoms,
-            TARGETS=tile.targets,
-            SOURCES=tile.sources,
-            num_warps=_WARPS,
-        )
+    launch(
+        loss_kernel,
+        samples,
+        *(None if x is None else (x, *x.stride()) for x in transition),
+        *_bellman_arguments(bellman),
+        loss,
+        projected,
+        atoms,
+        actions,
+        DTYPE=_TRITON_DTYPE[dtype],
+        INDEX=_index(*transition),
+        ACTIONS_POWER=tile.actions_power,
+        TILE_ATOMS=tile.atoms,
+        TARGETS=tile.targets,
+        SOURCES=tile.sources,
+        num_warps=_WARPS,
+    )
     return [loss] if projected is None else [loss, projected]
 
 
@@ -73,20 +75,21 @@ def backward(log_prob: Tensor, action: Tensor, projected: Tensor, grad: Tensor) 
     found = new_gradient(log_prob)
     samples, atoms, actions = found.shape
     tile = tiling(atoms, actions, projected.dtype.itemsize)
-    with torch.cuda.device_of(found):
-        gradient_kernel[samples,](
-            (action, *action.stride()),
-            projected.contiguous(),
-            (grad, *grad.stride()),
-            (found, *found.stride()),
-            atoms,
-            actions,
-            DTYPE=_TRITON_DTYPE[projected.dtype],
-            INDEX=_index(found),
-            ACTIONS_POWER=tile.actions_power,
-            TILE_ATOMS=tile.atoms,
-            num_warps=_WARPS,
-        )
+    launch(
+        gradient_kernel,
+        samples,
+        (action, *action.stride()),
+        projected.contiguous(),
+        (grad, *grad.stride()),
+        (found, *found.stride()),
+        atoms,
+        actions,
+        DTYPE=_TRITON_DTYPE[projected.dtype],
+        INDEX=_index(found),
+        ACTIONS_POWER=tile.actions_power,
+        TILE_ATOMS=tile.atoms,
+        num_warps=_WARPS,
+    )
     return found
 
 
@@ -96,18 +99,19 @@ def project(prob: Tensor, bellman: Bellman) -> Tensor:
     samples, atoms = prob.shape
     dtype = compute_dtype(prob.dtype)
     tile = tiling(atoms, 1, dtype.itemsize)
-    with torch.cuda.device_of(prob):
-        projection_kernel[samples,](
-            (prob, *prob.stride()),
-            *_bellman_arguments(bellman),
-            projected,
-            atoms,
-            DTYPE=_TRITON_DTYPE[dtype],
-            INDEX=_index(prob),
-            TARGETS=tile.targets,
-            SOURCES=tile.sources,
-            num_warps=_WARPS,
-        )
+    launch(
+        projection_kernel,
+        samples,
+        (prob, *prob.stride()),
+        *_bellman_arguments(bellman),
+        projected,
+        atoms,
+        DTYPE=_TRITON_DTYPE[dtype],
+        INDEX=_index(prob),
+        TARGETS=tile.targets,
+        SOURCES=tile.sources,
+        num_warps=_WARPS,
+    )
     return projected
 
 
@@ -118,7 +122,7 @@ def _bellman_arguments(bellman: Bellman) -> tuple[Any, ...]:
     if not isinstance(gamma, Tensor):
         return (*strided, gamma, None)
     if gamma.ndim == 0:
-        return (*strided, 0.0, (gamma.to(bellman.reward.device, non_blocking=True), None))
+        return (*strided, 0.0, (gamma.to(bellman.reward.device, non_blocking=True), 0))
     return (*strided, 0.0, (gamma, *gamma.stride()))
 
 

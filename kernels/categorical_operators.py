@@ -26,6 +26,7 @@ from .categorical_problem import (
     flat_transition,
     new_gradient,
 )
+from .function import apply
 from .operators import number_or_tensor
 
 # Where each backend's `forward`, `backward` and `project` live; imported at the first use, since Triton may be absent.
@@ -59,7 +60,7 @@ def loss(transition: Transition, bellman: Bellman, backend: str | None) -> Tenso
     differentiated = torch.is_grad_enabled() and transition.log_prob.requires_grad
     # Forward-mode tangents don't show in requires_grad. _Loss has no rule for them and says so.
     if differentiated or forward_ad._current_level >= 0:
-        return _Loss.apply(name, transition.log_prob, *constants)[0]
+        return apply(_Loss, name, transition.log_prob, *constants)[0]
     return _forward(name, False, transition.log_prob.detach(), *constants)[0]
 
 
@@ -76,7 +77,7 @@ def projection(prob: Tensor, bellman: Bellman, backend: str | None) -> Tensor:
     check_bellman(bellman, prob.shape, prob.device)
     name = resolve_backend(backend, prob)
     *tensors, gamma = _constants(bellman)
-    return torch.ops.fusedrl.categorical_projection(name, prob.detach(), *tensors, *number_or_tensor(gamma))
+    return torch.ops.fusedrl.categorical_projection(name, prob.detach(), *tensors, *number_or_tensor(gamma, prob))
 
 
 def backend_module(name: str) -> Any:
@@ -124,7 +125,7 @@ def _constants(tensors: tuple[Any, ...]) -> list[Any]:
 
 def _forward(name: str, keep: bool, *fields: Any) -> list[Tensor]:
     *tensors, gamma = fields
-    return torch.ops.fusedrl.categorical_loss(name, keep, *tensors, *number_or_tensor(gamma))
+    return torch.ops.fusedrl.categorical_loss(name, keep, *tensors, *number_or_tensor(gamma, tensors[0]))
 
 
 def _bellman(

@@ -24,14 +24,15 @@ def forward(transition: Transition, bellman: Bellman, keep: bool) -> list[Tensor
     best = _greedy_action(target if online is None else online, bellman.support.to(dtype))
     positions = _positions(bellman, dtype)
     projected = log_prob.new_zeros((samples, atoms), dtype=dtype)
-    loss = log_prob.new_empty(samples)
+    losses = []
     for tile in _tiles(samples, _largest(projected)):
         m = _part(projected, tile)
         next_prob = _of_action(_part(target, tile), _part(best, tile)).to(dtype).exp_()
         _add_projection(m, next_prob, positions.of(tile))
         # Selected: an atom without mass counts for nothing even if its log-probability is −∞.
         terms = (m * _of_action(_part(log_prob, tile), _part(action, tile))).masked_fill_(m == 0, 0)
-        _part(loss, tile).copy_(terms.sum(-1)).neg_()
+        losses.append(terms.sum(-1))
+    loss = _joined(losses).neg_().to(log_prob.dtype)
     return [loss, projected] if keep else [loss]
 
 
@@ -73,22 +74,25 @@ def _positions(bellman: Bellman, dtype: torch.dtype) -> _Positions:
     terminated = terminated if terminated.dtype == torch.bool else terminated != 0
     if isinstance(gamma, Tensor):
         gamma = gamma.to(support.device, dtype, non_blocking=True)
-    atoms_per_value = (support.shape[0] - 1) / (support[-1] - support[0])
-    start = (reward - support[0]) * atoms_per_value
+    v_min = support[0]
+    atoms_per_value = (support.shape[0] - 1) / (support[-1] - v_min)
+    reward, terminated = reward[:, None], terminated[:, None]
+    start = (reward - v_min).mul_(atoms_per_value)
+    step = gamma * atoms_per_value
     # Selected: after a terminal step γ isn't read.
-    step = torch.where(terminated, 0, gamma * atoms_per_value)
-    return _Positions(start[:, None], step[:, None], terminated[:, None], support)
+    step = torch.where(terminated, 0, step[:, None] if step.ndim else step)
+    return _Positions(start, step, terminated, support)
 
 
 def _greedy_action(log_prob: Tensor, support: Tensor) -> Tensor:
     """argmax_a Σ_j z_j p_j(a), the first of equals."""
     samples, atoms, actions = log_prob.shape
-    best = torch.empty(samples, dtype=torch.int64, device=log_prob.device)
+    best = []
     for tile in _tiles(samples, atoms * actions):
         prob = _part(log_prob, tile).to(support.dtype).exp()
         q = torch.bmm(support.expand(len(prob), 1, atoms), prob)
-        _part(best, tile).copy_(q.argmax(-1)[:, 0])
-    return best
+        best.append(q.argmax(-1).squeeze(-1))
+    return _joined(best)
 
 
 def _add_projection(m: Tensor, prob: Tensor, positions: _Positions) -> None:
@@ -135,6 +139,10 @@ def _tiles(samples: int, elements_per_sample: int) -> Iterator[slice | None]:
     if samples <= size:
         return iter((None,))
     return (slice(start, start + size) for start in range(0, samples, size))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _part(x: Tensor, tile: slice | None) -> Tensor:

@@ -1,7 +1,8 @@
 """Host side of the scan kernel: from a problem to tiles, strides and launches; the ``triton`` backend."""
 
+from collections import Counter
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -10,11 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import fixed_discount
+from .launching import ADDRESS, NUMBER, Launch
 from .recurrence import FIXED_DISCOUNT, Recurrence
 from .scan import STEPS_PER_LANE, scan_kernel
 
-# Steps by rows of a tile. A program is one warp, which keeps every exchange between lanes a shuffle: 512 elements are
-# 16 per thread, that is four 128-bit loads of each float32 input in flight.
+# A program is one warp, which keeps every exchange between lanes a shuffle. 2048 bytes of a tensor are four 128-bit
+# loads per thread, all of them in flight. Narrow dtypes are computed in float32, for more of which registers are few.
+_TILE_BYTES = 2048
 _TILE = 512
 _WARPS = 1
 
@@ -28,15 +31,15 @@ class Tiling(NamedTuple):
 
 
 def tiling(rows: int, steps: int, itemsize: int, *, time_is_contiguous: bool, processors: int) -> Tiling:
-    """Choose a tile of 512 elements and as many programs as keep the device busy.
+    """Choose a tile of 512 elements (256 in float64) and as many programs as keep the device busy.
 
-    With contiguous time a tile has 4 rows of 128 steps, so that the lanes of a row are the threads of a warp. Otherwise
+    With contiguous time a tile has rows of 128 steps, so that the lanes of a row are the threads of a warp. Otherwise
     it has a cache line (128 bytes) of adjacent rows, or the 32 bytes that memory moves at least where lines would make
-    fewer than 4 programs per processor, by as many steps as make 512 elements. Shorter time is made up by more rows and
+    fewer than 4 programs per processor, by as many steps as make a tile. Shorter time is made up by more rows and
     the other way round. Rows are split where there is less than one program per processor; a share is two tiles or
-    more, and the compositions of all shares of a program's rows are scanned at once, hence at most 1024.
+    more, and a program holds the compositions of all shares of its rows in registers, hence at most 1024.
     """
-    tile = _TILE // STEPS_PER_LANE
+    tile = min(_TILE, _TILE_BYTES // itemsize) // STEPS_PER_LANE
     lanes_of_row = triton.next_power_of_2(triton.cdiv(steps, STEPS_PER_LANE))
     lanes = min(32 if time_is_contiguous else tile * itemsize // 128, lanes_of_row)
     tile_rows = min(tile // lanes, triton.next_power_of_2(rows))
@@ -51,13 +54,27 @@ def tiling(rows: int, steps: int, itemsize: int, *, time_is_contiguous: bool, pr
     return Tiling(tile_rows, lanes, split)
 
 
+def split_power(tile: Tiling) -> int:
+    """The places for compositions that a row has: a power of 2, and enough for a load of 4."""
+    return max(STEPS_PER_LANE, triton.next_power_of_2(tile.split))
+
+
 def forward(problem: Recurrence, time_dim: int) -> list[Tensor]:
     """The outputs of ``problem``, on the Triton kernel."""
-    if problem.kind == FIXED_DISCOUNT:
+    kind, _, _, reward, value, next_value, done, terminated = problem
+    if kind == FIXED_DISCOUNT:
         return fixed_discount.forward(forward, problem, time_dim)
     outputs = problem.new_outputs()
-    y, target = [*outputs, None][:2]
-    if not _launch(problem, time_dim, y=y, target=target):
+    inputs = (reward, value, next_value, done, terminated)
+    present = [x for x in inputs if x is not None]
+    key = _key(problem, time_dim, outputs[0].dtype, present, done is None, terminated is None)
+    prepared = _prepared.get(key)
+    if prepared is None:
+        tensors = (*inputs, *outputs, *(None,) * (9 - len(outputs)))
+        prepared = _remember(key, _prepare(problem, time_dim, tensors, adjoint=False))
+    if prepared.launches:
+        prepared.run(problem, present + outputs)
+    else:
         for output, copy in zip(outputs, forward(_dense(problem), time_dim), strict=True):
             output.copy_(copy)
     return outputs
@@ -67,21 +84,28 @@ def backward(
     problem: Recurrence, time_dim: int, y: Tensor | None, grads: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor]:
     """Per-step gradients of the needed inputs among γ, λ, reward, value and next value, on the Triton kernel."""
-    if problem.kind == FIXED_DISCOUNT:
+    kind, _, _, reward, value, next_value, done, terminated = problem
+    if kind == FIXED_DISCOUNT:
         return fixed_discount.backward(forward, backward, problem, time_dim, grads, needs)
-    grad_y, grad_target = [*grads, None][:2]
     precise = problem.compute_dtype
-    dtypes = (
-        precise,
-        precise,
-        *(x.dtype if x is not None and x.is_floating_point() else precise for x in problem[3:6]),
-    )
-    found = [
-        torch.empty_like(problem.reward, dtype=dtype) if need else None
-        for need, dtype in zip(needs, dtypes, strict=True)
-    ]
+    found = [_like(reward, precise) if need else None for need in needs[:2]]
+    for x, need in zip((reward, value, next_value), needs[2:], strict=True):
+        found.append(_like(reward, x.dtype if x.is_floating_point() else precise) if need else None)
     results = [x for x in found if x is not None]
-    if not _launch(problem, time_dim, y=y, grad_y=grad_y, grad_target=grad_target, found=found):
+    if not (needs[0] or needs[1]):  # y_{t+1} and v' enter the gradients of γ and λ alone
+        y = next_value = None
+    inputs = (next_value, done, terminated, y, *grads)
+    present = [x for x in inputs if x is not None]
+    wanted = [None if x is None else x.dtype for x in found]
+    key = _key(problem, time_dim, precise, present, *[x is None for x in inputs], *wanted, results[0].stride())
+    prepared = _prepared.get(key)
+    if prepared is None:
+        grad_y, grad_target = [*grads, None][:2]
+        tensors = (None, None, next_value, done, terminated, y, None, grad_y, grad_target, *found)
+        prepared = _remember(key, _prepare(problem, time_dim, tensors, adjoint=True))
+    if prepared.launches:
+        prepared.run(problem, present + results)
+    else:
         y, *grads = (None if x is None else x.contiguous() for x in (y, *grads))
         copies = backward(_dense(problem), time_dim, y, grads, needs)
         for result, copy in zip(results, copies, strict=True):
@@ -89,71 +113,114 @@ def backward(
     return results
 
 
-def _launch(
-    problem: Recurrence,
-    time_dim: int,
-    *,
-    y: Tensor | None,
-    target: Tensor | None = None,
-    grad_y: Tensor | None = None,
-    grad_target: Tensor | None = None,
-    found: Sequence[Tensor | None] | None = None,
-) -> bool:
-    """Run the recurrence, writing ``y`` and ``target``; or, where ``found`` is given, its adjoint, writing that.
+def _like(reward: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(reward) if reward.dtype == dtype else torch.empty_like(reward, dtype=dtype)
 
-    False, and nothing is done, if the strides keep three or more dimensions of rows apart (slices of several batch
-    dimensions): the kernel knows two.
+
+def _key(
+    problem: Recurrence, time_dim: int, dtype: torch.dtype, inputs: Sequence[Tensor], *more: Any
+) -> tuple[Any, ...]:
+    """All that what `_prepare` returns depends on: what is computed, the forms of the inputs, and what ``more`` says.
+
+    Outputs are laid out like the reward.
     """
-    reward = problem.reward
-    adjoint = found is not None
-    tensors: Sequence[Tensor | None] = (
-        None if adjoint else reward,
-        problem.value,
-        problem.next_value,
-        problem.done,
-        problem.terminated,
-        y,
-        target,
-        grad_y,
-        grad_target,
-        *(found or (None,) * 5),
-        *(x.expand_as(reward) if isinstance(x, Tensor) and x.ndim else None for x in problem[1:3]),
+    kind, gamma, lmbda, reward, *_ = problem
+    return (
+        kind,
+        time_dim,
+        dtype,
+        reward.shape,
+        reward.get_device(),
+        tuple(map(_dtype, inputs)),
+        all(map(Tensor.is_contiguous, inputs)) or tuple(map(Tensor.stride, inputs)),
+        (gamma.dtype, gamma.shape, gamma.stride()) if isinstance(gamma, Tensor) else None,
+        (lmbda.dtype, lmbda.shape, lmbda.stride()) if isinstance(lmbda, Tensor) else None,
+        more,
     )
-    strides = tuple(None if x is None else x.stride() for x in tensors)
+
+
+_dtype = Tensor.dtype.__get__  # type: ignore[attr-defined]  # the getter of a property in C
+
+
+class _Prepared(NamedTuple):
+    """The launches that solve a recurrence or its adjoint; none if its strides are more than the kernel knows."""
+
+    launches: tuple[Launch, ...]
+    compositions: int = 0  # elements that the launches share
+    dtype: torch.dtype = torch.float32  # of those
+
+    def run(self, problem: Recurrence, tensors: list[Tensor]) -> None:
+        """Launch on the tensors that are there, in the order of the kernel's arguments."""
+        _, gamma, lmbda, reward, *_ = problem
+        numbers = []
+        for x in (gamma, lmbda):
+            if isinstance(x, Tensor):  # one of 0 dimensions may be on another device
+                tensors.append(x.to(reward.device, non_blocking=True))
+            elif x is not None:
+                numbers.append(x)
+        if self.compositions:
+            tensors.append(reward.new_empty(self.compositions, dtype=self.dtype))
+        for launch in self.launches:
+            launch(reward.get_device(), tensors, numbers)
+
+
+_prepared: dict[tuple[Any, ...], _Prepared] = {}
+_MOST_PREPARED = 4096
+
+
+def _remember(key: tuple[Any, ...], prepared: _Prepared) -> _Prepared:
+    if len(_prepared) >= _MOST_PREPARED:
+        _prepared.clear()
+    _prepared[key] = prepared
+    return prepared
+
+
+def _prepare(problem: Recurrence, time_dim: int, tensors: Sequence[Tensor | None], *, adjoint: bool) -> _Prepared:
+    """The launches for tensors of this form: those of the recurrence, or of its adjoint.
+
+    None are there if the strides keep three or more dimensions of rows apart (slices of several batch dimensions): the
+    kernel knows two.
+    """
+    reward, dtype = problem.reward, problem.compute_dtype
+    scalars = [x.expand_as(reward) if isinstance(x, Tensor) and x.ndim else None for x in problem[1:3]]
+    strides = tuple(None if x is None else x.stride() for x in (*tensors, *scalars))
     plan = _plan(reward.shape, time_dim, strides, problem.dtype.itemsize, _processors(reward.device))
     if plan is None:
-        return False
+        return _Prepared(())
     rows, lanes, split = plan.tiling
-    dtype = problem.compute_dtype
-    arguments: list[Any] = [
-        None if x is None or s is None else (x, *s) for x, s in zip(tensors, plan.strides, strict=True)
-    ]
-    lmbda_tensor, gamma_tensor = arguments.pop(), arguments.pop()
-    compositions = reward.new_empty(2 * plan.rows * split, dtype=dtype) if split > 1 else None
-    grid = (triton.cdiv(plan.rows, rows) * split,)
-    with torch.cuda.device_of(reward):
-        for compose in (True, False) if split > 1 else (False,):
-            scan_kernel[grid](
+    *arguments, gamma, lmbda = (
+        None if s is None else (ADDRESS,) if s == plan.layout else (ADDRESS, *s) for s in plan.strides
+    )
+    blocks, places = triton.cdiv(plan.rows, rows), split_power(plan.tiling)
+    launches = tuple(
+        Launch(
+            scan_kernel,
+            blocks * split,
+            [
                 *arguments,
-                *_scalar_arguments(problem.gamma, gamma_tensor, reward.device),
-                *_scalar_arguments(problem.lmbda, lmbda_tensor, reward.device),
-                compositions,
+                *_scalar_arguments(problem.gamma, gamma),
+                *_scalar_arguments(problem.lmbda, lmbda),
+                ADDRESS if split > 1 else None,
+                plan.layout,
                 plan.rows,
                 plan.inner,
                 plan.steps,
-                KIND=problem.kind,
-                ADJOINT=adjoint,
-                DTYPE=_TRITON_DTYPE[dtype],
-                INDEX=plan.index,
-                TIME_IS_CONTIGUOUS=plan.time_is_contiguous,
-                TILE_ROWS=rows,
-                TILE_LANES=lanes,
-                COMPOSE=compose,
-                SPLIT=split,
-                SPLIT_POWER=triton.next_power_of_2(split),
-                num_warps=_WARPS,
-            )
-    return True
+            ],
+            KIND=problem.kind,
+            ADJOINT=adjoint,
+            DTYPE=_TRITON_DTYPE[dtype],
+            INDEX=plan.index,
+            TIME_IS_CONTIGUOUS=plan.time_is_contiguous,
+            TILE_ROWS=rows,
+            TILE_LANES=lanes,
+            COMPOSE=compose,
+            SPLIT=split,
+            SPLIT_POWER=places,
+            num_warps=_WARPS,
+        )
+        for compose in ((True, False) if split > 1 else (False,))
+    )
+    return _Prepared(launches, 2 * blocks * rows * places if split > 1 else 0, dtype)
 
 
 def _dense(problem: Recurrence) -> Recurrence:
@@ -172,12 +239,12 @@ class Plan(NamedTuple):
     inner: int
     steps: int
     strides: tuple[tuple[int, int, int] | None, ...]  # outer, inner, time, of each tensor
+    layout: tuple[int, int, int]  # what most of them are
     time_is_contiguous: bool
     index: tl.dtype
     tiling: Tiling
 
 
-@lru_cache(maxsize=4096)
 def _plan(
     shape: Sequence[int], time_dim: int, strides: tuple[tuple[int, ...] | None, ...], itemsize: int, processors: int
 ) -> Plan | None:
@@ -202,19 +269,20 @@ def _plan(
         outer, inner = inner, one
         found = tuple(None if s is None else (s[1], 0, s[2]) for s in found)
     rows = outer[0] * inner[0]
-    time_is_contiguous = steps > 1 and next(s[2] for s in found if s is not None) == 1
+    layout = Counter(filter(None, found)).most_common(1)[0][0]
+    time_is_contiguous = steps > 1 and layout[2] == 1
     furthest = max((outer[0] - 1) * o + (inner[0] - 1) * i + (steps - 1) * t for o, i, t in filter(None, found))
     tile = tiling(rows, steps, itemsize, time_is_contiguous=time_is_contiguous, processors=processors)
     reach = furthest + tile.lanes * STEPS_PER_LANE * max(t for _, _, t in filter(None, found))
     index = tl.int64 if reach >= 1 << 31 else tl.int32
-    return Plan(rows, inner[0], steps, found, time_is_contiguous, index, tile)
+    return Plan(rows, inner[0], steps, found, layout, time_is_contiguous, index, tile)
 
 
-def _scalar_arguments(x: float | Tensor | None, strided: Any, device: torch.device) -> tuple[float, Any]:
-    """A number, or a tensor with its strides (None for a 0-d tensor, which the kernel reads once)."""
-    if x is None or not isinstance(x, Tensor):
-        return x or 0.0, None
-    return 0.0, strided or (x.to(device, non_blocking=True), None, None, None)
+def _scalar_arguments(x: float | Tensor | None, strided: Any) -> tuple[Any, Any]:
+    """A number, or a tensor with its strides ((0,) for a 0-d tensor, which the kernel reads once)."""
+    if isinstance(x, Tensor):
+        return 0.0, strided or (ADDRESS, 0)
+    return 0.0 if x is None else NUMBER, None
 
 
 @cache

@@ -1,17 +1,20 @@
 """From a checked recurrence to its solution: opaque operators, and the autograd.Function around them.
 
 The operators ``fusedrl::recurrence`` and ``fusedrl::recurrence_backward`` hide every backend from the compiler,
-so that compile time doesn't depend on the length of time and nothing inside is traced.
+so that compile time doesn't depend on the length of time and nothing inside is traced. Where nobody would notice (see
+`runs_plainly`), backends are called without them, which saves the dispatcher's microseconds.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from .backend import resolve_backend
 from .recurrence import Recurrence, Scalar, checked, fit
@@ -41,13 +44,50 @@ def solve(problem: Recurrence, time_dim: int, backend: str | None) -> Sequence[T
     """
     problem, time_dim = checked(problem, time_dim)
     name = resolve_backend(backend, problem.reward)
-    differentiated = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in problem[1:6])
+    tensors = [x for x in problem if isinstance(x, Tensor)]
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     # Forward-mode tangents don't show in requires_grad. _Solve has no rule for them and says so.
-    if differentiated or forward_ad._current_level >= 0:
-        return _Solve.apply(name, time_dim, *problem)
-    return _forward(name, time_dim, problem)
+    if not differentiated and forward_ad._current_level < 0:
+        return _forward(name, time_dim, problem)
+    if runs_plainly(tensors):
+        return _solve_plainly(name, time_dim, *problem)
+    return _Solve.apply(name, time_dim, *problem)
 
 
+def runs_plainly(tensors: Iterable[Tensor]) -> bool:
+    """Whether an operator on these tensors would do nothing but call its implementation, unseen by anybody.
+
+    That is so in eager mode, on tensors of no subclass (fake tensors are one), with no mode that intercepts functions
+    or operators (``FakeTensorMode``, ``make_fx``, a counter of operators), no transform of ``torch.func`` (nor a
+    tensor that has outlived one), and neither ``torch.jit.trace`` nor a profiler recording.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or _dispatch_modes()
+        or _function_modes()
+        or _transform() is not None
+        or _trace() is not None
+        or _profiler()
+    ):
+        return False
+    tensors = list(tensors)
+    return (
+        _PLAIN.issuperset(map(type, tensors)) and not any(map(_is_meta, tensors)) and not any(map(_is_wrapped, tensors))
+    )
+
+
+# Looked up once, and mapped without a loop in Python: these are a fair part of what a call costs.
+_PLAIN = frozenset((Tensor, Parameter))
+_is_meta = Tensor.is_meta.__get__  # type: ignore[attr-defined]  # likewise
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._is_torch_function_mode_enabled
+_transform = torch._C._functorch.peek_interpreter_stack
+_trace = torch._C._get_tracing_state
+_profiler = torch.autograd._profiler_enabled
+
+
+@cache
 def backend_module(name: str) -> Any:
     """The module with the ``forward`` and ``backward`` of backend ``name``."""
     return import_module(_BACKEND_MODULES[name], __package__)
@@ -62,19 +102,15 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        name, time_dim, kind, *fields = inputs
-        ctx.set_materialize_grads(False)
-        ctx.settings = name, time_dim, kind
-        ctx.numbers = [None if isinstance(x, Tensor) else x for x in fields]
-        # y enters only the gradients of γ and λ.
-        y = output[0] if any(isinstance(x, Tensor) and x.requires_grad for x in fields[:2]) else None
-        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in fields), y)
+        _keep(ctx, *inputs, output[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        name, time_dim, kind = ctx.settings
-        *tensors, y = ctx.saved_tensors
-        problem = Recurrence(kind, *(n if t is None else t for t, n in zip(tensors, ctx.numbers, strict=True)))
+        name, time_dim, kind, gamma, lmbda = ctx.settings
+        gamma_tensor, lmbda_tensor, *tensors, y = ctx.saved_tensors
+        gamma = gamma if gamma_tensor is None else gamma_tensor
+        lmbda = lmbda if lmbda_tensor is None else lmbda_tensor
+        problem = Recurrence(kind, gamma, lmbda, *tensors)
         needs = list(ctx.needs_input_grad[3:8])
         if all(g is None for g in grads):
             found: Sequence[Tensor | None] = [None] * sum(needs)
@@ -83,14 +119,44 @@ class _Solve(torch.autograd.Function):
         else:
             found = _backward(name, time_dim, problem, y, grads, needs)
         results = iter(found)
-        return (None, None, None, *(next(results) if need else None for need in needs), None, None)
+        return (None, None, None, *[next(results) if need else None for need in needs], None, None)
 
 
+class _SolvePlainly(torch.autograd.Function):
+    """`_Solve` where `runs_plainly`. The compiler and torch.func want forward and context apart, which takes longer."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, time_dim: int, *fields: Any) -> tuple[Tensor, ...]:
+        outputs = tuple(_solved(Recurrence(*fields), name, time_dim))
+        _keep(ctx, name, time_dim, *fields, outputs[0])
+        return outputs
+
+    backward = _Solve.backward
+
+
+def _keep(ctx: Any, name: str, time_dim: int, kind: str, gamma: Any, lmbda: Any, *tensors: Tensor | None) -> None:
+    """Save for backward what `_Solve` got, with y after the other ``tensors``."""
+    *inputs, y = tensors
+    needs_y = False  # which enters only the gradients of γ and λ
+    gamma_tensor = lmbda_tensor = None
+    if isinstance(gamma, Tensor):
+        gamma, gamma_tensor, needs_y = None, gamma, gamma.requires_grad
+    if isinstance(lmbda, Tensor):
+        lmbda, lmbda_tensor, needs_y = None, lmbda, needs_y or lmbda.requires_grad
+    ctx.settings = name, time_dim, kind, gamma, lmbda
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(gamma_tensor, lmbda_tensor, *inputs, y if needs_y else None)
+
+
+# `apply` without what it does for default arguments of `forward` and for the transforms of torch.func.
+_solve_plainly = super(torch.autograd.Function, _SolvePlainly).apply
 # What `apply` looks up in every call; found once.
 _Solve.forward.__signature__ = inspect.signature(_Solve.forward)  # type: ignore[attr-defined]  # functions take attributes
 
 
 def _forward(name: str, time_dim: int, problem: Recurrence) -> list[Tensor]:
+    if runs_plainly([x for x in problem if isinstance(x, Tensor)]):
+        return _solved(problem, name, time_dim)
     return torch.ops.fusedrl.recurrence(problem.kind, name, time_dim, *_flatten(problem))
 
 
@@ -102,6 +168,8 @@ def _backward(
     grads: Sequence[Tensor | None],
     needs: list[bool],
 ) -> list[Tensor]:
+    if runs_plainly([x for x in (*problem, y, *grads) if isinstance(x, Tensor)]):
+        return _solved_backward(problem, name, time_dim, y, grads, needs)
     return torch.ops.fusedrl.recurrence_backward(
         problem.kind, name, time_dim, *_flatten(problem), y, list(grads), needs
     )
@@ -110,12 +178,26 @@ def _backward(
 def _flatten(problem: Recurrence) -> list[Any]:
     """The fields after ``kind`` as the operators take them: γ and λ as a pair (number, tensor)."""
     _, gamma, lmbda, *tensors = problem
-    return [*number_or_tensor(gamma), *number_or_tensor(lmbda), *tensors]
+    reward = problem.reward
+    return [*number_or_tensor(gamma, reward), *number_or_tensor(lmbda, reward), *tensors]
 
 
-def number_or_tensor(x: Scalar | None) -> tuple[float | None, Tensor | None]:
-    """A scalar as an operator's pair of arguments, of which one is None."""
+def number_or_tensor(x: Scalar | None, like: Tensor | None = None) -> tuple[float | None, Tensor | None]:
+    """A scalar as an operator's pair of arguments, of which one is None; see `as_input` for ``like``."""
+    if like is not None:
+        x = as_input(x, like)
     return (None, x) if isinstance(x, Tensor) else (x, None)
+
+
+def as_input(x: Any, like: Tensor) -> Any:
+    """``x``, but while this is compiled a number becomes a 0-d tensor on the device of ``like``.
+
+    A number that changes is an input of compiled code as far as arithmetic with tensors goes. As an argument of any
+    other operator it is part of the code, which is compiled anew for each number.
+    """
+    if isinstance(x, float) and torch.compiler.is_compiling():
+        return like.new_ones((), dtype=torch.float64) * x
+    return x
 
 
 def _recurrence(
@@ -134,6 +216,10 @@ def _recurrence(
         lmbda_number if lmbda is None else lmbda,
         *tensors,
     )
+    return _solved(problem, backend, time_dim)
+
+
+def _solved(problem: Recurrence, backend: str, time_dim: int) -> list[Tensor]:
     if problem.reward.numel() == 0:
         return problem.new_outputs()
     return backend_module(backend).forward(problem, time_dim)
@@ -166,8 +252,19 @@ def _recurrence_backward(
         done,
         terminated,
     )
+    return _solved_backward(problem, backend, time_dim, y, grads, needs)
+
+
+def _solved_backward(
+    problem: Recurrence,
+    backend: str,
+    time_dim: int,
+    y: Tensor | None,
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> list[Tensor]:
     wanted = [x for x, need in zip(problem[1:6], needs, strict=True) if need]
-    if reward.numel() == 0:
+    if problem.reward.numel() == 0:
         return [torch.zeros_like(x) for x in wanted]
     found = backend_module(backend).backward(problem, time_dim, y, grads, needs)
     return [fit(g, x) for g, x in zip(found, wanted, strict=True)]

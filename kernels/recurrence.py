@@ -54,11 +54,15 @@ class Recurrence(NamedTuple):
 
     def new_output(self) -> Tensor:
         """An uninitialised tensor for a result, laid out like the reward."""
-        return torch.empty_like(self.reward, dtype=self.dtype)
+        dtype = self.dtype
+        return (
+            torch.empty_like(self.reward) if dtype == self.reward.dtype else torch.empty_like(self.reward, dtype=dtype)
+        )
 
     def new_outputs(self) -> list[Tensor]:
         """Uninitialised tensors for all outputs of this kind."""
-        return [self.new_output() for _ in range(2 if self.kind == GAE else 1)]
+        output = self.new_output()
+        return [output, torch.empty_like(output)] if self.kind == GAE else [output]
 
 
 def checked(problem: Recurrence, time_dim: int) -> tuple[Recurrence, int]:
@@ -69,32 +73,45 @@ def checked(problem: Recurrence, time_dim: int) -> tuple[Recurrence, int]:
         IndexError: ``time_dim`` is out of range.
 
     """
-    reward = problem.reward
+    _, gamma, lmbda, reward, value, next_value, done, terminated = problem
     shape, device = reward.shape, reward.device
+    for x in (value, next_value, done, terminated):
+        if x is not None and (x.shape != shape or x.device != device):
+            _name_disagreement(problem)
+    if isinstance(gamma, Tensor) or isinstance(lmbda, Tensor):
+        _check_scalars(problem)
+    if not -len(shape) <= time_dim < len(shape):
+        raise IndexError(f"time_dim is {time_dim}, but reward has shape {tuple(shape)}")
+    # One mask for both means what None means; the compiler refuses a function of one tensor twice.
+    masks = _as_mask(done), None if terminated is done else _as_mask(terminated)
+    if masks[0] is not done or masks[1] is not terminated:
+        problem = problem._replace(done=masks[0], terminated=masks[1])
+    return problem, time_dim % len(shape)
+
+
+def _name_disagreement(problem: Recurrence) -> None:
+    """Raise for the first tensor that is not of the reward's shape and on its device."""
+    reward = problem.reward
     for name in ("value", "next_value", "done", "terminated"):
         x = getattr(problem, name)
-        if x is not None and (x.shape != shape or x.device != device):
+        if x is not None and (x.shape != reward.shape or x.device != reward.device):
             raise RuntimeError(
-                f"{name} has shape {tuple(x.shape)} on {x.device}, but reward has shape {tuple(shape)} on {device}: "
-                "both must agree"
+                f"{name} has shape {tuple(x.shape)} on {x.device}, but reward has shape {tuple(reward.shape)} on "
+                f"{reward.device}: both must agree"
             )
+
+
+def _check_scalars(problem: Recurrence) -> None:
+    reward = problem.reward
     for name in ("gamma", "lmbda"):
         x = getattr(problem, name)
         if isinstance(x, Tensor) and x.ndim:
-            if not broadcasts(x.shape, shape):
+            if not broadcasts(x.shape, reward.shape):
                 raise RuntimeError(
-                    f"{name} has shape {tuple(x.shape)}, which does not broadcast to the reward's {tuple(shape)}"
+                    f"{name} has shape {tuple(x.shape)}, which does not broadcast to the reward's {tuple(reward.shape)}"
                 )
-            if x.device != device:
-                raise RuntimeError(f"{name} is on {x.device}, but reward is on {device}")
-    if not -len(shape) <= time_dim < len(shape):
-        raise IndexError(f"time_dim is {time_dim}, but reward has shape {tuple(shape)}")
-    done, terminated = _as_mask(problem.done), _as_mask(problem.terminated)
-    if problem.terminated is problem.done:
-        terminated = None  # which means the same; the compiler refuses a function of one tensor twice
-    if done is not problem.done or terminated is not problem.terminated:
-        problem = problem._replace(done=done, terminated=terminated)
-    return problem, time_dim % len(shape)
+            if x.device != reward.device:
+                raise RuntimeError(f"{name} is on {x.device}, but reward is on {reward.device}")
 
 
 def fit(gradient: Tensor, x: Tensor) -> Tensor:

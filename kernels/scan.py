@@ -16,13 +16,18 @@ times the shuffles.
 Lanes lie in the order of the scan: descending time for the recurrence, ascending for the adjoint. Memory is read in
 ascending order in both.
 
-Few long rows are split over SPLIT programs each, in two launches. The first (COMPOSE) reduces every share of a row to
-its composition, the pair (a, b) with x_out = b + a·x_in. The second scans the compositions of the shares before its own
-for the state that enters it, and solves its share. There are no atomics: results are bitwise reproducible.
+A tile is loaded as a whole before anything is computed from it, so that it waits for memory once. Left to itself, the
+compiler saves registers by computing as soon as it can, and waits up to 9 times. Therefore what follows the loads is a
+block of its own, under a condition that always holds.
 
-A tensor is passed as (pointer, outer stride, inner stride, time stride), and row n lies at outer index n // inner and
-inner index n % inner. A tensor that isn't there is None. γ and λ are numbers, or tensors, with None for the
-strides of a 0-d tensor.
+Few long rows are split over SPLIT programs each, in two launches. The first (COMPOSE) reduces every share of a row to
+its composition, the pair (a, b) with x_out = b + a·x_in. The second composes the shares before its own to the state
+that enters it, and solves its share. There are no atomics: results are bitwise reproducible.
+
+A tensor is passed as (pointer, outer stride, inner stride, time stride), or as (pointer,) if its strides are those of
+`layout`, so that addresses that tensors have in common are computed once. Row n lies at outer index n // inner and
+inner index n % inner. A tensor that isn't there is None. γ and λ are numbers, or tensors, of which a 0-d one is
+(pointer, 0).
 """
 
 import triton
@@ -59,6 +64,7 @@ def scan_kernel(
     lmbda: "fp64",  # type: ignore[name-defined]  # noqa: F821  # likewise
     lmbda_tensor,
     compositions,
+    layout,
     rows,
     inner,
     steps,
@@ -92,151 +98,166 @@ def scan_kernel(
     a = tl.full((TILE_ROWS,), 1.0, DTYPE)  # the composition of the steps walked so far, needed in COMPOSE only
     x = tl.full((TILE_ROWS,), 0.0, DTYPE)
     if SPLIT > 1 and not COMPOSE:
-        x = _entering_state(compositions, row, rows, share, SPLIT, SPLIT_POWER)
+        # All compositions at once, except where the gradients of γ and λ leave time-major tiles no room for it in their
+        # budget of instructions: there a launch waits for the L2 cache up to four times instead of once.
+        AT_ONCE: tl.constexpr = 8 if grad_gamma is not None and not TIME_IS_CONTIGUOUS else SPLIT_POWER
+        x = _entering_state(compositions, row, share, TILE_ROWS, SPLIT_POWER, AT_ONCE, DTYPE)
 
     lane = tl.arange(0, TILE_LANES).to(INDEX)
     position = lane if ADJOINT else TILE_LANES - 1 - lane
-    for i in range(first, last):
-        start = (i if ADJOINT else tiles - 1 - i) * TILE
+    start = (first if ADJOINT else tiles - 1 - first) * TILE
+    for _ in range(first, last):
         if TIME_IS_CONTIGUOUS:
             step = tl.arange(0, _STEPS)[None, None, :]
             t = start + position[None, :, None] * _STEPS + step
-            at = (row[:, None, None], t, (row < rows)[:, None, None] & (t < steps), inner, steps)
-            c, d, kept = _prologue(inputs, outputs, scalars, at, KIND, ADJOINT, DTYPE)
-            c0, c1, c2, c3 = _split4(c)
-            d0, d1, d2, d3 = _split4(d)
+            at = (row[:, None, None], t, (row < rows)[:, None, None], inner, steps, layout)
+            read = _read(inputs, outputs, scalars, at, 0, KIND, ADJOINT)
         else:
             t = start + position[:, None] * _STEPS
-            r = row[None, :]
-            at0 = (r, t, (r < rows) & (t < steps), inner, steps)
-            at1 = (r, t + 1, (r < rows) & (t + 1 < steps), inner, steps)
-            at2 = (r, t + 2, (r < rows) & (t + 2 < steps), inner, steps)
-            at3 = (r, t + 3, (r < rows) & (t + 3 < steps), inner, steps)
-            c0, d0, kept0 = _prologue(inputs, outputs, scalars, at0, KIND, ADJOINT, DTYPE)
-            c1, d1, kept1 = _prologue(inputs, outputs, scalars, at1, KIND, ADJOINT, DTYPE)
-            c2, d2, kept2 = _prologue(inputs, outputs, scalars, at2, KIND, ADJOINT, DTYPE)
-            c3, d3, kept3 = _prologue(inputs, outputs, scalars, at3, KIND, ADJOINT, DTYPE)
-
-        # Within a lane the recurrence visits its steps from the last to the first.
-        if ADJOINT:
-            lane_a, lane_b = _compose_lane(c0, c1, c2, c3, d0, d1, d2, d3, ADJOINT)
-        else:
-            lane_a, lane_b = _compose_lane(c3, c2, c1, c0, d3, d2, d1, d0, ADJOINT)
-        if COMPOSE:
-            a, x = _append(a, x, lane_a, lane_b, lane, AXIS)
-        else:
-            entering, x = _enter_lanes(lane_a, lane_b, x, lane, AXIS)
-            if ADJOINT:
-                o0, o1, o2, o3 = _replay_lane(c0, c1, c2, c3, d0, d1, d2, d3, entering, ADJOINT)
-            else:
-                o3, o2, o1, o0 = _replay_lane(c3, c2, c1, c0, d3, d2, d1, d0, entering, ADJOINT)
+            at = (row[None, :], t, (row < rows)[None, :], inner, steps, layout)
+            read0 = _read(inputs, outputs, scalars, at, 0, KIND, ADJOINT)
+            read1 = _read(inputs, outputs, scalars, at, 1, KIND, ADJOINT)
+            read2 = _read(inputs, outputs, scalars, at, 2, KIND, ADJOINT)
+            read3 = _read(inputs, outputs, scalars, at, 3, KIND, ADJOINT)
+        if start < steps:  # always; see above
             if TIME_IS_CONTIGUOUS:
-                _epilogue(inputs, outputs, at, _join4(o0, o1, o2, o3), kept, KIND, ADJOINT)
+                c, d, kept = _prologue(read, inputs, scalars, at, 0, KIND, ADJOINT, DTYPE)
+                c0, c1, c2, c3 = _split4(c)
+                d0, d1, d2, d3 = _split4(d)
             else:
-                _epilogue(inputs, outputs, at0, o0, kept0, KIND, ADJOINT)
-                _epilogue(inputs, outputs, at1, o1, kept1, KIND, ADJOINT)
-                _epilogue(inputs, outputs, at2, o2, kept2, KIND, ADJOINT)
-                _epilogue(inputs, outputs, at3, o3, kept3, KIND, ADJOINT)
+                c0, d0, kept0 = _prologue(read0, inputs, scalars, at, 0, KIND, ADJOINT, DTYPE)
+                c1, d1, kept1 = _prologue(read1, inputs, scalars, at, 1, KIND, ADJOINT, DTYPE)
+                c2, d2, kept2 = _prologue(read2, inputs, scalars, at, 2, KIND, ADJOINT, DTYPE)
+                c3, d3, kept3 = _prologue(read3, inputs, scalars, at, 3, KIND, ADJOINT, DTYPE)
+            # Within a lane the recurrence visits its steps from the last to the first.
+            if ADJOINT:
+                lane_a, lane_b = _compose_lane(c0, c1, c2, c3, d0, d1, d2, d3, ADJOINT)
+            else:
+                lane_a, lane_b = _compose_lane(c3, c2, c1, c0, d3, d2, d1, d0, ADJOINT)
+            if COMPOSE:
+                a, x = _append(a, x, lane_a, lane_b, lane, AXIS)
+            else:
+                entering, x = _enter_lanes(lane_a, lane_b, x, lane, AXIS)
+                if ADJOINT:
+                    o0, o1, o2, o3 = _replay_lane(c0, c1, c2, c3, d0, d1, d2, d3, entering, ADJOINT)
+                else:
+                    o3, o2, o1, o0 = _replay_lane(c3, c2, c1, c0, d3, d2, d1, d0, entering, ADJOINT)
+                if TIME_IS_CONTIGUOUS:
+                    _epilogue(inputs, outputs, at, 0, _join4(o0, o1, o2, o3), kept, KIND, ADJOINT)
+                else:
+                    _epilogue(inputs, outputs, at, 0, o0, kept0, KIND, ADJOINT)
+                    _epilogue(inputs, outputs, at, 1, o1, kept1, KIND, ADJOINT)
+                    _epilogue(inputs, outputs, at, 2, o2, kept2, KIND, ADJOINT)
+                    _epilogue(inputs, outputs, at, 3, o3, kept3, KIND, ADJOINT)
+        start += TILE if ADJOINT else -TILE
     if COMPOSE:
-        offset = (row * SPLIT + share) * 2
-        tl.store(compositions + offset, a, mask=row < rows)
-        tl.store(compositions + offset + 1, x, mask=row < rows)
+        place = compositions + row * (2 * SPLIT_POWER) + _place(share, TILE_ROWS, SPLIT_POWER)
+        tl.store(place, a)
+        tl.store(place + SPLIT_POWER, x)
 
 
 @triton.jit
-def _prologue(inputs, outputs, scalars, at, KIND: tl.constexpr, ADJOINT: tl.constexpr, DTYPE: tl.constexpr):
-    """c and d of some steps, and what the epilogue will need of their inputs."""
+def _read(inputs, outputs, scalars, at, K: tl.constexpr, KIND: tl.constexpr, ADJOINT: tl.constexpr):
+    """All that some steps need from memory, loaded before anything is computed, so that one wait serves all loads."""
     reward, value, next_value, done, terminated, y, grad_y, grad_target = inputs
     _, _, grad_gamma, grad_lmbda, _, _, _ = outputs
-    gamma = _scalar(scalars[0], scalars[1], at, DTYPE)
+    scalar_gradients: tl.constexpr = ADJOINT and (grad_gamma is not None or grad_lmbda is not None)
+    nothing = at[1]  # in the place of what isn't needed, since a tuple of a function has no None in Triton 3.6
+    return (
+        nothing if ADJOINT else _load(reward, at, K),
+        nothing if ADJOINT or KIND != _GAE else _load(value, at, K),
+        nothing if KIND == _SCAN or (ADJOINT and not scalar_gradients) else _load(next_value, at, K),
+        nothing if done is None else _load(done, at, K),
+        nothing if terminated is None else _load(terminated, at, K),
+        _load(y, at, K, 1) if scalar_gradients else nothing,
+        nothing if grad_y is None else _load(grad_y, at, K),
+        nothing if grad_target is None else _load(grad_target, at, K),
+        nothing if scalars[1] is None else _load_scalar(scalars[1], at, K),
+        nothing if scalars[3] is None else _load_scalar(scalars[3], at, K),
+    )
 
-    # Names that a kind doesn't use hold a placeholder, since all kinds return the same tuple.
-    cut = at[2]
-    if done is not None:
-        cut = _load_mask(done, at)
+
+@triton.jit
+def _prologue(
+    read, inputs, scalars, at, K: tl.constexpr, KIND: tl.constexpr, ADJOINT: tl.constexpr, DTYPE: tl.constexpr
+):
+    """c and d of some steps, and what the epilogue will need of their inputs."""
+    reward, v, next_v, done, terminated, y_next, g_y, g_target, gamma, lmbda = read
+    gamma = scalars[0] if scalars[1] is None else gamma.to(DTYPE)
+    lmbda = scalars[2] if scalars[3] is None else lmbda.to(DTYPE)
+    v = v.to(DTYPE)
+    next_v = next_v.to(DTYPE)
+    trace = y_next.to(DTYPE)
+    g_target = g_target.to(DTYPE)
+
+    cut = done != 0
     terminal = cut
-    if terminated is not None:
-        terminal = _load_mask(terminated, at)
+    if inputs[4] is not None:
+        terminal = terminated != 0
         cut = cut | terminal
 
     if KIND == _SCAN:
-        lmbda = gamma
-        weight = gamma
-        c = gamma + tl.zeros_like(at[2]).to(DTYPE)  # of the shape of the mask, which is that of the tile
-        if done is not None:
+        c = gamma + tl.zeros_like(_inside(at, K)).to(DTYPE)  # of the shape of the mask, which is that of the tile
+        if inputs[3] is not None:
             c = tl.where(cut, 0.0, c)
+            trace = tl.where(cut, 0.0, trace)
     else:
-        lmbda = _scalar(scalars[2], scalars[3], at, DTYPE)
-        weight = gamma
         if KIND == _TD_LAMBDA:
-            cut = cut | (at[1] == at[4] - 1)
-            weight = tl.where(cut, gamma, gamma - gamma * lmbda)
+            cut = cut | (at[1] == at[4] - 1 - K)
+            trace -= next_v
         c = tl.where(cut, 0.0, gamma * lmbda)
+        trace = tl.where(cut, 0.0, trace)
 
-    v = c
-    next_v = c
-    g_target = c
-    y_next = c
     if ADJOINT:
-        d = tl.zeros_like(c)
-        if grad_y is not None:
-            d += _load(grad_y, at, 0, DTYPE)
-        if grad_target is not None:
-            g_target = _load(grad_target, at, 0, DTYPE)
-            d += g_target
-        if grad_gamma is not None or grad_lmbda is not None:
-            y_next = _load(y, at, 1, DTYPE)
-            if KIND != _SCAN:
-                next_v = _load(next_value, at, 0, DTYPE)
+        if KIND != _SCAN:
+            next_v = tl.where(terminal, 0.0, next_v)
+        if inputs[6] is None:
+            d = g_target
+        else:
+            d = g_y.to(DTYPE)
+            if inputs[7] is not None:
+                d += g_target
     else:
-        d = _load(reward, at, 0, DTYPE)
+        d = reward.to(DTYPE)
         if KIND != _SCAN:
             # Selected, not multiplied by zero: the next value of a terminal step may be NaN.
-            d += tl.where(terminal, 0.0, weight * _load(next_value, at, 0, DTYPE))
+            weight = gamma - c if KIND == _TD_LAMBDA else gamma
+            d += tl.where(terminal, 0.0, weight * next_v)
         if KIND == _GAE:
-            v = _load(value, at, 0, DTYPE)
             d -= v
-    return c, d, (v, next_v, g_target, y_next, gamma, lmbda, weight, cut, terminal)
+    return c, d, (c, v, next_v, g_target, trace, gamma, lmbda, terminal)
 
 
 @triton.jit
-def _epilogue(inputs, outputs, at, o, kept, KIND: tl.constexpr, ADJOINT: tl.constexpr):
+def _epilogue(inputs, outputs, at, K: tl.constexpr, o, kept, KIND: tl.constexpr, ADJOINT: tl.constexpr):
     """Stores what follows from y_t (recurrence) or from ∂L/∂d_t (adjoint); ∂L/∂c_t is ∂L/∂d_t · y_{t+1}."""
     y, target, grad_gamma, grad_lmbda, grad_reward, grad_value, grad_next_value = outputs
-    v, next_v, g_target, y_next, gamma, lmbda, weight, cut, terminal = kept
-    _, _, _, done, _, _, _, incoming_target = inputs
+    c, v, next_v, g_target, trace, gamma, lmbda, terminal = kept
     if not ADJOINT:
-        _store(y, at, o)
+        _store(y, at, K, o)
         if KIND == _GAE:
-            _store(target, at, o + v)
+            _store(target, at, K, o + v)
     else:
         if grad_reward is not None:
-            _store(grad_reward, at, o)
+            _store(grad_reward, at, K, o)
         if grad_value is not None:
-            if incoming_target is not None:
-                _store(grad_value, at, g_target - o)
+            if inputs[7] is not None:
+                _store(grad_value, at, K, g_target - o)
             else:
-                _store(grad_value, at, -o)
+                _store(grad_value, at, K, -o)
         if grad_next_value is not None:
-            _store(grad_next_value, at, tl.where(terminal, 0.0, weight * o))
-        if KIND == _SCAN:
-            if grad_gamma is not None:
-                if done is not None:
-                    _store(grad_gamma, at, tl.where(cut, 0.0, o * y_next))
-                else:
-                    _store(grad_gamma, at, o * y_next)
-        else:
-            if grad_gamma is not None:
-                bootstrap = o * next_v
-                if KIND == _TD_LAMBDA:
-                    bootstrap = tl.where(cut, bootstrap, bootstrap * (1 - lmbda))
-                bootstrap = tl.where(terminal, 0.0, bootstrap)
-                _store(grad_gamma, at, bootstrap + lmbda * tl.where(cut, 0.0, o * y_next))
-            if grad_lmbda is not None:
-                trace = y_next
-                if KIND == _TD_LAMBDA:
-                    trace = y_next - next_v
-                _store(grad_lmbda, at, gamma * tl.where(cut, 0.0, o * trace))
+            # The weight of v' is γ in GAE, and in TD(λ) γ − c: γ(1−λ), or γ where the trajectory ends.
+            weighted = gamma * o
+            if KIND == _TD_LAMBDA:
+                weighted -= c * o
+            _store(grad_next_value, at, K, tl.where(terminal, 0.0, weighted))
+        if grad_gamma is not None:
+            if KIND == _SCAN:
+                _store(grad_gamma, at, K, o * trace)
+            else:
+                _store(grad_gamma, at, K, o * (next_v + lmbda * trace))
+        if grad_lmbda is not None:
+            _store(grad_lmbda, at, K, gamma * o * trace)
 
 
 @triton.jit
@@ -278,22 +299,20 @@ def _enter_lanes(lane_a, lane_b, x, lane, AXIS: tl.constexpr):
     """The state that enters each lane, and the state that leaves the last one."""
     x = tl.expand_dims(x, AXIS)
     lane = tl.expand_dims(lane, 1 - AXIS)
+    # The state that enters the tile is made a part of the first lane's composition.
+    lane_b = tl.where(lane == 0, lane_b + lane_a * x, lane_b)
     if AXIS == 1:
         # The lanes of a row are the threads of a warp, so that a gather is one shuffle.
-        a, b = tl.associative_scan((lane_a, lane_b), AXIS, _compose)
-        leaving = b + a * x
+        _, leaving = tl.associative_scan((lane_a, lane_b), AXIS, _compose)
         previous = tl.maximum(lane - 1, 0).to(tl.int32) + tl.zeros_like(leaving).to(tl.int32)
-        entering = tl.where(lane == 0, x, tl.gather(leaving, previous, AXIS))
+        before = tl.gather(leaving, previous, AXIS)
     else:
         # A gather would move the whole tile through shared memory into a layout of its own; a scan that also carries
         # the composition of all lanes but the last stays in the layout of the loads.
         one = tl.full(lane_a.shape, 1.0, lane_a.dtype)
-        a, b, a_before, b_before = tl.associative_scan(
-            (lane_a, lane_b, one, tl.zeros_like(one)), AXIS, _compose_keeping_previous
-        )
-        leaving = b + a * x
-        entering = b_before + a_before * x
-    return entering, _last(leaving, lane, AXIS)
+        zero = tl.zeros_like(one) * -1.0  # −0: the zero whose addition changes nothing, and is left out
+        _, leaving, _, before = tl.associative_scan((lane_a, lane_b, one, zero), AXIS, _compose_keeping_previous)
+    return tl.where(lane == 0, x, before), _last(leaving, lane, AXIS)
 
 
 @triton.jit
@@ -326,53 +345,99 @@ def _last(tile, lane, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _entering_state(compositions, row, rows, share, SPLIT: tl.constexpr, SPLIT_POWER: tl.constexpr):
-    """The state that enters a share: the composition of all shares before it, from state 0."""
-    k = tl.arange(0, SPLIT_POWER)
-    offset = (row[:, None] * SPLIT + k[None, :]) * 2
-    mask = (row < rows)[:, None] & (k < share)[None, :]
-    a = tl.load(compositions + offset, mask=mask, other=1.0)
-    b = tl.load(compositions + offset + 1, mask=mask, other=0.0)
+def _place(share, TILE_ROWS: tl.constexpr, SPLIT_POWER: tl.constexpr):
+    """Where the composition of a share lies among those of its row; see `_entering_state`."""
+    OWNERS: tl.constexpr = min(32 // TILE_ROWS, SPLIT_POWER // _STEPS)
+    OWNED: tl.constexpr = SPLIT_POWER // OWNERS
+    owner, own = share // OWNED, share % OWNED
+    return (own // _STEPS * OWNERS + owner) * _STEPS + own % _STEPS
+
+
+@triton.jit
+def _entering_state(
+    compositions,
+    row,
+    share,
+    TILE_ROWS: tl.constexpr,
+    SPLIT_POWER: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """The state that enters a share: the composition of all shares before it, from state 0.
+
+    Again sequential within a thread, parallel across threads: each of a row's OWNERS threads owns OWNED consecutive
+    shares and composes those that come before this one; one scan over the threads does the rest. The compositions lie
+    such that the threads' loads of 4 are adjacent. AT_ONCE shares of a thread are loaded at once.
+    """
+    OWNERS: tl.constexpr = min(32 // TILE_ROWS, SPLIT_POWER // _STEPS)
+    OWNED: tl.constexpr = SPLIT_POWER // OWNERS
+    TURN: tl.constexpr = min(AT_ONCE, OWNED)
+    owner = tl.arange(0, OWNERS)[None, :]
+    column = owner[:, :, None] * _STEPS + tl.arange(0, _STEPS)[None, None, :]
+    at = compositions + row[:, None, None] * (2 * SPLIT_POWER) + column
+    before = share - owner * OWNED  # how many of a thread's shares come before this one
+    a = tl.full((TILE_ROWS, OWNERS), 1.0, DTYPE)
+    b = tl.full((TILE_ROWS, OWNERS), 0.0, DTYPE)
+    for first in range(0, OWNED, TURN):
+        for i in tl.static_range(0, TURN, _STEPS):
+            k = first + i
+            a0, a1, a2, a3 = _split4(tl.load(at + k * OWNERS))
+            b0, b1, b2, b3 = _split4(tl.load(at + k * OWNERS + SPLIT_POWER))
+            a, b = _compose_if(k < before, a, b, a0, b0)
+            a, b = _compose_if(k + 1 < before, a, b, a1, b1)
+            a, b = _compose_if(k + 2 < before, a, b, a2, b2)
+            a, b = _compose_if(k + 3 < before, a, b, a3, b3)
     a, b = tl.associative_scan((a, b), 1, _compose)
-    return _last(b, k[None, :], 1)
+    return _last(b, owner, 1)
 
 
 @triton.jit
-def _scalar(number, tensor, at, DTYPE: tl.constexpr):
+def _compose_if(condition, a_first, b_first, a_second, b_second):
+    a, b = _compose(a_first, b_first, a_second, b_second)
+    return tl.where(condition, a, a_first), tl.where(condition, b, b_first)
+
+
+@triton.jit
+def _load_scalar(tensor, at, K: tl.constexpr):
     """γ or λ at some steps."""
-    if tensor is None:
-        return number
-    elif tensor[3] is None:
-        return tl.load(tensor[0]).to(DTYPE)
+    if len(tensor) == 2:
+        return tl.load(tensor[0])
     else:
-        return _load(tensor, at, 0, DTYPE)
+        return _load(tensor, at, K)
 
 
 @triton.jit
-def _load(tensor, at, ahead: tl.constexpr, DTYPE: tl.constexpr):
+def _load(tensor, at, K: tl.constexpr, ahead: tl.constexpr = 0):
     """Elements of a tensor ``ahead`` steps after the steps ``at``; zero beyond the last step."""
-    row, t, mask, inner, steps = at
-    if ahead > 0:
-        mask = mask & (t + ahead < steps)
-    pointer, outer_stride, inner_stride, time_stride = tensor
-    offset = (row // inner) * outer_stride + (row % inner) * inner_stride + (t + ahead) * time_stride
-    return tl.load(pointer + offset, mask=mask, other=0.0).to(DTYPE)
+    return tl.load(_address(tensor, at, K + ahead), mask=_inside(at, K + ahead), other=0)
 
 
 @triton.jit
-def _load_mask(tensor, at):
-    row, t, mask, inner, _ = at
-    pointer, outer_stride, inner_stride, time_stride = tensor
-    offset = (row // inner) * outer_stride + (row % inner) * inner_stride + t * time_stride
-    return tl.load(pointer + offset, mask=mask, other=0) != 0
+def _store(tensor, at, K: tl.constexpr, x):
+    tl.store(_address(tensor, at, K), x.to(tensor[0].dtype.element_ty), mask=_inside(at, K))
 
 
 @triton.jit
-def _store(tensor, at, x):
-    row, t, mask, inner, _ = at
-    pointer, outer_stride, inner_stride, time_stride = tensor
-    offset = (row // inner) * outer_stride + (row % inner) * inner_stride + t * time_stride
-    tl.store(pointer + offset, x.to(pointer.dtype.element_ty), mask=mask)
+def _inside(at, K: tl.constexpr):
+    """Which of the elements that are K steps after the steps ``at`` exist."""
+    return at[2] & (at[1] + K < at[4])
+
+
+@triton.jit
+def _address(tensor, at, K: tl.constexpr):
+    """Of elements ``ahead`` steps after the steps ``at``, which are k steps after the first of their lanes.
+
+    A lane's first address is computed once; from there on, each is a step's stride from the one before.
+    """
+    row, t, _, inner, _, layout = at
+    if len(tensor) == 1:
+        outer_stride, inner_stride, time_stride = layout
+    else:
+        _, outer_stride, inner_stride, time_stride = tensor
+    address = tensor[0] + ((row // inner) * outer_stride + (row % inner) * inner_stride + t * time_stride)
+    for _ in tl.static_range(K):
+        address += time_stride
+    return address
 
 
 @triton.jit

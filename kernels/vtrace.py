@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from .operators import as_input
 from .recurrence import GAE, Recurrence, broadcasts, checked
 from .returns import reward_to_go
 
@@ -93,6 +94,7 @@ def vtrace(
 
 def _clipped(log_weight: Tensor, threshold: Scalar) -> Tensor:
     """min(w, threshold). Clipped as a logarithm: the exponential of a large one is infinite, and its gradient NaN."""
+    threshold = as_input(threshold, log_weight)
     if isinstance(threshold, Tensor):
         return torch.minimum(log_weight, threshold.to(log_weight.dtype).log()).exp()
     return log_weight.clamp_max(math.log(threshold) if threshold > 0 else -math.inf).exp()

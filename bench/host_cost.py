@@ -1,0 +1,186 @@
+"""What a call costs on the host, without a GPU: estimators against a bare autograd.Function with a no-op kernel.
+
+    python bench/host_cost.py            measure and print the table
+    python bench/host_cost.py --write    ... and write bench/results/host_cost_cpu.json
+
+Kernels are compiled for sm_90 by the real compiler and go through the real dispatch of Triton, but the driver
+underneath is a stub: loading a binary and launching it do nothing. Tensors lie on the CPU, and this script tells the
+library that Triton can run there. What is left out is the same for both arms but for the launcher's reading of its
+arguments, of which an estimator has about 30 more; and outputs are allocated by the CPU's allocator, not by CUDA's.
+
+The bare function allocates the outputs that any implementation must, saves its inputs, and launches a kernel of three
+pointers that does nothing, once forward and once backward, through Triton's own dispatch.
+
+Times are of the thread's own clock, which stands still while others have the processor (though they leave the caches
+cold), and the arms take turns. What is compared is the median of the rounds' ratios.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    sys.exit("a kernel for the interpreter is not launched: unset TRITON_INTERPRET")
+
+import torch
+import triton
+import triton.language as tl
+from fusedrl import kernels
+from fusedrl.kernels import backend, launch, launching
+from measuring import describe, rounded, write_results
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+SHAPE = (64, 128)
+LIMIT = 1.5  # times the bare function
+
+
+class _Launcher:
+    """Takes what a launcher takes, and launches nothing."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        pass
+
+    def __call__(self, grid_x: int, grid_y: int, grid_z: int, stream: int, function: int, *arguments: Any) -> None:
+        pass
+
+
+class _Utilities:
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
+        """Module, function, registers, spills and most threads, of nothing."""
+        return 1, 1, 32, 0, 1024
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        """Of an H100, as far as Triton asks."""
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
+
+
+class _Driver:
+    """Of one device, whose number is the one that CPU tensors say they are on."""
+
+    launcher_cls = _Launcher
+    utils = _Utilities()
+
+    def get_current_device(self) -> int:
+        return -1
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def pretend_that_there_is_a_gpu() -> None:
+    """Give Triton the stub, and the library the belief that its kernels run on CPU tensors."""
+    triton.runtime.driver.set_active(_Driver())
+    backend.triton_runs_on = lambda tensor: True
+    launching.current_device = _Driver().get_current_device
+    launching.current_stream = _Driver().get_current_stream
+    launch._processors = lambda device: 132
+
+
+@triton.jit
+def _nothing(x, y, z, n, BLOCK: tl.constexpr):
+    pass
+
+
+class _Bare(torch.autograd.Function):
+    """Three inputs and ``outputs`` outputs, one launch each way."""
+
+    @staticmethod
+    def forward(ctx: Any, outputs: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*inputs)
+        found = tuple([torch.empty_like(inputs[0]) for _ in range(outputs)])
+        _nothing[(64,)](inputs[0], inputs[-1], found[0], 8192, BLOCK=512, num_warps=1)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        found = [torch.empty_like(x) for x in inputs]
+        _nothing[(64,)](inputs[0], grads[0], found[0], 8192, BLOCK=512, num_warps=1)
+        return None, *found
+
+
+def cases() -> dict[str, tuple[Callable[..., Any], int, int]]:
+    """Each functional as a function of its floating inputs, their number, and that of its outputs."""
+    done = torch.zeros(SHAPE, dtype=torch.bool)
+    terminated = done.clone()
+    return {
+        "gae": (lambda v, n, r: kernels.gae(0.99, 0.95, v, n, r, done, terminated), 3, 2),
+        "td_lambda_return": (lambda n, r: kernels.td_lambda_return(0.99, 0.95, n, r, done, terminated), 2, 1),
+        "reward_to_go": (lambda r: kernels.reward_to_go(0.99, r, done), 1, 1),
+    }
+
+
+def arms(estimate: Callable[..., Any], inputs: int, outputs: int, mode: str) -> tuple[Callable[[], Any], ...]:
+    """The estimator and the bare function, as functions of nothing."""
+    leaves = [torch.randn(SHAPE).requires_grad_(mode != "forward, no gradient") for _ in range(inputs)]
+    grads = [torch.randn(SHAPE) for _ in range(outputs)]
+
+    def run(function: Callable[..., Any]) -> Callable[[], Any]:
+        if mode != "forward + backward":
+            return lambda: function(*leaves)
+
+        def both() -> None:
+            found = function(*leaves)
+            torch.autograd.grad(found if isinstance(found, tuple) else (found,), leaves, grads)
+
+        return both
+
+    return run(estimate), run(lambda *leaves: _Bare.apply(outputs, *leaves))
+
+
+def microseconds(run: Callable[[], Any], calls: int) -> float:
+    """Of one call, over ``calls`` of them."""
+    start = time.thread_time_ns()
+    for _ in range(calls):
+        run()
+    return (time.thread_time_ns() - start) / 1e3 / calls
+
+
+def measure(name: str, mode: str, rounds: int, calls: int) -> dict[str, Any]:
+    """One row of the table."""
+    pair = arms(*cases()[name], mode)
+    for run in pair:
+        microseconds(run, 20)  # compiles
+    times = [tuple(microseconds(run, calls) for run in pair) for _ in range(rounds)]
+    ours, bare = (statistics.median(x) for x in zip(*times, strict=True))
+    ratio = statistics.median(mine / other for mine, other in times)
+    return {"function": name, "mode": mode, "us": ours, "bare_us": bare, "ratio": ratio}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write the results file")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--calls", type=int, default=400, help="per round and arm")
+    arguments = parser.parse_args()
+    pretend_that_there_is_a_gpu()
+    torch.set_num_threads(1)
+    modes = ("forward, no gradient", "forward", "forward + backward")
+    rows = [measure(name, mode, arguments.rounds, arguments.calls) for name in cases() for mode in modes]
+    if arguments.json:
+        print(json.dumps(rows))
+    else:
+        view = Table("function", "mode", "µs", "bare µs", "ratio", title=f"host cost at {SHAPE}, limit {LIMIT}")
+        for row in rows:
+            view.add_row(row["function"], row["mode"], *(f"{row[k]:.2f}" for k in ("us", "bare_us", "ratio")))
+        Console().print(view)
+    if arguments.write:
+        device = torch.device("cpu")
+        results = {**describe(device), "shape": SHAPE, "limit": LIMIT, "rows": [rounded(row) for row in rows]}
+        write_results(results, device, "host_cost_")
+
+
+if __name__ == "__main__":
+    main()
