@@ -1,0 +1,202 @@
+"""The three problems that every backend of the action-value losses solves: their inputs and checks.
+
+An ensemble of N networks judges each sample, so that its values have the shape ``[N, *B]``; all else is ``[*B]``.
+
+    Bootstrap      v' = min_i Q_i − α log π,  y = r + γ(1 − term)·v'       what the values are drawn to
+    Regression     L  = Σ_i d(Q_i, y),  priority = max_i |Q_i − y|         how they are drawn to it
+    Improvement    L  = α log π − min_i Q_i                                what a soft policy learns from them
+
+with the losses reduced over samples by the coefficients m·w (mask and importance weights), over Σ m·w for a mean.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .recurrence import broadcasts
+
+L1, L2, SMOOTH_L1 = LOSS_FUNCTIONS = ("l1", "l2", "smooth_l1")
+SQUARE, ABS = PRIORITIES = ("square", "abs")
+NONE, MEAN, SUM = REDUCTIONS = ("none", "mean", "sum")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that backends compute in: float64 for float64, otherwise float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Bootstrap(NamedTuple):
+    """Target of a transition; γ is a number or broadcastable to ``[*B]``, α a number or a 0-d tensor."""
+
+    next_values: Any
+    reward: Any
+    terminated: Any
+    gamma: Any
+    log_prob: Any = None
+    alpha: Any = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the results: that of the next values, log-probabilities and rewards together."""
+        dtype = _promoted(self.next_values.dtype, self.reward)
+        return dtype if self.log_prob is None else _promoted(dtype, self.log_prob)
+
+
+class Regression(NamedTuple):
+    """Loss of an ensemble whose members have one target, a constant."""
+
+    values: Any
+    target: Any
+    mask: Any
+    weights: Any
+    loss_function: str
+    priority: str
+    per_member: bool
+    reduction: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the results: that of the values and the target together."""
+        return _promoted(self.values.dtype, self.target)
+
+    @property
+    def loss_shape(self) -> torch.Size:
+        """The shape of the loss."""
+        if self.reduction != NONE:
+            return torch.Size()
+        return self.values.shape if self.per_member else self.target.shape
+
+    @property
+    def samples(self) -> int:
+        """How many samples there are, masked ones included."""
+        return self.target.numel()
+
+    @property
+    def terms_per_sample(self) -> int:
+        """How many terms a sample adds to the count that a mean divides by."""
+        return len(self.values) if self.per_member else 1
+
+
+class Improvement(NamedTuple):
+    """Loss of a policy that seeks value and entropy; α is a number or a 0-d tensor."""
+
+    values: Any
+    log_prob: Any
+    alpha: Any
+    mask: Any
+    weights: Any
+    reduction: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the results: that of the values and the log-probabilities together."""
+        return _promoted(self.values.dtype, self.log_prob)
+
+    @property
+    def loss_shape(self) -> torch.Size:
+        """The shape of the loss."""
+        return self.log_prob.shape if self.reduction == NONE else torch.Size()
+
+    @property
+    def samples(self) -> int:
+        """How many samples there are, masked ones included."""
+        return self.log_prob.numel()
+
+    @property
+    def terms_per_sample(self) -> int:
+        """How many terms a sample adds to the count that a mean divides by."""
+        return 1
+
+    @property
+    def surprise_is_entropy(self) -> bool:
+        """Whether −log π reduced like the loss is its plain mean, which is computed in any case."""
+        return self.reduction == MEAN and self.weights is None
+
+
+def count_is_unknown(problem: Regression | Improvement) -> bool:
+    """Whether what the mean divides by has to be read from tensors: Σ m·w."""
+    return problem.reduction == MEAN and (problem.mask is not None or problem.weights is not None)
+
+
+# --- checks -------------------------------------------------------------------------------------------------------
+
+
+def check_bootstrap(problem: Bootstrap) -> None:
+    """Raise RuntimeError for a shape, dtype or device that doesn't fit, TypeError for an α that isn't there."""
+    next_values, reward, terminated, gamma, log_prob, alpha = problem
+    _check_ensemble("next_values", next_values)
+    _check_member("reward", reward, "next_values", next_values)
+    _check_member("terminated", terminated, "next_values", next_values)
+    if isinstance(gamma, Tensor) and gamma.ndim:
+        if not broadcasts(gamma.shape, reward.shape):
+            raise RuntimeError(
+                f"gamma has shape {tuple(gamma.shape)}, which does not broadcast to the reward's {tuple(reward.shape)}"
+            )
+        if gamma.device != next_values.device:
+            raise RuntimeError(f"gamma is on {gamma.device}, but next_values is on {next_values.device}")
+    if log_prob is not None:
+        _check_member("log_prob", log_prob, "next_values", next_values)
+        if alpha is None:
+            raise TypeError("log_prob is given, but alpha is None: a number or a 0-d tensor is wanted")
+        _check_coefficient("alpha", alpha)
+
+
+def check_regression(problem: Regression) -> None:
+    """Raise RuntimeError for a shape or device, TypeError for a dtype, ValueError for a name that doesn't exist."""
+    values = problem.values
+    _check_ensemble("values", values)
+    _check_member("target", problem.target, "values", values)
+    _check_mask_and_weights(problem, values)
+    _check_name("loss_function", problem.loss_function, LOSS_FUNCTIONS)
+    _check_name("priority", problem.priority, PRIORITIES)
+    _check_name("reduction", problem.reduction, REDUCTIONS)
+
+
+def check_improvement(problem: Improvement) -> None:
+    """Raise RuntimeError for a shape or device, TypeError for a dtype, ValueError for a name that doesn't exist."""
+    values = problem.values
+    _check_ensemble("values", values)
+    _check_member("log_prob", problem.log_prob, "values", values)
+    _check_coefficient("alpha", problem.alpha)
+    _check_mask_and_weights(problem, values)
+    _check_name("reduction", problem.reduction, REDUCTIONS)
+
+
+def _check_ensemble(name: str, values: Tensor) -> None:
+    if not values.ndim or not values.shape[0] or not values.is_floating_point():
+        raise RuntimeError(
+            f"{name} has shape {tuple(values.shape)} and dtype {values.dtype}: floating-point values "
+            "[members, *batch] of at least one member are wanted"
+        )
+
+
+def _check_member(name: str, x: Tensor, ensemble: str, values: Tensor) -> None:
+    if x.shape != values.shape[1:] or x.device != values.device:
+        raise RuntimeError(
+            f"{name} has shape {tuple(x.shape)} on {x.device}, but {ensemble} has shape {tuple(values.shape)} on "
+            f"{values.device}: shape {tuple(values.shape[1:])}, one value per sample, is wanted there"
+        )
+
+
+def _check_mask_and_weights(problem: Regression | Improvement, values: Tensor) -> None:
+    if problem.mask is not None:
+        _check_member("mask", problem.mask, "values", values)
+        if problem.mask.dtype != torch.bool:
+            raise TypeError(f"mask has dtype {problem.mask.dtype}: torch.bool is wanted")
+    if problem.weights is not None:
+        _check_member("weights", problem.weights, "values", values)
+
+
+def _check_coefficient(name: str, x: float | Tensor) -> None:
+    if isinstance(x, Tensor) and x.ndim:
+        raise RuntimeError(f"{name} has shape {tuple(x.shape)}: a number or a 0-d tensor is wanted")
+
+
+def _check_name(name: str, x: str, known: tuple[str, ...]) -> None:
+    if x not in known:
+        raise ValueError(f"{name} is {x!r}; it can be {', '.join(map(repr, known))}")
+
+
+def _promoted(dtype: torch.dtype, x: Tensor) -> torch.dtype:
+    return dtype if x.dtype == dtype else torch.promote_types(dtype, x.dtype)

@@ -1,0 +1,92 @@
+"""The action-value losses as their formulas, differentiated by autograd: what the fast backends are tested against.
+
+They make the ``reference`` backend, and give the second derivatives of the others.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .action_value_problem import (
+    L1,
+    L2,
+    MEAN,
+    NONE,
+    SMOOTH_L1,
+    SQUARE,
+    Bootstrap,
+    Improvement,
+    Regression,
+    compute_dtype,
+)
+
+_DISTANCES: dict[str, Callable[..., Tensor]] = {L1: F.l1_loss, L2: F.mse_loss, SMOOTH_L1: F.smooth_l1_loss}
+
+
+def bootstrap(problem: Bootstrap) -> tuple[Tensor, Tensor]:
+    """y = r + γ(1 − term)·v' and v' = min_i Q_i − α log π."""
+    dtype = compute_dtype(problem.dtype)
+    next_value = problem.next_values.to(dtype).amin(0)
+    if problem.log_prob is not None:
+        next_value = next_value - _scalar(problem.alpha, dtype) * problem.log_prob.to(dtype)
+    reward = problem.reward.to(dtype)
+    # Selected, not multiplied by zero: after a terminal step neither v' nor γ is read.
+    bootstrapped = reward + _scalar(problem.gamma, dtype) * next_value
+    value_target = torch.where(problem.terminated != 0, reward, bootstrapped)
+    return value_target.to(problem.dtype), next_value.to(problem.dtype)
+
+
+def regression(problem: Regression) -> tuple[Tensor, Tensor]:
+    """The loss, Σ_i d(Q_i, y) of a sample reduced over the batch, and the priority."""
+    dtype = compute_dtype(problem.dtype)
+    values, target = problem.values.to(dtype), problem.target.to(dtype)
+    if problem.mask is not None:
+        values, target = torch.where(problem.mask, values, 0), torch.where(problem.mask, target, 0)
+    distance = _DISTANCES[problem.loss_function](values, target.expand_as(values), reduction="none")
+    error = (values.detach() - target).abs().amax(0)
+    if not problem.per_member:
+        distance = distance.sum(0)
+    loss = _reduce(distance, problem.reduction, problem.mask, problem.weights)
+    priority = error.square() if problem.priority == SQUARE else error
+    return loss.to(problem.dtype), priority.to(problem.dtype)
+
+
+def improvement(problem: Improvement) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, α log π − min_i Q_i of a sample reduced over the batch, the entropy and the surprise."""
+    dtype = compute_dtype(problem.dtype)
+    values, log_prob = problem.values.to(dtype), problem.log_prob.to(dtype)
+    if problem.mask is not None:  # before the minimum, whose gradient at a NaN is NaN
+        values = torch.where(problem.mask, values, 0)
+    least = values.amin(0)
+    loss = _scalar(problem.alpha, dtype) * log_prob - least
+    surprise = -log_prob.detach()
+    results = (
+        _reduce(loss, problem.reduction, problem.mask, problem.weights),
+        _reduce(surprise, MEAN, problem.mask, None),
+        _reduce(surprise, problem.reduction, problem.mask, problem.weights),
+    )
+    loss, entropy, surprise = (x.to(problem.dtype) for x in results)
+    return loss, entropy, surprise
+
+
+def _reduce(x: Tensor, reduction: str, mask: Tensor | None, weights: Tensor | None) -> Tensor:
+    """Σ m·w·x / Σ m·w, 0 where all of m·w is 0; the numerator; or its terms."""
+    if mask is None and weights is None:
+        return x if reduction == NONE else x.mean() if reduction == MEAN else x.sum()
+    coefficient = torch.ones_like(x) if weights is None else weights.to(x.dtype).expand_as(x)
+    if mask is not None:
+        # Both selected: what stands at a masked sample would come through a product as 0 · NaN.
+        x, coefficient = torch.where(mask, x, 0), torch.where(mask, coefficient, 0)
+    terms = coefficient * x
+    if reduction == NONE:
+        return terms
+    if reduction != MEAN:
+        return terms.sum()
+    count = coefficient.sum()
+    return terms.sum() / torch.where(count == 0, 1, count)
+
+
+def _scalar(x: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    return x.to(dtype) if isinstance(x, Tensor) else x

@@ -1,0 +1,144 @@
+"""The action-value losses in as few torch calls as can be, differentiated by autograd: the ``torch`` backend.
+
+On small batches a call costs more than its arithmetic, on a CPU as on a GPU, where each is a launch; and an
+`autograd.Function` costs more than the calls of both passes, so there is none.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .action_value_problem import (
+    L1,
+    L2,
+    MEAN,
+    NONE,
+    REDUCTIONS,
+    SQUARE,
+    Bootstrap,
+    Improvement,
+    Regression,
+    compute_dtype,
+)
+
+# What `torch.nn.functional` calls once it has broadcast the target, which these do by themselves. The index in
+# REDUCTIONS is what they know a reduction by.
+_mse_loss: Any = torch._C._nn.mse_loss
+_smooth_l1_loss: Any = torch._C._nn.smooth_l1_loss
+_CODE = {reduction: code for code, reduction in enumerate(REDUCTIONS)}
+_BETA = 1.0  # where the smooth l1 distance turns linear
+
+
+def bootstrap(problem: Bootstrap) -> tuple[Tensor, Tensor]:
+    """Value target and next value, of constants."""
+    next_values, reward, terminated, gamma, log_prob, alpha = problem
+    dtype = compute_dtype(problem.dtype)
+    next_value, reward = _as(next_values.amin(0), dtype), _as(reward, dtype)
+    if log_prob is not None:
+        log_prob = _as(log_prob, dtype)
+        if isinstance(alpha, Tensor):
+            next_value.addcmul_(log_prob, _beside(reward, alpha), value=-1)
+        else:
+            next_value.add_(log_prob, alpha=-alpha)
+    if not isinstance(gamma, Tensor):
+        value_target = torch.add(reward, next_value, alpha=gamma)
+    else:
+        value_target = torch.addcmul(reward, next_value, _beside(reward, gamma))
+    # Selected: after a terminal step neither v' nor γ is read.
+    terminated = terminated if terminated.dtype == torch.bool else terminated != 0
+    value_target = torch.where(terminated, reward, value_target)
+    return _as(value_target, problem.dtype), _as(next_value, problem.dtype)
+
+
+def regression(problem: Regression) -> tuple[Tensor, Tensor]:
+    """Loss and priority."""
+    dtype = compute_dtype(problem.dtype)
+    values, target = _as(problem.values, dtype), _as(problem.target, dtype)
+    if problem.mask is not None:
+        values, target = torch.where(problem.mask, values, 0), torch.where(problem.mask, target, 0)
+    size = torch.sub(values, target).abs() if problem.loss_function == L1 else None
+    with torch.no_grad():
+        priority = (torch.sub(values, target).abs_() if size is None else size).amax(0)
+        if problem.priority == SQUARE:
+            priority.square_()
+    coefficient = _coefficient(problem)
+    if coefficient is None and problem.reduction != NONE:
+        loss = _distance(problem.loss_function, values, target, size, problem.reduction)
+        # Of all members and samples it was the mean; the members are summed.
+        if problem.reduction == MEAN and not problem.per_member and len(values) > 1:
+            loss = loss * len(values)
+    else:
+        loss = _distance(problem.loss_function, values, target, size, NONE)
+        loss = _reduced(loss if problem.per_member else loss.sum(0), coefficient, problem.reduction)
+    return _as(loss, problem.dtype), _as(priority, problem.dtype)
+
+
+def improvement(problem: Improvement) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, entropy and surprise."""
+    dtype = compute_dtype(problem.dtype)
+    values, log_prob = problem.values, _as(problem.log_prob, dtype)
+    if problem.mask is not None:  # before the minimum, whose gradient at a NaN is NaN
+        values, log_prob = torch.where(problem.mask, values, 0), torch.where(problem.mask, log_prob, 0)
+    least = _as(values.amin(0), dtype)
+    coefficient = _coefficient(problem)
+    alpha = _beside(least, problem.alpha) if isinstance(problem.alpha, Tensor) else problem.alpha
+    loss = _reduced(log_prob * alpha - least, coefficient, problem.reduction)
+    with torch.no_grad():
+        if problem.mask is None:
+            entropy = log_prob.mean().neg_()
+        else:
+            entropy = log_prob.sum().neg_().div_(problem.mask.sum().clamp_min_(1))
+        surprise = entropy
+        if not problem.surprise_is_entropy:
+            surprise = _reduced(log_prob.neg(), coefficient, problem.reduction)
+    return _as(loss, problem.dtype), _as(entropy, problem.dtype), _as(surprise, problem.dtype)
+
+
+def _distance(loss_function: str, values: Tensor, target: Tensor, size: Tensor | None, reduction: str) -> Tensor:
+    """d(Q_i, y), reduced over all; ``size`` is |Q_i − y| if that is d."""
+    if size is not None:
+        return size if reduction == NONE else size.mean() if reduction == MEAN else size.sum()
+    if loss_function == L2:
+        return _mse_loss(values, target, _CODE[reduction])
+    return _smooth_l1_loss(values, target, _CODE[reduction], _BETA)
+
+
+def _reduced(x: Tensor, coefficient: Tensor | None, reduction: str) -> Tensor:
+    """``x`` weighed and reduced."""
+    if coefficient is not None:
+        x = x * coefficient
+    if reduction == NONE:
+        return x
+    # The coefficients of a mean have been divided by their sum.
+    return x.mean() if coefficient is None and reduction == MEAN else x.sum()
+
+
+def _coefficient(problem: Regression | Improvement) -> Tensor | None:
+    """m·w of each sample, divided by what a mean divides by; None where all are alike. Not to be written to."""
+    mask, weights = problem.mask, problem.weights
+    if mask is None and weights is None:
+        return None
+    dtype = compute_dtype(problem.dtype)
+    if weights is None:
+        coefficient = mask.to(dtype)
+    else:
+        coefficient = _as(weights, dtype)
+        coefficient = coefficient if mask is None else torch.where(mask, coefficient, 0)
+    if problem.reduction != MEAN:
+        return coefficient
+    count = coefficient.sum()
+    count.masked_fill_(count == 0, 1)
+    terms = problem.terms_per_sample
+    return coefficient / (count if terms == 1 else count.mul_(terms))
+
+
+def _beside(x: Tensor, scalar: Tensor) -> Tensor:
+    """``scalar`` on the device of ``x`` and in its dtype; of a 0-d tensor the dtype doesn't count in an operation."""
+    if scalar.device == x.device and (scalar.ndim == 0 or scalar.dtype == x.dtype):
+        return scalar
+    return scalar.to(x.device, x.dtype, non_blocking=True)
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)

@@ -1,0 +1,154 @@
+"""What the fused losses over samples share: checks, dtypes, layout, and how they are differentiated.
+
+Such a loss is a function of one tensor x, one element per sample, and of constants. Its operator gives, besides the
+loss and what is logged, the loss's slope ∂L/∂x, so that the backward pass is the product of a gradient and the slope.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .backend import resolve_backend
+
+REDUCTIONS = ("mean", "sum", "none")
+
+Run = Callable[..., list[Tensor]]
+
+
+def solver(run: Run, compose: Run, vectorized: Run) -> Callable[[Tensor, Any, str | None], Sequence[Tensor]]:
+    """How a loss is solved on a backend: a function of x, a NamedTuple of constants, and the backend's name or None.
+
+    Args:
+        run: ``run(name, keep, x, constants)`` gives the loss, what is logged, and the slope if it is to be kept.
+        compose: ``compose(x, constants)`` gives the loss and what is logged, of operations that autograd knows: the
+            ``reference`` backend, which can be differentiated in everything.
+        vectorized: the same in few calls: the ``torch`` backend, which can be differentiated in x. At the size of a
+            minibatch an `autograd.Function` costs more than the calls of both passes.
+
+    Returns:
+        A function to the loss, which is differentiable any number of times, and what is logged, which isn't.
+
+    """
+
+    # Without setup_context, which costs a call as much as the rest of an autograd.Function does. What setup_context is
+    # for, the transforms of torch.func, gets the composition (`_goes_beyond_the_slope`).
+    class Loss(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, name: str, constants: Any) -> tuple[Tensor, ...]:
+            found = run(name, True, x, constants)
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*found[1:])
+            ctx.save_for_backward(x, found[-1])
+            # Not saved as tensors: a coefficient may be scheduled, in place, between forward and backward.
+            ctx.constants = constants
+            return tuple(found)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, None, None]:
+            if grad is None:
+                return None, None, None
+            x, slope = ctx.saved_tensors
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                # To be differentiated again: the same gradient, composed of what autograd knows.
+                loss = compose(x, ctx.constants)[0]
+                return torch.autograd.grad(loss, x, grad, create_graph=True)[0], None, None
+            return (grad * slope).to(x.dtype), None, None
+
+    def solve(x: Tensor, constants: Any, backend: str | None) -> Sequence[Tensor]:
+        name = resolve_backend(backend, x)
+        if name == "reference" or _goes_beyond_the_slope(constants) or not x.numel():
+            return compose(x, constants)
+        if name == "torch":
+            return vectorized(x, constants)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return Loss.apply(x, name, constants)[:-1]
+        return run(name, False, x, constants)
+
+    return solve
+
+
+def _goes_beyond_the_slope(constants: Any) -> bool:
+    """Whether more is asked for than the gradient with respect to x: forward mode, torch.func, other gradients."""
+    if forward_ad._current_level >= 0:
+        return True
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return True
+    return torch.is_grad_enabled() and any(isinstance(c, Tensor) and c.requires_grad for c in constants)
+
+
+# --- checks -------------------------------------------------------------------------------------------------------
+
+
+def check_samples(name: str, x: Tensor, others: dict[str, Tensor | None], mask: Tensor | None) -> None:
+    """Raise RuntimeError for a shape or device that isn't that of ``x``, TypeError for a dtype that can't be used."""
+    shape, device = x.shape, x.device
+    if not x.is_floating_point():
+        raise TypeError(f"{name} has dtype {x.dtype}: a floating-point one is wanted")
+    for other, y in others.items():
+        if y is not None and (y.shape != shape or y.device != device):
+            raise RuntimeError(_disagreement(other, y, name, x))
+        if y is not None and y.is_complex():
+            raise TypeError(f"{other} has dtype {y.dtype}: a real one is wanted")
+    if mask is not None:
+        if mask.shape != shape or mask.device != device:
+            raise RuntimeError(_disagreement("mask", mask, name, x))
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask has dtype {mask.dtype}: torch.bool is wanted, True where a sample counts")
+
+
+def check_scalars(scalars: dict[str, Any]) -> None:
+    """Raise RuntimeError if one of the ``scalars`` is a tensor with dimensions."""
+    for name, x in scalars.items():
+        if isinstance(x, Tensor) and x.ndim:
+            raise RuntimeError(f"{name} has shape {tuple(x.shape)}: a number or a 0-d tensor is wanted")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ValueError if ``value`` isn't one of the ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it can be {', '.join(map(repr, choices))}")
+
+
+def _disagreement(name: str, x: Tensor, other: str, y: Tensor) -> str:
+    return (
+        f"{name} has shape {tuple(x.shape)} on {x.device}, but {other} has shape {tuple(y.shape)} on {y.device}: both "
+        "must agree"
+    )
+
+
+# --- dtype and layout ---------------------------------------------------------------------------------------------
+
+
+def result_dtype(x: Tensor, *others: Tensor | None) -> torch.dtype:
+    """The dtype of the loss: that of all samples together."""
+    dtype = x.dtype
+    for y in others:
+        if y is not None and y.dtype != dtype:
+            dtype = torch.promote_types(dtype, y.dtype)
+    return dtype
+
+
+def as_scalar(x: float | Tensor, dtype: torch.dtype, device: torch.device) -> float | Tensor:
+    """A number as it is; a 0-d tensor in the dtype and on the device that is computed in."""
+    if not isinstance(x, Tensor) or (x.dtype == dtype and x.device == device):
+        return x
+    return x.to(device, dtype, non_blocking=True)
+
+
+def laid_out_like(y: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``y`` in ``dtype``, with the strides of ``torch.empty_like(x)``, which is what the compiler is told."""
+    if x.is_contiguous() and y.is_contiguous():
+        return y if y.dtype == dtype else y.to(dtype)
+    return torch.empty_like(x, dtype=dtype).copy_(y)
+
+
+def new_outputs(
+    x: Tensor, dtype: torch.dtype, precise: torch.dtype, reduction: str, logged: int, keep: bool
+) -> list[Tensor]:
+    """Uninitialised: the loss, ``logged`` 0-d tensors of ``dtype``, and the slope if it is to be kept."""
+    loss = torch.empty_like(x, dtype=dtype) if reduction == "none" else x.new_empty((), dtype=dtype)
+    slope = [torch.empty_like(x, dtype=precise)] if keep else []
+    return [loss, *(x.new_empty((), dtype=dtype) for _ in range(logged)), *slope]

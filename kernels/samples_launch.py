@@ -1,0 +1,81 @@
+"""Host side of the kernels that reduce over samples: in which order samples are walked, and by how many programs."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import _processors
+
+WARPS = 4
+# Bytes of a tile of one input: 16 for each thread, which is one 128-bit load. Of float64, twice as many would spill.
+TILE_BYTES = 2048
+# Programs per processor: with 3 float32 inputs each has 6 KB in flight. An estimate; it wasn't measured.
+_PROGRAMS_PER_PROCESSOR = 4
+# What a program merges of all others is at most 4 values for each of its threads.
+_MOST_PROGRAMS = 512
+# Up to this many tiles one program does everything, in one launch. An estimate, likewise.
+_TILES_OF_ONE_PROGRAM = 4
+
+TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+Walk = list[tuple[Tensor, int] | None]
+
+
+class Division(NamedTuple):
+    """How samples are divided: programs, the tiles of each, the samples of a tile, and the programs as a power of 2."""
+
+    programs: int
+    tiles: int
+    block: int
+    power: int
+
+
+def division(samples: int, block: int, processors: int) -> Division:
+    """Divide ``samples`` into tiles of ``block``."""
+    tiles = triton.cdiv(samples, block)
+    most = min(_PROGRAMS_PER_PROCESSOR * processors, _MOST_PROGRAMS)
+    tiles_each = tiles if tiles <= _TILES_OF_ONE_PROGRAM else triton.cdiv(tiles, most)
+    programs = triton.cdiv(tiles, tiles_each)
+    return Division(programs, tiles_each, block, triton.next_power_of_2(programs))
+
+
+def divided(x: Tensor, precise: torch.dtype) -> Division:
+    """`division` of the samples of ``x``, computed in the dtype ``precise``, on their device."""
+    return division(x.numel(), TILE_BYTES // precise.itemsize, _processors(x.device))
+
+
+def phases(counts: bool, parts: Division) -> tuple[tuple[bool, bool], ...]:
+    """The launches of a kernel that counts first, if it has to, and then computes: which of the two each does."""
+    if not counts:
+        return ((False, True),)
+    return ((True, True),) if parts.programs == 1 else ((True, False), (False, True))
+
+
+def walked(tensors: Sequence[Tensor | None]) -> Walk:
+    """Each tensor flat, with its stride, in the order in which a dense tensor laid out like the first one is walked.
+
+    Only a tensor that no single stride walks in that order is copied.
+    """
+    if all(x is None or x.is_contiguous() for x in tensors):
+        return [None if x is None else (x, 1) for x in tensors]
+    dense = torch.empty_like(tensors[0])
+    order = sorted(range(dense.ndim), key=dense.stride, reverse=True)
+    flat = (None if x is None else x.permute(order).reshape(-1) for x in tensors)
+    return [None if x is None else (x, x.stride(0)) for x in flat]
+
+
+def index_type(walk: Walk, parts: Division) -> tl.dtype:
+    """The integer in which offsets are computed, padding of the last tile included."""
+    furthest = parts.programs * parts.tiles * parts.block * max(x[1] for x in walk if x is not None)
+    return tl.int64 if furthest >= 1 << 31 else tl.int32
+
+
+def scalar_arguments(x: float | Tensor | None, device: torch.device) -> tuple[float, Any]:
+    """A number, or a 0-d tensor; None where there is neither."""
+    if isinstance(x, Tensor):
+        return 0.0, x.to(device, non_blocking=True)
+    return 0.0 if x is None else x, None

@@ -1,0 +1,41 @@
+"""What the references of the losses over samples share: their means, and the slope as autograd finds it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .samples import laid_out_like
+
+
+def mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the samples that count, 0 where none does."""
+    return torch.where(mask, x, 0).sum() / mask.sum().clamp_min(1)
+
+
+def reduced(loss: Tensor, mask: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
+    """Σ m w l / Σ m w (0 where m w = 0 for all), Σ m w l, or m w l."""
+    counted = mask.to(loss.dtype) if weights is None else torch.where(mask, weights, 0)
+    loss = torch.where(mask, loss * counted, 0)
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    total = counted.sum()
+    return loss.sum() / torch.where(total == 0, 1, total)
+
+
+def with_slope(
+    compose: Callable[..., list[Tensor]], x: Tensor, constants: Any, keep: bool, precise: torch.dtype
+) -> list[Tensor]:
+    """What ``compose`` gives; and, if it is to be kept, ∂L/∂x of each sample in the dtype that is computed in."""
+    found = compose(x, constants)
+    if not keep:
+        return found
+    leaf = x.detach().to(precise).requires_grad_()
+    # Compiled code runs operators below autograd, which here is how the slope is found.
+    with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
+        loss, *_ = compose(leaf, constants)
+        (slope,) = torch.autograd.grad(loss.sum(), leaf)
+    return [*found, laid_out_like(slope, x, precise)]

@@ -1,0 +1,273 @@
+"""From checked arguments to Gaussian log-probabilities, and the autograd.Functions around the kernels.
+
+The backends ``torch`` and ``reference`` are compositions that autograd, functional transforms and the compiler see
+through. The kernels, and their verification, are hidden from the compiler in the operators ``fusedrl::normal_log_prob``
+and ``fusedrl::normal_sample`` and their backwards. Inputs are all that these keep, and compute from again.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import squashed_normal_reference as reference
+from . import squashed_normal_vectorized as vectorized
+from .backend import resolve_backend
+from .operators import number_or_tensor
+from .recurrence import broadcasts
+from .squashed_normal_problem import Bounds, Squash, result_dtype
+
+_COMPOSITIONS: dict[str, Any] = {"torch": vectorized, "reference": reference}
+# Where the functions of the others live; imported at the first use, since Triton may be absent.
+_OPERATOR_MODULES = {"triton": ".squashed_normal_launch", "verify": ".squashed_normal_verify"}
+
+_SQUASH = "float? low_number, Tensor? low, float? high_number, Tensor? high, float? margin"
+_library = torch.library.Library("fusedrl", "FRAGMENT")
+_library.define(f"normal_log_prob(str backend, Tensor loc, Tensor scale, Tensor action, {_SQUASH}) -> Tensor")
+_library.define(
+    f"normal_log_prob_backward(str backend, Tensor loc, Tensor scale, Tensor action, {_SQUASH}, Tensor grad, "
+    "bool[] needs) -> Tensor[]"
+)
+_library.define(f"normal_sample(str backend, Tensor loc, Tensor scale, Tensor noise, {_SQUASH}) -> (Tensor, Tensor)")
+_library.define(
+    f"normal_sample_backward(str backend, Tensor loc, Tensor scale, Tensor noise, {_SQUASH}, Tensor? grad_action, "
+    "Tensor? grad_log_prob, bool[] needs) -> Tensor[]"
+)
+
+
+def log_prob(
+    loc: Tensor, scale: Tensor, action: Tensor, squash: Bounds | None, margin: float | None, backend: str | None
+) -> Tensor:
+    """log π(a) of an action, differentiable.
+
+    Raises what `_checked` and `resolve_backend` raise, before anything is computed.
+    """
+    interval = _checked("action", loc, scale, action, squash, margin)
+    name = resolve_backend(backend, loc)
+    composition = _composition(name)
+    if composition is not None:
+        return _as(result_dtype(loc, scale, action), composition.log_prob(loc, scale, action, interval))
+    if torch.is_grad_enabled() and (loc.requires_grad or scale.requires_grad or action.requires_grad):
+        return _LogProb.apply(name, loc, scale, action, interval)
+    return _LogProb.forward(name, loc, scale, action, interval)
+
+
+def sample(
+    loc: Tensor, scale: Tensor, noise: Tensor, squash: Bounds | None, margin: float | None, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """An action and its log-probability, differentiable.
+
+    Raises what `_checked` and `resolve_backend` raise, before anything is computed.
+    """
+    interval = _checked("noise", loc, scale, noise, squash, margin)
+    name = resolve_backend(backend, loc)
+    if noise.requires_grad:
+        noise = noise.detach()
+    composition = _composition(name)
+    if composition is not None:
+        action, found = composition.sample(loc, scale, noise, interval)
+        dtype = result_dtype(loc, scale, noise)
+        return _as(dtype, action), _as(dtype, found)
+    if torch.is_grad_enabled() and (loc.requires_grad or scale.requires_grad):
+        return _Sample.apply(name, loc, scale, noise, interval)
+    return _Sample.forward(name, loc, scale, noise, interval)
+
+
+def gradients(
+    function: Callable[..., Any],
+    tensors: Sequence[Tensor],
+    interval: Squash | None,
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients that are needed of a composition's ``function``; with a graph if they come to have one."""
+    if not torch.is_grad_enabled():
+        tensors = [x.detach().requires_grad_(need) for x, need in zip(tensors, needs, strict=True)]
+    with torch.enable_grad():
+        outputs = function(*tensors, interval)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    used = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if o.requires_grad and g is not None]
+    wanted = [x for x, need in zip(tensors, needs, strict=True) if need]
+    return list(
+        torch.autograd.grad(
+            [o for o, _ in used],
+            wanted,
+            [g for _, g in used],
+            create_graph=torch.is_grad_enabled(),
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    )
+
+
+def _composition(name: str) -> Any:
+    """The module whose functions autograd sees through, or None."""
+    if forward_ad._current_level >= 0 and name not in _COMPOSITIONS:
+        return reference  # forward-mode tangents need operations that autograd knows
+    return _COMPOSITIONS.get(name)
+
+
+def backend_module(name: str) -> Any:
+    """The module with the four functions of backend ``name``."""
+    return import_module(_OPERATOR_MODULES[name], __package__)
+
+
+class _LogProb(torch.autograd.Function):
+    """Inputs: backend, loc, scale, action, interval; the last one is a constant."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        return torch.ops.fusedrl.normal_log_prob(*_arguments(*inputs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _keep(ctx, *inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, torch.ops.fusedrl.normal_log_prob_backward, reference.log_prob, [grad])
+
+
+class _Sample(torch.autograd.Function):
+    """Inputs: backend, loc, scale, noise, interval; the last two are constants."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return torch.ops.fusedrl.normal_sample(*_arguments(*inputs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        _keep(ctx, *inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, torch.ops.fusedrl.normal_sample_backward, reference.sample, grads)
+
+
+# What `apply` looks up in every call; found once.
+_LogProb.forward.__signature__ = inspect.signature(_LogProb.forward)  # type: ignore[attr-defined]  # functions take attributes
+_Sample.forward.__signature__ = inspect.signature(_Sample.forward)  # type: ignore[attr-defined]  # likewise
+
+
+def _keep(ctx: Any, name: str, loc: Tensor, scale: Tensor, third: Tensor, interval: Squash | None) -> None:
+    ctx.name, ctx.interval = name, interval
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(loc, scale, third)
+
+
+def _backward(
+    ctx: Any, operator: Any, function: Callable[..., Any], grads: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a Function's inputs: by ``operator``, or by the composed ``function`` where they get a graph."""
+    tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[1:4]
+    found: Sequence[Tensor | None]
+    if all(g is None for g in grads):
+        found = [None] * sum(needs)
+    elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        found = gradients(function, tensors, ctx.interval, grads, needs)
+    else:
+        loc, scale, third = tensors
+        found = operator(*_arguments(ctx.name, loc, scale, third, ctx.interval), *grads, needs)
+    results = iter(found)
+    return (None, *[next(results) if need else None for need in needs], None)
+
+
+def _checked(
+    third_name: str, loc: Tensor, scale: Tensor, third: Tensor, squash: Bounds | None, margin: float | None
+) -> Squash | None:
+    """The interval that tanh squashes into, with both bounds numbers or both tensors.
+
+    Raises:
+        RuntimeError: a shape or device isn't that of loc, or there is no dimension.
+        TypeError: a tensor isn't floating point.
+        ValueError: of two numbers low isn't less than high, or the margin isn't in [0, 1).
+
+    """
+    shape, device = loc.shape, loc.device
+    if not shape:
+        raise RuntimeError("loc has no dimension: [*batch, actions] is wanted")
+    for name, x in (("scale", scale), (third_name, third)):
+        if x.shape != shape or x.device != device:
+            raise RuntimeError(
+                f"{name} has shape {tuple(x.shape)} on {x.device}, but loc has shape {tuple(shape)} on {device}: both "
+                "must agree"
+            )
+    if not (loc.is_floating_point() and scale.is_floating_point() and third.is_floating_point()):
+        dtypes = f"loc {loc.dtype}, scale {scale.dtype}, {third_name} {third.dtype}"
+        raise TypeError(f"floating-point tensors are wanted, but the dtypes are {dtypes}")
+    if squash is None:
+        return None
+    if margin is not None and not 0 <= margin < 1:
+        raise ValueError(f"margin is {margin}: a number from 0 to below 1 is wanted")
+    low, high = squash
+    if not isinstance(low, Tensor) and not isinstance(high, Tensor):
+        if not low < high:
+            raise ValueError(f"squash is ({low}, {high}): the first must be less than the second")
+        return Squash(low, high, margin)
+    return Squash(_checked_bound("low", low, loc), _checked_bound("high", high, loc), margin)
+
+
+def _checked_bound(name: str, bound: float | Tensor, loc: Tensor) -> Tensor:
+    if not isinstance(bound, Tensor):  # the other one is a tensor: backends get both in one form
+        return loc.new_full((), bound)
+    if not broadcasts(bound.shape, loc.shape):
+        raise RuntimeError(
+            f"{name} of squash has shape {tuple(bound.shape)}, which does not broadcast to {tuple(loc.shape)} of loc"
+        )
+    if bound.device != loc.device:
+        if bound.ndim:
+            raise RuntimeError(f"{name} of squash is on {bound.device}, but loc is on {loc.device}")
+        bound = bound.to(loc.device, non_blocking=True)
+    return bound.detach() if bound.requires_grad else bound
+
+
+# --- the operators --------------------------------------------------------------------------------------------------
+
+
+def _arguments(name: str, loc: Tensor, scale: Tensor, third: Tensor, interval: Squash | None) -> list[Any]:
+    """What the operators take for inputs: each bound as a number and a tensor, of which one counts."""
+    low, high, margin = (None, None, None) if interval is None else interval
+    return [name, loc, scale, third, *number_or_tensor(low), *number_or_tensor(high), margin]
+
+
+def _operator(function: str) -> Any:
+    """The backend's ``function``, of the arguments that its operator takes."""
+
+    def run(name: str, loc: Tensor, scale: Tensor, third: Tensor, *rest: Any) -> Any:
+        low_number, low, high_number, high, margin, *grads_and_needs = rest
+        interval = Squash(low_number if low is None else low, high_number if high is None else high, margin)
+        implementation = getattr(backend_module(name), function)
+        return implementation(loc, scale, third, None if interval.low is None else interval, *grads_and_needs)
+
+    return run
+
+
+def _log_prob_fake(name: str, loc: Tensor, scale: Tensor, action: Tensor, *_: Any) -> Tensor:
+    return loc.new_empty(loc.shape[:-1], dtype=result_dtype(loc, scale, action))
+
+
+def _sample_fake(name: str, loc: Tensor, scale: Tensor, noise: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    dtype = result_dtype(loc, scale, noise)
+    return loc.new_empty(loc.shape, dtype=dtype), loc.new_empty(loc.shape[:-1], dtype=dtype)
+
+
+def _backward_fake(name: str, loc: Tensor, scale: Tensor, third: Tensor, *rest: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x, need in zip((loc, scale, third), rest[-1], strict=True) if need]
+
+
+def _as(dtype: torch.dtype, x: Tensor) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+for _name, _fake in (
+    ("log_prob", _log_prob_fake),
+    ("log_prob_backward", _backward_fake),
+    ("sample", _sample_fake),
+    ("sample_backward", _backward_fake),
+):
+    _library.impl(f"normal_{_name}", _operator(_name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fusedrl::normal_{_name}", _fake, lib=_library)

@@ -1,0 +1,71 @@
+"""What every backend of the Gaussian log-probability is given: the interval that tanh squashes into, and dtypes."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
+# From where log(1 + eˣ) is x, in float64 too.
+SOFTPLUS_THRESHOLD = 40
+
+Bounds = tuple[float | Tensor, float | Tensor]
+
+
+class Squash(NamedTuple):
+    """a = center + half · tanh x for the bounds low and high, both numbers or both tensors; 1 − |tanh x| ≥ margin."""
+
+    low: Any
+    high: Any
+    margin: float | None
+
+    def center_and_half(self) -> tuple[Any, Any]:
+        """(low + high) / 2 and (high − low) / 2, computed in the bounds' own dtype."""
+        return (self.low + self.high) / 2, (self.high - self.low) / 2
+
+    def limit_of_draw(self, *tensors: Tensor) -> float:
+        """The greatest |tanh x| of an action that is drawn from loc, scale and noise."""
+        return 1 - self._margin(result_dtype(*tensors))
+
+    def limit_of_inverse(self, *tensors: Tensor) -> float:
+        """The greatest |tanh x| that is inverted, of loc, scale and action: less than 1, whose inverse is infinite."""
+        return 1 - max(self._margin(tensors[2].dtype), _LAST_STEP[compute_dtype(*tensors)])
+
+    def _margin(self, dtype: torch.dtype) -> float:
+        return torch.finfo(dtype).resolution if self.margin is None else self.margin
+
+
+# From the greatest number below 1 to 1.
+_LAST_STEP = {dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.float32, torch.float64)}
+
+
+def keep_within(y: Tensor, limit: float) -> Tensor:
+    """``y``, which is tanh x or is to be inverted, within ±``limit``; ``y`` itself is overwritten.
+
+    Autograd doesn't see it, so that it takes the slope of tanh and of its inverse at the value that is kept, which is
+    small but not zero.
+    """
+    if limit < 1:
+        y.data.clamp_(-limit, limit)
+    return y
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype that backends compute in: float64 where it is among those of ``tensors``, otherwise float32."""
+    return torch.float64 if result_dtype(*tensors) == torch.float64 else torch.float32
+
+
+def wide(*tensors: Tensor) -> list[Tensor]:
+    """``tensors`` in the dtype that they are computed in."""
+    dtype = compute_dtype(*tensors)
+    return [x if x.dtype == dtype else x.to(dtype) for x in tensors]
+
+
+def result_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype that the tensors have in common."""
+    dtype = tensors[0].dtype
+    for x in tensors[1:]:
+        if x.dtype != dtype:
+            dtype = torch.promote_types(dtype, x.dtype)
+    return dtype

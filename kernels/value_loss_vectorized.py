@@ -1,0 +1,74 @@
+"""The critic's loss in few PyTorch calls, since they are what it costs: the ``torch`` backend."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .samples import as_scalar
+from .samples_reference import with_slope
+from .samples_vectorized import cast, factors, mean, padding_and_count, selected
+from .value_loss_problem import ValueConstants, dtypes, smallest_variance
+
+# What `torch.nn.functional` calls once it has compared shapes, which are known to agree here.
+_smooth_l1_loss: Any = torch._C._nn.smooth_l1_loss
+_mse_loss: Any = torch._C._nn.mse_loss
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+
+
+def compose(value: Tensor, constants: ValueConstants) -> list[Tensor]:
+    """The loss, differentiable in ``value``, and what is logged."""
+    target, old_value, mask, weights, clip, coefficient, kind, explained_variance, reduction = constants
+    dtype, precise = dtypes(value, constants)
+    padding, count = padding_and_count(mask, value.numel(), precise)
+    now, target = cast(value, precise), cast(target, precise)
+    if padding is not None:
+        now, target = now.masked_fill(padding, 0), target.masked_fill(padding, 0)
+
+    logged = []
+    plain = old_value is None and padding is None and weights is None
+    loss = _distance(now, target, kind, reduction if plain else "none")
+    if old_value is not None:
+        bound: Any = as_scalar(clip, precise, value.device)
+        with torch.no_grad():
+            old = cast(old_value, precise)
+            old = old if padding is None else old.masked_fill(padding, 0)
+        step = now - old
+        loss = torch.maximum(loss, _distance(step.clamp(-bound, bound) + old, target, kind, "none"))
+        with torch.no_grad():
+            logged.append(mean(selected(step.abs() > bound, padding), padding, count, precise))
+    if not plain:
+        if weights is not None:
+            loss = loss * factors(weights, padding, reduction, precise)
+        elif reduction == "mean":
+            loss = loss / count
+        loss = loss if reduction == "none" else loss.sum()
+    if coefficient is not None:
+        loss = loss * as_scalar(coefficient, precise, value.device)
+    if explained_variance:
+        smallest = smallest_variance(constants.value_target, dtype)
+        with torch.no_grad():
+            variance = _variance(target, padding, count).clamp_min_(smallest)
+            logged.append(1 - _variance(now - target, padding, count).div_(variance))
+    return [cast(loss, dtype), *(cast(x, dtype) for x in logged)]
+
+
+def forward(value: Tensor, constants: ValueConstants, keep: bool) -> list[Tensor]:
+    """The loss, what is logged, and the slope if it is to be kept."""
+    return with_slope(compose, value, constants, keep, dtypes(value, constants)[1])
+
+
+def _distance(x: Tensor, y: Tensor, kind: str, reduction: str) -> Tensor:
+    if kind == "smooth_l1":
+        return _smooth_l1_loss(x, y, _REDUCTIONS[reduction], 1.0)
+    if kind == "l2":
+        return _mse_loss(x, y, _REDUCTIONS[reduction])
+    distance = (x - y).abs()
+    return distance if reduction == "none" else distance.mean() if reduction == "mean" else distance.sum()
+
+
+def _variance(x: Tensor, padding: Tensor | None, count: Any) -> Tensor:
+    if padding is None:
+        return x.var(correction=0)
+    deviation = (x - x.sum() / count).masked_fill_(padding, 0)
+    return deviation.square_().sum().div_(count)
