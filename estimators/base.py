@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kernels.backend import check_backend
 from .functional import widened
-from .modules import VMAP_RANDOMNESS
+from .modules import VMAP_RANDOMNESS, device_of
 from .shifted import shifted_values
 from .steps import Steps, any_right, cut, expand_right, standardize, valid_only, without_padding
 from .value_network import ValueNetwork, check_positive
@@ -61,7 +61,7 @@ class ValueEstimatorBase(TensorDictModuleBase):
         skip_existing: take values that are present instead of calling the network. None: as
             `tensordict.nn.set_skip_existing` says.
         advantage_key, value_target_key, value_key: shorthands for `set_keys`.
-        device: where γ (and λ) are put.
+        device: where γ (and λ) are put; by default where the parameters of the value network are.
         deactivate_vmap: call the network twice instead of once under `torch.vmap`; recurrent networks need it.
         value_chunk_size: call the network on at most so many elements of ``value_chunk_dim`` at a time.
         num_chunks: call it on so many parts of ``value_chunk_dim`` in turn. ``num_chunk`` is the same.
@@ -141,6 +141,7 @@ class ValueEstimatorBase(TensorDictModuleBase):
             num_chunks=num_chunk if num_chunks is None else num_chunks,
             chunk_dim=value_chunk_dim,
         )
+        device = device_of(value_network) if device is None else device
         self.register_buffer("gamma", as_hyperparameter(gamma, device))
         self._tensor_keys = self._AcceptedKeys()
         given = {"advantage": advantage_key, "value_target": value_target_key, "value": value_key}
@@ -152,6 +153,9 @@ class ValueEstimatorBase(TensorDictModuleBase):
         if "value_network" not in hyperparams:
             network = getattr(loss_module, "critic_network", None)
             hyperparams["value_network"] = getattr(loss_module, "value_network", None) if network is None else network
+        # γ and λ join the parameters: from elsewhere they would be copied in every call, which no CUDA graph can hold.
+        # Those of the network don't say where that is: an ensemble's holds none.
+        hyperparams.setdefault("device", device_of(loss_module))
         return cls(**hyperparams)
 
     # -- settings ----------------------------------------------------------------------------------------------------
@@ -382,17 +386,20 @@ class ValueEstimatorBase(TensorDictModuleBase):
         keys = self._tensor_keys
         reward, done, terminated = self._signals(tensordict)
         for key, mask in ((keys.done, done), (keys.terminated, terminated)):
-            if mask.shape != reward.shape:
-                raise RuntimeError(
-                    f"{_next(key)} has shape {tuple(mask.shape)}, but {_next(keys.reward)} has shape "
-                    f"{tuple(reward.shape)}: both must agree"
-                )
+            self._check_mask(key, mask, reward)
         steps = Steps(reward, done, terminated, self._discount(tensordict, reward))
         mask = tensordict.get(PADDING_MASK, None)
         if mask is not None:
             steps = cut(steps, any_right(mask != 0, tensordict.ndim), time_dim)
             steps = steps._replace(reward=valid_only(steps, reward)[0])
         return steps._replace(reward=standardize(steps.reward, steps.valid)) if self.average_rewards else steps
+
+    def _check_mask(self, key: NestedKey, mask: Tensor, reward: Tensor) -> None:
+        if mask.shape != reward.shape:
+            raise RuntimeError(
+                f"{_next(key)} has shape {tuple(mask.shape)}, but {_next(self._tensor_keys.reward)} has shape "
+                f"{tuple(reward.shape)}: both must agree"
+            )
 
     def _signals(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
         """Reward, done and terminated."""

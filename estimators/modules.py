@@ -1,4 +1,6 @@
-"""What estimators and losses ask of any network: the entries it reads, and whether it draws random numbers."""
+"""What estimators and losses ask of any network: the entries it reads, where it is, whether it draws random numbers."""
+
+from typing import Any
 
 import torch
 from tensordict import NestedKey, unravel_key
@@ -37,6 +39,11 @@ def add_random_module(module: type[nn.Module]) -> None:
 def is_random(network: nn.Module) -> bool:
     """Whether the network draws random numbers: dropout, and what `add_random_module` made known."""
     return any(isinstance(module, tuple(_random_modules)) for module in network.modules())
+
+
+def device_of(module: Any) -> torch.device | None:
+    """Where the parameters of ``module`` are; None if it has none."""
+    return next((p.device for p in module.parameters()), None) if isinstance(module, nn.Module) else None
 
 
 def check_distribution(actor_network: object, owner: str) -> None:

@@ -80,9 +80,16 @@ def standardize(x: Tensor, valid: Tensor | None = None, own: int | None = None) 
 
 def expand_right(x: Tensor, like: Tensor) -> Tensor:
     """``x`` with trailing dimensions added until it has the shape of ``like``."""
-    return x.view(x.shape + (1,) * (like.ndim - x.ndim)).expand_as(like)
+    return widened_right(x, like).expand_as(like)
+
+
+def widened_right(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` with trailing dimensions of size 1 until it has as many as ``like``, with which it then broadcasts."""
+    return x.view(x.shape + (1,) * (like.ndim - x.ndim))
 
 
 def any_right(mask: Tensor, ndim: int) -> Tensor:
     """Whether anything is set in the dimensions of ``mask`` beyond ``ndim``."""
+    if mask.ndim == ndim + 1 and mask.shape[-1] == 1:
+        return mask.squeeze(-1)
     return mask.flatten(ndim).any(-1) if mask.ndim > ndim else mask

@@ -1,5 +1,6 @@
 """Estimators whose advantage is a TD return minus the value: TD(0), TD(1), TD(λ)."""
 
+from tensordict import TensorDictBase
 from torch import Tensor
 
 from .base import ValueEstimatorBase
@@ -17,6 +18,18 @@ class TD0Estimator(ValueEstimatorBase):
     """
 
     needs_done = False
+
+    def one_step(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
+        """Reward, terminated and the discount γ (or γⁿ of n-step data): all that the estimate asks of a step.
+
+        Raises:
+            KeyError: an entry is missing.
+            RuntimeError: their shapes differ.
+
+        """
+        reward, _, terminated = self._signals(tensordict)
+        self._check_mask(self._tensor_keys.terminated, terminated, reward)
+        return reward, terminated, self._discount(tensordict, reward)
 
     def _value_target(self, steps: Steps, next_value: Tensor, time_dim: int) -> Tensor:
         return td0_return_estimate(steps.gamma, next_value, steps.reward, steps.terminated)

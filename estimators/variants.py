@@ -39,7 +39,7 @@ class LambdaEstimatorBase(ValueEstimatorBase):
 
     def __init__(self, *, lmbda: Scalar, vectorized: bool | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.register_buffer("lmbda", as_hyperparameter(lmbda, kwargs.get("device")))
+        self.register_buffer("lmbda", as_hyperparameter(lmbda, self.gamma.device))
         self._vectorized: bool | None = None
         self.vectorized = vectorized
 

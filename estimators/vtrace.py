@@ -84,7 +84,7 @@ class VTrace(BothValuesEstimatorBase):
         for name, threshold in (("rho_thresh", rho_thresh), ("c_thresh", c_thresh)):
             if not isinstance(threshold, Tensor) and not threshold >= 0:
                 raise ValueError(f"{name} is {threshold}, but must not be negative")
-            self.register_buffer(name, as_hyperparameter(threshold, kwargs.get("device")))
+            self.register_buffer(name, as_hyperparameter(threshold, self.gamma.device))
         self.actor_network = actor_network
         self.average_adv = average_adv
         self.set_keys(

@@ -1,7 +1,7 @@
 """Advantage actor-critic."""
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
 from torch import Tensor
 
@@ -106,5 +106,5 @@ class A2CLoss(ActorCriticLoss):
         heads = self._action_heads(tensordict, advantage)
         log_prob = self._log_prob(heads, tensordict, advantage)
         gain = policy_gradient_objective(log_prob, self._only_valid(advantage, tensordict))
-        terms = {"loss_objective": -gain} | self._entropy_terms(heads, tensordict) | self._critic_terms(tensordict)
-        return self._result(terms, tensordict)
+        terms = {"loss_objective": self._reduce_loss(-gain, tensordict)}
+        return TensorDict(terms | self._entropy_terms(heads, tensordict) | self._critic_terms(tensordict))

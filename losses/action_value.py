@@ -1,16 +1,21 @@
 """What the losses that learn action values Q(s, a) from stored transitions share."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, skip_existing
 from tensordict.utils import unravel_key
 from torch import Tensor
 
-from ..estimators.steps import any_right, expand_right
+from ..estimators.calls import written_by
+from ..estimators.steps import any_right, expand_right, widened_right
+from ..estimators.td import TD0Estimator
+from ..kernels import EnsembleLoss, Target, ensemble_loss, value_target
 from .base import LossModule
-from .networks import keys_read
+from .ensemble import MEMBERS_IN_TURN
+from .networks import Parameters, keys_read, tensors_of
 from .utils import ValueEstimators
 
 
@@ -31,6 +36,8 @@ class ActionValueLoss(LossModule):
         ValueEstimators.TDLambda,
     )
     deactivate_vmap = False
+
+    loss_function: str
 
     def _take_qvalue_network(
         self,
@@ -81,30 +88,39 @@ class ActionValueLoss(LossModule):
 
         """
         current_keys, next_keys = self._read_by(current), self._read_by(following)
-        self._require_entries(tensordict, current_keys, f"the networks {', '.join(current)} read it")
-        next_entries = [unravel_key(("next", key)) for key in next_keys]
-        self._require_entries(tensordict, next_entries, f"the networks {', '.join(following)} read it")
-        self._require(tensordict, "reward")
+        self._get(tensordict, "reward")
         terminated = tensordict.get(*self._keys("terminated"), None)
         if terminated is None:
             terminated = self._get(tensordict, "done")
-
-        data = tensordict.select(*current_keys)
-        next_data = tensordict.get("next").select(*next_keys)
+        data = self._inputs(tensordict, current_keys, current)
+        next_data = self._inputs(tensordict, next_keys, following, "next")
         next_data.batch_size = tensordict.batch_size
-        terminal = any_right(terminated != 0, tensordict.ndim)
+
+        terminal = any_right(terminated if terminated.dtype == torch.bool else terminated != 0, tensordict.ndim)
         for key in next_keys:
             x = next_data.get(key)
             if x.is_floating_point():
-                next_data.set(key, torch.where(expand_right(terminal, x), x.nan_to_num(0.0, 0.0, 0.0), x))
+                next_data.set(key, torch.where(widened_right(terminal, x), x.nan_to_num(0.0, 0.0, 0.0), x))
         valid = self._mask(tensordict, terminal)
         if valid is not None:
             for part, keys in ((data, current_keys), (next_data, next_keys)):
                 for key in keys:
                     x = part.get(key)
                     if x.is_floating_point():
-                        part.set(key, torch.where(expand_right(valid, x), x, 0))
+                        part.set(key, torch.where(widened_right(valid, x), x, 0))
         return data, next_data
+
+    def _inputs(
+        self, tensordict: TensorDictBase, keys: list[NestedKey], networks: Sequence[str], prefix: str = ""
+    ) -> TensorDictBase:
+        """A new TensorDict of the entries ``keys``, below the entry ``prefix`` if that is given."""
+        source = tensordict.get(prefix) if prefix else tensordict
+        try:
+            return source.select(*keys)
+        except KeyError:
+            entries = [unravel_key((prefix, key)) for key in keys] if prefix else keys
+            self._require_entries(tensordict, entries, f"the networks {', '.join(networks)} read it")
+            raise
 
     def _taken_action(self, tensordict: TensorDictBase) -> Tensor:
         """The actions in the data; those of padded steps, which may stand for none at all, are 0."""
@@ -117,6 +133,14 @@ class ActionValueLoss(LossModule):
 
     def _read_by(self, networks: Sequence[str]) -> list[NestedKey]:
         """What the networks read of which none before it writes."""
+        networks = tuple(networks)
+        if torch.compiler.is_compiling():  # what is kept now would be found changed in the next call
+            return self._find_reads(networks)
+        if networks not in self._reads:
+            self._reads[networks] = self._find_reads(networks)
+        return self._reads[networks]
+
+    def _find_reads(self, networks: Sequence[str]) -> list[NestedKey]:
         read: dict[NestedKey, None] = {}
         written: set[NestedKey] = set()
         for name in networks:
@@ -142,18 +166,31 @@ class ActionValueLoss(LossModule):
         ``data`` is left as it is. A network that isn't an ensemble counts as one of a single member. ``members`` are
         the indices of those that are asked (None: all); see `_parameters_in` for the other options.
         """
-        params = getattr(self, f"target_{name}_params" if target else f"{name}_params")
-        params = params.detach() if detach else params
-        params = params if members is None else params[members]
+        params = self._parameters_of(name, target=target, detach=detach)
+        if getattr(self, f"{name}_params").ndim == 0:
+            return self._call(name, data, key, params).unsqueeze(0)
+        compiling = isinstance(params, TensorDictBase)
+        if members is not None:
+            params = params[members] if isinstance(params, TensorDictBase) else [x[members] for x in params]
+        tensors = tensors_of(params) if isinstance(params, TensorDictBase) else params
 
-        def member(one: TensorDictBase) -> Tensor:
-            return self._call(name, data, key, one)
+        perceptron = self._perceptrons[name]
+        if perceptron is not None and perceptron.out_key == key and not skip_existing():
+            values = perceptron(data, tensors)
+            if values is not None:
+                return values
+        # Compiled, a linear layer under vmap would be good for data [B, T, F] of one B and T alone.
+        few = compiling or len(tensors[0]) <= MEMBERS_IN_TURN
+        if self.deactivate_vmap or (few and self.vmap_randomness != "same"):
+            each: Any = zip(*(x.unbind(0) for x in tensors), strict=True)
+            if isinstance(params, TensorDictBase):
+                each = params.unbind(0)
+            return torch.stack([self._call(name, data, key, one) for one in each])
 
-        if params.ndim == 0:
-            return member(params).unsqueeze(0)
-        if self.deactivate_vmap:
-            return torch.stack([member(one) for one in params.unbind(0)])
-        return torch.vmap(member, randomness=self.vmap_randomness)(params)
+        def member(*one: Any) -> Tensor:
+            return self._call(name, data, key, one[0] if compiling else one)
+
+        return torch.vmap(member, randomness=self.vmap_randomness)(*([params] if compiling else tensors))
 
     def _ensemble_values(
         self,
@@ -169,10 +206,10 @@ class ActionValueLoss(LossModule):
         values = self._ensemble("qvalue_network", data, key, target=target, detach=detach, members=members)
         return self._one_per_sample(values, key, tensordict)
 
-    def _call(self, name: str, data: TensorDictBase, key: NestedKey, params: TensorDictBase) -> Tensor:
+    def _call(self, name: str, data: TensorDictBase, key: NestedKey, params: Parameters) -> Tensor:
         """What the network ``name`` with ``params`` writes at ``key`` for ``data``, which is left as it is."""
         with self._with_parameters(name, params):
-            x = getattr(self, name)(data.copy()).get(key, None)
+            x = written_by(getattr(self, name), data).get(key, None)
         if x is None:
             raise KeyError(
                 f"{type(self).__name__}: the network {name} doesn't write {key!r} but {getattr(self, name).out_keys}; "
@@ -203,6 +240,52 @@ class ActionValueLoss(LossModule):
         tensordict = self._marked_padding(tensordict)
         with torch.no_grad():
             return self.value_estimator.value_estimate(tensordict, next_value=next_value.unsqueeze(-1)).squeeze(-1)
+
+    def _target(
+        self,
+        tensordict: TensorDictBase,
+        next_values: Tensor,
+        *,
+        log_prob: Tensor | None = None,
+        alpha: Tensor | None = None,
+    ) -> Target:
+        """The target y of each sample and the value v' of its next state, both of shape ``[*B]`` and constants.
+
+        v' is the least of ``next_values``, shape ``[N, *B]``, less α log π if that is given. For the plain one-step
+        estimate, which asks for nothing but the step itself, both are one fused operation.
+        """
+        next_values, log_prob = next_values.detach(), None if log_prob is None else log_prob.detach()
+        estimator = self.value_estimator
+        if type(estimator) is not TD0Estimator or estimator.average_rewards:
+            next_value = next_values.amin(0)
+            if log_prob is not None:
+                next_value = next_value - alpha * log_prob  # type: ignore[operator]  # given together
+            return Target(self._value_target(tensordict, next_value), next_value)
+        steps = estimator.one_step(tensordict)
+        reward, terminated, gamma = (x.squeeze(-1) if x.ndim > 0 else x for x in steps)
+        target = value_target(
+            next_values, reward, terminated, gamma, log_prob=log_prob, alpha=alpha, backend=estimator.backend
+        )
+        return target._replace(value_target=self._only_valid(target.value_target, tensordict))
+
+    def _ensemble_loss(
+        self, values: Tensor, target: Tensor, tensordict: TensorDictBase, *, priority: str = "square", **options: Any
+    ) -> EnsembleLoss:
+        """The reduced loss of ``values``, shape ``[N, *B]``, against the ``target``, and each sample's priority.
+
+        See `fusedrl.kernels.ensemble_loss` for the options.
+        """
+        mask, weights = self._mask(tensordict, target), self._priority_weights(tensordict, target)
+        return ensemble_loss(
+            values,
+            target,
+            self.loss_function,
+            priority=priority,
+            mask=mask,
+            weights=weights,
+            reduction=self.reduction,
+            **options,
+        )
 
     def _write_priority(self, tensordict: TensorDictBase, td_error: Tensor) -> None:
         """Write the priority of each sample, shape ``[*B]``, 0 for padding: the last thing that a loss does."""

@@ -99,28 +99,33 @@ class ActorCriticLoss(PolicyGradientLoss):
     # --- the terms of the loss ----------------------------------------------------------------------------------
 
     def _entropy_terms(self, heads: ActionHeads, tensordict: TensorDictBase) -> Terms:
-        """−c·H per sample, and the entropy H that is logged; nothing without the entropy bonus."""
+        """−c·H, reduced, and the entropy H that is logged; nothing without the entropy bonus."""
         if not self.entropy_bonus:
             return {}
         entropies = heads.entropies(self.samples_mc_entropy)
-        total = torch.stack(list(entropies.values())).sum(0)
-        terms: Terms = {"entropy": self._metric(total, tensordict)}
+        total = heads.total(list(entropies.values()))
         if self._head_coeffs is None:
-            terms["loss_entropy"] = -self.entropy_coeff * total
+            reduced = self._reduce_loss(total, tensordict)
+            loss = -self.entropy_coeff * reduced
         else:
+            reduced = None
             weighted = [self._head_coeffs[key] * entropy for key, entropy in entropies.items()]
-            terms["loss_entropy"] = -torch.stack(weighted).sum(0)
+            loss = self._reduce_loss(-heads.total(weighted), tensordict)
+        # The plain mean is what is logged too.
+        plain = self.reduction == "mean" and self._priority_weights(tensordict, total) is None
+        logged = self._metric(total, tensordict) if reduced is None or not plain else reduced.detach()
+        terms: Terms = {"entropy": logged, "loss_entropy": loss}
         if heads.composite and not composite_lp_aggregate():
             by_head = {_suffixed(key, "_entropy"): entropy.detach() for key, entropy in entropies.items()}
             terms["composite_entropy"] = TensorDict(by_head, total.shape)
         return terms
 
     def _critic_terms(self, tensordict: TensorDictBase) -> Terms:
-        """c·d(V, V̂) per sample, and the critic's metrics; nothing without a critic's coefficient."""
+        """c·d(V, V̂), reduced, and the critic's metrics; nothing without a critic's coefficient."""
         if self.critic_coeff is None:
             return {}
-        loss, metrics = self._critic_loss(tensordict)
-        return {"loss_critic": self.critic_coeff * loss, **metrics}
+        loss, metrics = self._critic_loss(tensordict, self.critic_coeff)
+        return {"loss_critic": loss, **metrics}
 
 
 def _suffixed(key: NestedKey, suffix: str) -> NestedKey:

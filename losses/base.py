@@ -239,7 +239,8 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
             raise NotImplementedError(
                 f"{type(self).__name__} has no value estimator by default: call make_value_estimator"
             )
-        self._value_estimator_used = True
+        # Not by way of torch.nn.Module, which first looks for a parameter, buffer or module of that name.
+        object.__setattr__(self, "_value_estimator_used", True)
         return self._value_estimator
 
     # --- coefficients -------------------------------------------------------------------------------------------
@@ -284,7 +285,8 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
                 self.register_coeff_buffer(name, value)
             else:
                 with torch.no_grad():
-                    buffer.copy_(torch.as_tensor(value, dtype=buffer.dtype, device=buffer.device))
+                    # A number is written on the device: to copy it there would wait for all that the device has to do.
+                    buffer.copy_(value) if isinstance(value, Tensor) else buffer.fill_(value)
             return
         super().__setattr__(name, value)
 
@@ -338,8 +340,14 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
         if tensordict is None or self.loss_mask_key is None:
             return None
         keys = AUTO_LOSS_MASK_KEYS if self.loss_mask_key == "auto" else (self.loss_mask_key,)
-        found = [(key, tensordict.get(key, None)) for key in keys]
-        masks = [align(mask != 0, like, f"the mask {key!r}") for key, mask in found if mask is not None]
+        present = tensordict.keys()
+        masks = []
+        for key in keys:
+            if (key if isinstance(key, str) else key[0]) not in present:
+                continue
+            mask = tensordict.get(key, None)
+            if mask is not None:
+                masks.append(align(mask != 0, like, f"the mask {key!r}"))
         return reduce(and_, masks) if masks else None
 
     def _only_valid(self, x: Tensor, tensordict: TensorDictBase) -> Tensor:

@@ -237,7 +237,7 @@ class CQLLoss(SoftActorCriticLoss):
 
     def _many(self, policy: Distribution, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
         """``num_random`` actions, shape ``[K, *B, *A]``, and their log-densities, shape ``[K, *B]``."""
-        actions = policy.sample((self.num_random,))
+        actions = policy.rsample((self.num_random,))  # `sample` of a normal distribution waits for the device
         return actions, self._density(policy, actions, tensordict)
 
     def _density(self, policy: Distribution, action: Tensor, tensordict: TensorDictBase) -> Tensor:

@@ -10,8 +10,6 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
 from torch import Tensor, nn
 
-from .functional.deterministic import ensemble_distance
-from .functional.soft_actor_critic import soft_value, temperature_loss
 from .soft_actor_critic import QNetworks, SoftActorCriticLoss
 from .temperature import continuous_target_entropy
 
@@ -139,22 +137,16 @@ class CrossQLoss(SoftActorCriticLoss):
             judged, next_log_prob = self._draw(self._policy(next_data), next_data, tensordict)
         with _in_mode(self.qvalue_network, training=True):
             values = self._values(torch.stack([data.select(*read), judged.select(*read)]), tensordict)
-        values, next_values = values[:, 0], values[:, 1].detach()
-        value_target = self._value_target(tensordict, soft_value(next_values.amin(0), next_log_prob, alpha))
-        td_error = (values.detach() - value_target).abs().amax(0)
+        target = self._target(tensordict, values[:, 1], log_prob=next_log_prob, alpha=alpha)
+        loss, priority = self._ensemble_loss(values[:, 0], target.value_target, tensordict, priority="abs")
 
         judged, log_prob = self._draw(self._policy(data), data, tensordict)
         with _in_mode(self.qvalue_network, training=False):
-            value = self._values(judged.select(*read), tensordict, detach=True).amin(0)
-        losses = {
-            "loss_actor": -soft_value(value, log_prob, alpha),
-            "loss_qvalue": ensemble_distance(values, value_target, self.loss_function),
-            "loss_alpha": temperature_loss(-log_prob, self.log_alpha, self.target_entropy),
-        }
-        losses = {name: self._reduce_loss(loss, tensordict) for name, loss in losses.items()}
-        result = self._result(losses, alpha, self._metric(-log_prob, tensordict))
-        result["log_prob"], result["td_error"] = log_prob.detach(), td_error
-        self._write_priority(tensordict, td_error)
+            judgements = self._values(judged.select(*read), tensordict, detach=True)
+        of_policy, of_alpha, entropy = self._policy_loss(judgements, log_prob, alpha, tensordict)
+        result = self._result({"loss_actor": of_policy, "loss_qvalue": loss, "loss_alpha": of_alpha}, alpha, entropy)
+        result["log_prob"], result["td_error"] = log_prob.detach(), priority
+        self._write_priority(tensordict, priority)
         return result
 
     def _values(self, data: TensorDictBase, tensordict: TensorDictBase, *, detach: bool = False) -> Tensor:

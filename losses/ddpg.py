@@ -8,8 +8,9 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, dispatch
 from torch import Tensor
 
+from ..estimators.calls import call
 from .action_value import ActionValueLoss
-from .utils import check_distance, distance_loss
+from .utils import check_distance
 
 
 class DeterministicPolicyLoss(ActionValueLoss):
@@ -52,7 +53,7 @@ class DeterministicPolicyLoss(ActionValueLoss):
     def _with_action(self, data: TensorDictBase, *, target: bool = False) -> TensorDictBase:
         """``data`` with the policy's action in it: a shallow copy."""
         with self._parameters_in("actor_network", target=target):
-            return self.actor_network(data.copy())
+            return call(self.actor_network, data.copy())
 
 
 class DDPGLoss(DeterministicPolicyLoss):
@@ -154,14 +155,14 @@ class DDPGLoss(DeterministicPolicyLoss):
         )
         with torch.no_grad():
             next_value = self._value(self._with_action(following, target=True), tensordict, target=True)
-        value_target = self._value_target(tensordict, next_value)
+        value_target = self._target(tensordict, next_value.unsqueeze(0)).value_target
         value = self._value(data, tensordict)
         policy_value = self._value(self._with_action(data), tensordict, detach=True)
-        td_error = (value.detach() - value_target).square()
+        loss, td_error = self._ensemble_loss(value.unsqueeze(0), value_target, tensordict)
         out = TensorDict(
             {
                 "loss_actor": self._reduce_loss(-policy_value, tensordict),
-                "loss_value": self._reduce_loss(distance_loss(value, value_target, self.loss_function), tensordict),
+                "loss_value": loss,
                 "pred_value": value.detach(),
                 "target_value": value_target,
                 "td_error": td_error,

@@ -8,7 +8,7 @@ from tensordict.nn import dispatch
 from torch import nn
 
 from .q_learning import QLearningLoss
-from .utils import check_distance, distance_loss
+from .utils import check_distance
 
 
 class DQNLoss(QLearningLoss):
@@ -51,7 +51,7 @@ class DQNLoss(QLearningLoss):
         >>> data = {"observation": state, "action": action, "next": {"observation": 2 * state, "reward": state}}
         >>> data = TensorDict(data, [1]).set(("next", "terminated"), terminated)
         >>> loss(data)["loss"]  # Q is 2, and the target 2 + 0.5 * 4
-        tensor(4., grad_fn=<MeanBackward0>)
+        tensor(4., grad_fn=<MseLossBackward0>)
 
     See Mnih et al. 2015, Human-level control through deep reinforcement learning,
     https://doi.org/10.1038/nature14236; van Hasselt et al. 2016, Deep reinforcement learning with double
@@ -109,8 +109,7 @@ class DQNLoss(QLearningLoss):
         action_value, next_action_value, choosing_value = self._action_values(tensordict, "actions")
         value = self._actions.value(action_value, self._taken_action(tensordict))
         next_value = self._actions.greedy_value(next_action_value, choosing_value)
-        target = self._value_target(tensordict, next_value)
-        distance = distance_loss(value, target, self.loss_function)
-        loss = self._reduce_loss(distance.unsqueeze(-1), tensordict)
-        self._write_priority(tensordict, (value.detach() - target).square().unsqueeze(-1))
+        target = self._target(tensordict, next_value.unsqueeze(0)).value_target
+        loss, priority = self._ensemble_loss(value.unsqueeze(0), target, tensordict)
+        self._write_priority(tensordict, priority.unsqueeze(-1))
         return TensorDict({"loss": loss})

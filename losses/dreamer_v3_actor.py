@@ -10,6 +10,7 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
+from ..estimators.modules import device_of
 from .dreamer import DreamerActorLoss
 from .dreamer_base import held_constant
 from .functional.imagination import discount_weight, quantile
@@ -114,7 +115,7 @@ class DreamerV3ActorLoss(DreamerActorLoss):
         self.return_normalization = return_normalization
         self.retnorm = ReturnRange(
             return_normalization_quantiles, return_normalization_rate, return_normalization_min_scale
-        )
+        ).to(device_of(actor_model))
 
     @property
     def return_low(self) -> Tensor:

@@ -9,6 +9,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..estimators.modules import device_of
 from .dreamer_base import ModelLoss
 from .functional.categorical_kl import balanced_divergence, divergence_terms
 from .functional.discrete_regression import symexp_bins, symlog, two_hot_cross_entropy
@@ -152,7 +153,7 @@ class DreamerV3ModelLoss(FullPrecisionBuffers, ModelLoss):
         self.reward_two_hot = reward_two_hot
         self.global_average = global_average
         self.detach_output = detach_output
-        self.register_buffer("reward_bins", symexp_bins(num_reward_bins))
+        self.register_buffer("reward_bins", symexp_bins(num_reward_bins).to(device_of(world_model)))
         divergences = ["kl"] if kl_mode == "balanced" else ["dynamic", "representation"]
         terms = ["reco", "reward", *divergences, *(["continue"] if lambda_continue else [])]
         self.out_keys = [f"loss_model_{term}" for term in terms]

@@ -9,6 +9,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
 from ..estimators.functional import vec_td_lambda_return_estimate
+from ..estimators.modules import device_of
 from .dreamer_base import DreamerLoss
 from .dreamer_v3_actor import DreamerV3ActorLoss
 from .functional.discrete_regression import symexp_bins, symlog, two_hot_cross_entropy, two_hot_decode
@@ -100,7 +101,7 @@ class DreamerV3ValueLoss(FullPrecisionBuffers, DreamerLoss):
         self.slow_critic_regularization = slow_critic_regularization
         self._gamma = gamma
         self.__dict__["_actor_loss"] = actor_loss  # trained and saved on its own
-        self.register_buffer("value_bins", symexp_bins(num_value_bins))
+        self.register_buffer("value_bins", symexp_bins(num_value_bins).to(device_of(value_model)))
 
     @property
     def gamma(self) -> Scalar:
@@ -169,7 +170,10 @@ class DreamerV3ValueLoss(FullPrecisionBuffers, DreamerLoss):
         with torch.no_grad():
             b, r, end, term = (x[..., 1:].unsqueeze(-1) for x in (bootstrap, reward, ends, terminated))
             target = vec_td_lambda_return_estimate(1 - 1 / horizon, lmbda, b, r, end, term).squeeze(-1)
-        loss, _ = self._distances(data[..., :-1], target)
+        # Not data[..., :-1], which would make compiled code good for one size alone.
+        last, size = data.ndim - 1, target.shape
+        without_last = data.apply(lambda x: x.narrow(last, 0, size[last]), batch_size=size)
+        loss, _ = self._distances(without_last, target)
         loss = torch.where(ends[..., :-1], 0, loss)
         return TensorDict({"loss_replay_value": self._reduce_loss(loss, mask=valid)})
 

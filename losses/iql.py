@@ -7,9 +7,10 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
 from torch import Tensor
 
+from ..estimators.calls import distribution
 from ..estimators.modules import check_distribution
 from .action_value import ActionValueLoss
-from .functional.deterministic import clipped_double_q, ensemble_distance, largest_squared_error
+from .functional.deterministic import clipped_double_q
 from .functional.offline import advantage_weighted_objective, expectile_loss
 from .policy import ActionHeads
 from .reduction import check_scalar_output_mode
@@ -143,24 +144,26 @@ class IQLLoss(ActionValueLoss):
             next_value = self._value(following, tensordict)
             advantage_bound = clipped_double_q(self._ensemble_values(data, tensordict, target=True))
         advantage = advantage_bound - value
-        value_target = self._value_target(tensordict, next_value)
-        qvalues = self._ensemble_values(data, tensordict)
-        terms = {
-            "loss_actor": -advantage_weighted_objective(log_prob, advantage, self.temperature),
-            "loss_qvalue": ensemble_distance(qvalues, value_target, self.loss_function),
-            "loss_value": expectile_loss(advantage, self.expectile),
-        }
-        out = TensorDict({name: self._reduce_loss(term, tensordict) for name, term in terms.items()})
+        value_target = self._target(tensordict, next_value.unsqueeze(0)).value_target
+        loss, priority = self._ensemble_loss(self._ensemble_values(data, tensordict), value_target, tensordict)
+        objective = advantage_weighted_objective(log_prob, advantage, self.temperature)
+        out = TensorDict(
+            {
+                "loss_actor": self._reduce_loss(-objective, tensordict),
+                "loss_qvalue": loss,
+                "loss_value": self._reduce_loss(expectile_loss(advantage, self.expectile), tensordict),
+            }
+        )
         if self.reduction != "none" or self.scalar_output_mode != "exclude":
             out["entropy"] = self._metric(-log_prob, tensordict)
-        self._write_priority(tensordict, largest_squared_error(qvalues, value_target))
+        self._write_priority(tensordict, priority)
         return out
 
     def _log_prob(self, data: TensorDictBase, tensordict: TensorDictBase) -> Tensor:
         """log π(a|s) of the data's actions, shape ``[*B]``."""
         action = self._keys("action")[0]
         with self._parameters_in("actor_network"):
-            dist = self.actor_network.get_dist(data.copy())
+            dist = distribution(self.actor_network, data)
         log_prob = ActionHeads(dist, action, self._get(tensordict, "reward").ndim - 1).log_prob(data)
         return self._one_per_sample(log_prob, "the log-probability of the action", tensordict)
 

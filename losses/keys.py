@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
@@ -56,13 +57,17 @@ class KeyedModule(TensorDictModuleBase):
                 key = getattr(default, name)
             setattr(self._tensor_keys, name, key if isinstance(key, list) else unravel_key(key))
         self._in_keys = None
+        getattr(self, "_reads", {}).clear()
 
     @property
     def in_keys(self) -> list[NestedKey]:
         """The entries to read, and the keyword arguments of a call without a TensorDict."""
-        if self._in_keys is None:
-            self._in_keys = list(dict.fromkeys(self._find_in_keys()))
-        return self._in_keys
+        if self._in_keys is not None:
+            return self._in_keys
+        found = list(dict.fromkeys(self._find_in_keys()))
+        if not torch.compiler.is_compiling():  # what is kept now would be found changed in the next call
+            self._in_keys = found
+        return found
 
     @in_keys.setter
     def in_keys(self, keys: Iterable[NestedKey]) -> None:
@@ -83,8 +88,11 @@ class KeyedModule(TensorDictModuleBase):
 
     def _get(self, tensordict: TensorDictBase, name: str) -> Tensor:
         """The entry that the key ``name`` stands for; KeyError if it's missing."""
-        self._require(tensordict, name)
-        return tensordict.get(*self._keys(name))
+        (key,) = self._keys(name)
+        x = tensordict.get(key, None)
+        if x is None:
+            self._require(tensordict, name)
+        return x
 
     def _require(self, tensordict: TensorDictBase, *names: str, networks: Iterable[str] = ()) -> None:
         """Check that what the keys ``names`` and the ``networks`` read is there.

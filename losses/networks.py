@@ -1,15 +1,13 @@
 """Networks as pure functions: a module split into its parameters and a copy that holds none.
 
-A loss calls a network with the parameters of its choice (trained, target, one of an ensemble, detached):
-
-    with params.to_module(network):
-        network(tensordict)
+A loss calls a network with the parameters of its choice (trained, target, one of an ensemble, detached), which are put
+into it for the time of the call.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
@@ -20,11 +18,18 @@ from torch.nn import Buffer
 
 from ..estimators.modules import VMAP_RANDOMNESS, is_random
 from ..estimators.modules import keys_read as keys_read  # the losses look for it here
+from .ensemble import Perceptron
 
 M = TypeVar("M", bound=nn.Module)
 
 Entry = tuple[str, NestedKey]
 """A parameter of a loss: the network, and where in its parameters."""
+
+Parameters: TypeAlias = TensorDictBase | Sequence[Tensor]
+"""Parameters of a network: by their names, or in the order of `tensors_of`."""
+
+Slots = list[tuple[dict[str, Any], str]]
+"""Where a network keeps its parameters and buffers: a module's dict, and the name in it."""
 
 
 class FunctionalModule(TensorDictModuleBase):
@@ -37,6 +42,11 @@ class FunctionalModule(TensorDictModuleBase):
         self._functional_networks: dict[str, nn.Module] = {}
         self._shared: dict[str, dict[NestedKey, Entry]] = {}
         self._has_update_associated: dict[str, bool] = {}
+        self._slots: dict[str, Slots] = {}
+        self._own_params: dict[str, TensorDictBase | None] = {}
+        self._perceptrons: dict[str, Perceptron | None] = {}
+        self._places: dict[str, list[tuple[TensorDictBase, Slots]]] = {}
+        self._reads: dict[tuple[str, ...], list[NestedKey]] = {}
         self.register_load_state_dict_pre_hook(_load_shared_once)
 
     def convert_to_functional(
@@ -82,6 +92,7 @@ class FunctionalModule(TensorDictModuleBase):
         if create_target_params:
             setattr(self, f"target_{module_name}_params", delayed_copy(params))
             self._has_update_associated[module_name] = False
+        self._find_slots(module_name)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -106,12 +117,50 @@ class FunctionalModule(TensorDictModuleBase):
         """Within the block the network ``name`` has its current parameters, or those that the options say."""
         if name not in self._functional_networks:
             return nullcontext()
-        params = getattr(self, f"target_{name}_params" if target else f"{name}_params")
-        return self._with_parameters(name, params.detach() if detach else params)
+        return self._with_parameters(name, self._parameters_of(name, target=target, detach=detach))
 
-    def _with_parameters(self, name: str, params: TensorDictBase) -> AbstractContextManager[Any]:
+    def _parameters_of(self, name: str, *, target: bool = False, detach: bool = False) -> Parameters:
+        """The current parameters of the network ``name``, or those that the options say."""
+        if target and name not in self._has_update_associated:  # a network without delay is its own target
+            target, detach = False, detach or torch.is_grad_enabled()
+        params = getattr(self, f"target_{name}_params" if target else f"{name}_params")
+        if torch.compiler.is_compiling():  # which follows what happens to a TensorDict, and not what happens to slots
+            return params.detach() if detach else params
+        if params is self._own_params[name] and not detach:
+            return params
+        tensors = self._tensors_of(name, params)
+        return [x.detach() for x in tensors] if detach else tensors
+
+    def _tensors_of(self, name: str, params: TensorDictBase) -> list[Tensor]:
+        """`tensors_of` the ``params`` of the network ``name``."""
+        for known, places in self._places[name]:
+            if params is known:
+                return [place[key] for place, key in places]
+        return tensors_of(params)
+
+    def _with_parameters(self, name: str, params: Parameters) -> AbstractContextManager[Any]:
         """Within the block the network ``name`` has ``params``, such as those of one member of an ensemble."""
-        return swapped_in(params, self._functional_networks[name])
+        if params is self._own_params[name]:
+            return nullcontext()
+        if not isinstance(params, TensorDictBase):
+            return in_slots(self._slots[name], params)
+        if torch.compiler.is_compiling():
+            return swapped_in(params, self._functional_networks[name])
+        return in_slots(self._slots[name], self._tensors_of(name, params))
+
+    def _find_slots(self, name: str) -> None:
+        """Where the network ``name`` keeps its parameters, whether they are the loss's own, and what network it is."""
+        network, params = self._functional_networks[name], getattr(self, f"{name}_params")
+        self._reads.clear()
+        self._slots[name] = slots_of(network, params)
+        own = _hold(self._slots[name], params)
+        self._own_params[name] = params if own else None
+        self._places[name] = []
+        for kept in (params, self._modules.get(f"target_{name}_params")):
+            places = None if kept is None else places_of(kept)
+            if places is not None and _hold(places, kept):
+                self._places[name].append((kept, places))
+        self._perceptrons[name] = Perceptron.of(network, params) if params.ndim else None
 
     def get_stateful_net(self, network_name: str, copy: bool = True) -> nn.Module:
         """The network with the loss's own parameters in it (not copies), such as for a policy that collects data.
@@ -181,6 +230,7 @@ class FunctionalModule(TensorDictModuleBase):
                 setattr(self, f"{name}_params", params)
             if params.ndim == 0:
                 fill(self._functional_networks[name], params, leave_out=set(sources))
+            self._find_slots(name)
 
     def train(self, mode: bool = True) -> "FunctionalModule":
         """Training mode of the loss and of its networks."""
@@ -195,10 +245,13 @@ class FunctionalModule(TensorDictModuleBase):
 
         See `set_vmap_randomness`.
         """
-        if self._vmap_randomness is None:
-            random = any(is_random(getattr(self, name)) for name in self._network_names())
-            self._vmap_randomness = "different" if random else "error"
-        return self._vmap_randomness
+        if self._vmap_randomness is not None:
+            return self._vmap_randomness
+        random = any(is_random(getattr(self, name)) for name in self._network_names())
+        found = "different" if random else "error"
+        if not torch.compiler.is_compiling():  # what is kept now would be found changed in the next call
+            self._vmap_randomness = found
+        return found
 
     def set_vmap_randomness(self, value: str) -> None:
         """Choose ``"error"``, ``"different"`` or ``"same"``, see `torch.vmap`.
@@ -287,6 +340,58 @@ def share(params: TensorDictParams, sources: dict[NestedKey, Tensor]) -> TensorD
         return Buffer(sources[key].data.expand_as(x)) if key in sources else x
 
     return _mapped(params, shared, params.batch_size)
+
+
+def tensors_of(params: TensorDictBase) -> list[Tensor]:
+    """The tensors in ``params``, in one order for all that have the same structure."""
+    return list(params.values(True, True))
+
+
+def places_of(params: TensorDictBase) -> Slots | None:
+    """The dicts in which nested ``params`` keep their tensors, in the order of `tensors_of`; None if there are none.
+
+    To read them costs a fraction of `tensors_of`.
+    """
+    params = getattr(params, "_param_td", params)
+    places: Slots = []
+    for name, x in params.items():
+        held = getattr(params, "_tensordict", None)
+        if held is None:
+            return None
+        below = places_of(x) if isinstance(x, TensorDictBase) else [(held, name)]
+        if below is None:
+            return None
+        places += below
+    return places
+
+
+def slots_of(network: nn.Module, params: TensorDictBase) -> Slots:
+    """The dicts in which the modules of ``network`` keep what is in ``params``, in the order of `tensors_of`."""
+    slots = []
+    for key in params.keys(True, True):
+        *path, name = (key,) if isinstance(key, str) else key
+        owner = network.get_submodule(".".join(path))
+        slots.append((owner._parameters if name in owner._parameters else owner._buffers, name))
+    return slots
+
+
+def _hold(slots: Slots, params: TensorDictBase) -> bool:
+    """Whether the ``slots`` hold the very tensors of ``params``, in the same order."""
+    tensors = tensors_of(params)
+    return len(slots) == len(tensors) and all(slot[key] is x for (slot, key), x in zip(slots, tensors, strict=True))
+
+
+@contextmanager
+def in_slots(slots: Slots, tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Within the block ``tensors`` are in the ``slots`` of a network; after it, however it ends, what was there."""
+    before = [slot[name] for slot, name in slots]
+    try:
+        for (slot, name), x in zip(slots, tensors, strict=True):
+            slot[name] = x
+        yield
+    finally:
+        for (slot, name), x in zip(slots, before, strict=True):
+            slot[name] = x
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, TransformedDistribution, kl_divergence
 from torch.distributions.kl import _KL_MEMOIZE, _dispatch_kl
 
-from ..estimators.heads import DistributionHeads
+from ..estimators.heads import DistributionHeads, diagonal_gaussian
 
 
 class ActionHeads(DistributionHeads):
@@ -15,6 +15,17 @@ class ActionHeads(DistributionHeads):
     def like(self, dist: Distribution) -> "ActionHeads":
         """Those of another distribution over the same action."""
         return ActionHeads(dist, next(iter(self.heads)), self.batch_ndim)
+
+    def draw(self) -> tuple[dict[NestedKey, Tensor], Tensor]:
+        """The action of each head, and the log-probability of them all; both differentiable.
+
+        Every head must have ``rsample``, whose random numbers are drawn.
+        """
+        actions, parts = {}, []
+        for key, head in self.heads.items():
+            actions[key], part = draw(head)
+            parts.append(part)
+        return actions, self.total(parts)
 
     def entropies(self, samples: int) -> dict[NestedKey, Tensor]:
         """Entropy of each head, see `entropy`."""
@@ -28,8 +39,22 @@ class ActionHeads(DistributionHeads):
         return self.total([divergence(*pair, samples) for pair in pairs])
 
 
+def draw(dist: Distribution) -> tuple[Tensor, Tensor]:
+    """An action of ``dist`` and its log-probability, differentiable."""
+    gaussian = diagonal_gaussian(dist)
+    if gaussian is not None:
+        return gaussian.draw()
+    action = dist.rsample()
+    return action, dist.log_prob(action)
+
+
 def entropy(dist: Distribution, samples: int) -> Tensor:
     """Entropy in closed form; where there is none, the mean of −log p over ``samples`` draws."""
+    gaussian = diagonal_gaussian(dist)
+    if gaussian is not None and gaussian.squash is not None:
+        if samples == 1:
+            return -gaussian.draw()[1]
+        return -gaussian.draw(samples)[1].mean(0)
     try:
         return dist.entropy()
     except NotImplementedError:
@@ -46,7 +71,8 @@ def divergence(old: Distribution, new: Distribution, samples: int) -> Tensor:
     try:
         return kl_divergence(old, new)
     except NotImplementedError:
-        action = old.sample((samples,))
+        with torch.no_grad():  # `sample` of a normal distribution waits for the device, `rsample` doesn't
+            action = old.rsample((samples,)) if old.has_rsample else old.sample((samples,))
         return (old.log_prob(action) - new.log_prob(action)).mean(0)
 
 

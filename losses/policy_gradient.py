@@ -5,19 +5,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
 from tensordict.utils import unravel_key
 from torch import Tensor
 
+from ..estimators.calls import distribution, written_by
 from ..estimators.heads import one_or_list
 from ..estimators.modules import check_distribution
 from ..estimators.vtrace import VTrace
+from ..kernels import value_loss
 from .base import LossModule
 from .functional import explained_variance
 from .networks import keys_read
 from .policy import ActionHeads
-from .utils import ValueEstimators, check_distance, clipped_value_loss, distance_loss
+from .utils import ValueEstimators, check_distance
 
 Terms = dict[str, Tensor | TensorDictBase]
 """Entries of a loss's output: losses per sample under names ``loss_*``, and metrics."""
@@ -97,7 +99,10 @@ class PolicyGradientLoss(LossModule):
             "action": one_or_list(actor_network.dist_sample_keys),
             "sample_log_prob": one_or_list(actor_network.log_prob_keys),
         }
+        self._read_by_critic: tuple[list[NestedKey], list[NestedKey]] | None = None
         self._take_networks(actor_network, critic_network, functional)
+        if self.functional and self.has_critic_loss:  # otherwise the networks may be exchanged
+            self._read_by_critic = self._inputs_of_critic()
         self.set_keys(**self._actor_keys)
         self.register_coeff_buffer("clip_value", clip_value, device=device)
 
@@ -150,7 +155,7 @@ class PolicyGradientLoss(LossModule):
     # --- reading ------------------------------------------------------------------------------------------------
 
     def _with_advantage(self, tensordict: TensorDictBase, *names: str) -> TensorDictBase:
-        """A shallow copy with advantage and value target, estimated if the data has none.
+        """``tensordict`` with advantage and value target; a shallow copy if they had to be estimated or written to.
 
         Raises:
             KeyError: an entry that the loss reads is missing; among them are those that the keys ``names`` stand for.
@@ -158,17 +163,24 @@ class PolicyGradientLoss(LossModule):
         """
         self._require(tensordict, "action", *names, networks=["actor_network"])
         if self.has_critic_loss:
-            written = {unravel_key(key) for key in self.actor_network.out_keys}
-            for key in keys_read(self.critic_network):
-                if key not in written:
-                    self._require_entries(tensordict, [key], "it is one of the in_keys of critic_network")
-        tensordict = tensordict.copy()
+            own, of_policy = self._inputs_of_critic()
+            self._require_entries(tensordict, own, "it is one of the in_keys of critic_network")
+            if of_policy:
+                tensordict = tensordict.copy()
         if tensordict.get(self.tensor_keys.advantage, None) is None:
-            tensordict = self._marked_padding(tensordict)
+            tensordict = self._marked_padding(tensordict.copy())
             self._estimate_advantage(tensordict)
         if self.has_critic_loss:
             self._require(tensordict, "value_target", *(() if self.clip_value is None else ("value",)))
         return tensordict
+
+    def _inputs_of_critic(self) -> tuple[list[NestedKey], list[NestedKey]]:
+        """What the critic reads of the data, and of what the policy's layers write."""
+        if self._read_by_critic is not None:
+            return self._read_by_critic
+        written = {unravel_key(key) for key in self.actor_network.out_keys}
+        keys = keys_read(self.critic_network)
+        return [key for key in keys if key not in written], [key for key in keys if key in written]
 
     def _estimate_advantage(self, tensordict: TensorDictBase) -> None:
         """Write what the value estimator finds, to which the critic is a constant."""
@@ -183,9 +195,10 @@ class PolicyGradientLoss(LossModule):
                 self.value_estimator(tensordict)
 
     def _action_heads(self, tensordict: TensorDictBase, advantage: Tensor, *, target: bool = False) -> ActionHeads:
-        """The policy's distribution; writes what the policy's layers find into ``tensordict``."""
+        """The policy's distribution; what the critic reads of its layers is written into ``tensordict``."""
+        write = not target and self.has_critic_loss and bool(self._inputs_of_critic()[1])
         with self._parameters_in("actor_network", target=target):
-            dist = self.actor_network.get_dist(tensordict)
+            dist = distribution(self.actor_network, tensordict, write=write)
         # An advantage without its last dimension then has another shape than the log-probability.
         batch_ndim = max(advantage.ndim - 1, tensordict.ndim)
         return ActionHeads(dist, self._keys("action")[0], batch_ndim)
@@ -213,26 +226,36 @@ class PolicyGradientLoss(LossModule):
 
     # --- the terms of the loss ----------------------------------------------------------------------------------
 
-    def _critic_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Terms]:
-        """d(V, V̂) per sample, and the critic's metrics."""
+    def _critic_loss(self, tensordict: TensorDictBase, coefficient: Tensor | None = None) -> tuple[Tensor, Terms]:
+        """d(V, V̂), reduced, times the ``coefficient``; and the critic's metrics."""
         value, value_target, old_value = self._critic_values(tensordict)
-        metrics: Terms = {}
-        if self.clip_value is None or old_value is None:
-            loss = distance_loss(value, value_target, self.loss_critic_type)
-        else:
-            loss, clipped = clipped_value_loss(old_value, value, value_target, self.clip_value, self.loss_critic_type)
-            metrics["value_clip_fraction"] = self._metric(clipped, tensordict)
-        if self.log_explained_variance:
-            mask = self._mask(tensordict, value)
+        mask = self._mask(tensordict, value)
+        one_column = value.numel() == value.shape[0]  # a variance for each column would be another one
+        loss, clipped, explained = value_loss(
+            value,
+            value_target,
+            self.loss_critic_type,
+            old_value=old_value,
+            clip=None if old_value is None else self.clip_value,
+            coefficient=coefficient,
+            mask=mask,
+            weights=self._priority_weights(tensordict, value),
+            explained_variance=self.log_explained_variance and one_column,
+            reduction=self.reduction,
+        )
+        metrics: Terms = {} if clipped is None else {"value_clip_fraction": clipped}
+        if explained is not None:
+            metrics["explained_variance"] = explained.expand(value.shape[1:])
+        elif self.log_explained_variance:
             metrics["explained_variance"] = explained_variance(value.detach(), value_target.detach(), mask)
-        return loss, metrics
+        return loss.squeeze(-1) if self.reduction == "none" else loss, metrics
 
     def _critic_values(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor, Tensor | None]:
         """V, V̂, and V^old if the step of the value is bounded."""
         with self._parameters_in("critic_network"):
             # What the policy's layers wrote holds their gradient.
-            inputs = tensordict.detach() if self.separate_losses else tensordict.copy()
-            value = self.critic_network(inputs).get(self.tensor_keys.value, None)
+            inputs = tensordict.detach() if self.separate_losses else tensordict
+            value = written_by(self.critic_network, inputs).get(self.tensor_keys.value, None)
         if value is None:
             raise KeyError(
                 f"{type(self).__name__}: the critic network doesn't write {self.tensor_keys.value!r} but "
@@ -242,15 +265,6 @@ class PolicyGradientLoss(LossModule):
         self._require_shape(value, self.tensor_keys.value, value_target, self.tensor_keys.value_target)
         old_value = None
         if self.clip_value is not None:
-            old_value = self._only_valid(self._get(tensordict, "value"), tensordict).detach()
+            old_value = self._get(tensordict, "value").detach()
             self._require_shape(old_value, self.tensor_keys.value, value_target, self.tensor_keys.value_target)
-        return value, self._only_valid(value_target, tensordict), old_value
-
-    def _result(self, terms: Terms, tensordict: TensorDictBase) -> TensorDictBase:
-        """The loss's output: ``terms`` with the losses reduced."""
-        return TensorDict(
-            {
-                name: self._reduce_loss(term, tensordict) if name.startswith("loss_") else term
-                for name, term in terms.items()
-            }
-        )
+        return value, value_target, old_value

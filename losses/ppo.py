@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import (
     ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
@@ -19,15 +19,13 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributions import Distribution
 
+from ..kernels import clip_ppo_loss
 from .actor_critic import ActorCriticLoss
 from .functional import (
     adapted_beta,
     approximate_kl,
-    clip_fraction,
-    clip_ppo_objective,
     effective_sample_size,
     kl_penalty_objective,
-    largest_ratio,
     masked_mean,
     normalize_advantage,
     ppo_objective,
@@ -48,11 +46,13 @@ class Comparison:
     heads: ActionHeads
     """π_θ(·|s)."""
     advantage: Tensor
-    """A."""
-    log_weight: Tensor
-    """log π_θ(a|s) − log π_old(a|s)."""
-    proximal_log_weight: Tensor
-    """log π_θ(a|s) − log π_prox(a|s): the same, unless the actor is delayed or the ratio capped."""
+    """A, as it is in the data."""
+    log_prob: Tensor
+    """log π_θ(a|s)."""
+    old_log_prob: Tensor
+    """log π_old(a|s)."""
+    proximal_log_prob: Tensor | None
+    """log π_prox(a|s) of a delayed actor."""
     mask: Tensor | None
     """The samples that count."""
 
@@ -180,8 +180,9 @@ class PPOLoss(ActorCriticLoss):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """The loss and its metrics (see the class), for data of batch size ``[*B]``."""
         new = self._compare(tensordict)
-        gain = ppo_objective(new.log_weight, new.advantage)
-        return self._losses(new, {"loss_objective": -gain})
+        log_weight, _ = self._log_weights(new)
+        gain = ppo_objective(log_weight, self._normalized(new))
+        return self._losses(new, {"loss_objective": self._reduce_loss(-gain, new.tensordict)})
 
     # --- keys ---------------------------------------------------------------------------------------------------
 
@@ -202,7 +203,8 @@ class PPOLoss(ActorCriticLoss):
 
     def _compare(self, tensordict: TensorDictBase) -> Comparison:
         """Evaluate the policy at the actions in the data, and find their advantages."""
-        group = self._ranks() if self.normalize_advantage_over_ranks else None
+        if self.normalize_advantage_over_ranks:
+            self._ranks()
         tensordict = self._with_advantage(tensordict, "sample_log_prob")
         advantage = self._get(tensordict, "advantage")
         self._refuse_gradient(tensordict, "sample_log_prob")
@@ -211,15 +213,24 @@ class PPOLoss(ActorCriticLoss):
         log_prob = self._log_prob(heads, tensordict, advantage)
         old_log_prob = self._old_log_prob(heads, tensordict, advantage)
         mask = self._mask(tensordict, advantage)
-        log_weight = self._only_valid(log_prob - old_log_prob, tensordict)
+        return Comparison(tensordict, heads, advantage, log_prob, old_log_prob, proximal_log_prob, mask)
+
+    def _log_weights(self, new: Comparison) -> tuple[Tensor, Tensor]:
+        """log r = log π_θ − log π_old, capped; and log π_θ − log π_prox, the same but for the cap without a π_prox."""
+        log_weight = self._only_valid(new.log_prob - new.old_log_prob, new.tensordict)
         proximal_log_weight = log_weight
-        if proximal_log_prob is not None:
-            proximal_log_weight = self._only_valid(log_prob - proximal_log_prob, tensordict)
+        if new.proximal_log_prob is not None:
+            proximal_log_weight = self._only_valid(new.log_prob - new.proximal_log_prob, new.tensordict)
         if self.max_importance_ratio is not None:
             log_weight = log_weight - weight_excess(log_weight, self.max_importance_ratio)
-        if self.normalize_advantage:
-            advantage = normalize_advantage(advantage, self.normalize_advantage_exclude_dims, mask, group)
-        return Comparison(tensordict, heads, advantage, log_weight, proximal_log_weight, mask)
+        return log_weight, proximal_log_weight
+
+    def _normalized(self, new: Comparison) -> Tensor:
+        """The advantage, normalised if it is to be."""
+        if not self.normalize_advantage:
+            return new.advantage
+        group = self._ranks() if self.normalize_advantage_over_ranks else None
+        return normalize_advantage(new.advantage, self.normalize_advantage_exclude_dims, new.mask, group)
 
     def _ranks(self) -> "dist.ProcessGroup | None":
         if not (dist.is_available() and dist.is_initialized()):
@@ -239,17 +250,14 @@ class PPOLoss(ActorCriticLoss):
         return self._log_prob(self._proximal_heads(tensordict, advantage), tensordict, advantage)
 
     def _proximal_heads(self, tensordict: TensorDictBase, advantage: Tensor) -> ActionHeads:
-        return self._action_heads(tensordict.copy(), advantage, target=True)
+        return self._action_heads(tensordict, advantage, target=True)
 
     def _losses(self, new: Comparison, terms: Terms) -> TensorDictBase:
-        """``terms`` with what the three losses have in common, reduced."""
-        return self._result(
-            terms
-            | {"kl_approx": approximate_kl(new.proximal_log_weight.detach(), new.mask)}
-            | self._entropy_terms(new.heads, new.tensordict)
-            | self._critic_terms(new.tensordict),
-            new.tensordict,
-        )
+        """``terms`` with what the three losses have in common."""
+        if "kl_approx" not in terms:
+            _, log_weight = self._log_weights(new)
+            terms["kl_approx"] = approximate_kl(log_weight.detach(), new.mask)
+        return TensorDict(terms | self._entropy_terms(new.heads, new.tensordict) | self._critic_terms(new.tensordict))
 
 
 class ClipPPOLoss(PPOLoss):
@@ -311,17 +319,33 @@ class ClipPPOLoss(PPOLoss):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """The loss and its metrics (see the class), for data of batch size ``[*B]``."""
         new = self._compare(tensordict)
-        low, high = self.clip_bounds
-        gain = clip_ppo_objective(new.log_weight, new.advantage, low, high, new.proximal_log_weight)
-        log_weight, ratio = new.log_weight.detach(), new.log_weight.detach().exp()
+        # Statistics over all of the batch are found on the way; others beforehand.
+        on_the_way = not (self.normalize_advantage_exclude_dims or self.normalize_advantage_over_ranks)
+        found = clip_ppo_loss(
+            new.log_prob,
+            new.old_log_prob,
+            new.advantage if on_the_way else self._normalized(new),
+            *self.clip_bounds,
+            proximal_log_prob=new.proximal_log_prob,
+            max_ratio=self.max_importance_ratio,
+            mask=new.mask,
+            weights=self._priority_weights(new.tensordict, new.log_prob),
+            normalize=self.normalize_advantage and on_the_way,
+            reduction=self.reduction,
+        )
+        effective = found.ess
+        if new.log_prob.ndim > 2:  # one for each column of the first batch dimension
+            with torch.no_grad():
+                effective = effective_sample_size(self._log_weights(new)[0], new.mask).squeeze(-1)
         return self._losses(
             new,
             {
-                "loss_objective": -gain,
-                "clip_fraction": clip_fraction(new.proximal_log_weight.detach(), low, high, new.mask),
-                "ESS": effective_sample_size(log_weight, new.mask).squeeze(-1),
-                "max_ratio": largest_ratio(log_weight, new.mask),
-                "mean_ratio": masked_mean(ratio, new.mask),
+                "loss_objective": found.loss.squeeze(-1) if self.reduction == "none" else found.loss,
+                "kl_approx": found.kl_approx,
+                "clip_fraction": found.clip_fraction,
+                "ESS": effective,
+                "max_ratio": found.max_ratio,
+                "mean_ratio": found.mean_ratio,
             },
         )
 
@@ -416,8 +440,10 @@ class KLPENPPOLoss(PPOLoss):
         # A copy, since β changes before the backward pass. As a product, since torch.compile computes a clone anew in
         # the backward pass, from the β that has changed by then.
         beta = self.beta.prod()
-        gain = kl_penalty_objective(new.log_weight, new.advantage, kl, beta)
-        result = self._losses(new, {"loss_objective": -gain, "kl": kl.detach()})
+        log_weight, _ = self._log_weights(new)
+        gain = kl_penalty_objective(log_weight, self._normalized(new), kl, beta)
+        objective = self._reduce_loss(-gain, new.tensordict)
+        result = self._losses(new, {"loss_objective": objective, "kl": kl.detach()})
         with torch.no_grad():
             mean_kl = masked_mean(kl, new.mask)
             self.beta.copy_(adapted_beta(self.beta, mean_kl, self.dtarg, self.increment, self.decrement))

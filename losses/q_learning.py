@@ -7,8 +7,10 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
 
+from ..estimators.calls import written_in_turn
 from .action_space import find_action_space
 from .action_value import ActionValueLoss
+from .networks import Parameters
 
 
 class QLearningLoss(ActionValueLoss):
@@ -71,18 +73,16 @@ class QLearningLoss(ActionValueLoss):
         super().set_keys(**keys)
         self._choice_is_last = _ends_with_choice(self.value_network, self.tensor_keys.action_value)
 
-    def _call(self, name: str, data: TensorDictBase, key: NestedKey, params: TensorDictBase) -> Tensor:
+    def _call(self, name: str, data: TensorDictBase, key: NestedKey, params: Parameters) -> Tensor:
         """What the network says at ``key``, without the module at its end that only chooses an action.
 
         The loss chooses by itself; that module would take the exponential of every atom of every action, and more.
         """
         if not self._choice_is_last:
             return super()._call(name, data, key, params)
-        data = data.copy()
         with self._with_parameters(name, params):
-            for module in list(getattr(self, name).module)[:-1]:
-                module(data)
-        return data.get(key)
+            *modules, _ = getattr(self, name).module
+            return written_in_turn(modules, data)[key]
 
     def _action_values(self, tensordict: TensorDictBase, *dimensions: str) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the network says of s_t, the target network of s_{t+1}, and, if it chooses a*, the network of s_{t+1}.
@@ -105,7 +105,7 @@ class QLearningLoss(ActionValueLoss):
                 f"shape {tuple(reward.shape)}: [*batch, {', '.join(dimensions)}] and [*batch, 1] are wanted"
             )
         with torch.no_grad():
-            target = self._call("value_network", next_data, key, self.target_value_network_params)
+            target = self._call("value_network", next_data, key, self._parameters_of("value_network", target=True))
             if not (self.double_dqn and self.delay_value):
                 return action_value, target, None
             return action_value, target, self._call("value_network", next_data, key, params)

@@ -127,6 +127,6 @@ class QMixerLoss(ActionValueLoss):
         value = self._call("mixer_network", data, keys.global_value, mixer)
         return self._one_per_sample(value, keys.global_value, tensordict)
 
-    def _read_by(self, networks: Sequence[str]) -> list[NestedKey]:
+    def _find_reads(self, networks: Sequence[str]) -> list[NestedKey]:
         # The loss itself writes what the mixer reads of the agents.
-        return [key for key in super()._read_by(networks) if key != self.tensor_keys.local_value]
+        return [key for key in super()._find_reads(networks) if key != self.tensor_keys.local_value]

@@ -4,15 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
 from torch import Tensor
 
-from .functional.deterministic import largest_squared_error
 from .functional.soft_actor_critic import soft_value, temperature_loss
 from .soft_actor_critic import QNetworks, SoftActorCriticLoss
 from .temperature import continuous_target_entropy
-from .utils import distance_loss
 
 EXPLORATION_NOISE = "_eps_gSDE"
 
@@ -178,34 +176,37 @@ class REDQLoss(SoftActorCriticLoss):
         alpha = self._bounded_alpha()
         members = torch.randperm(self.num_qvalue_nets, device=self.log_alpha.device)[: self.sub_sample_len]
 
-        states = torch.stack([x.select(*self._read_by(["actor_network"])) for x in (data, next_data)])
-        actions, log_probs = self._draw(self._policy(states), states, tensordict)
-        action, next_action = actions.select(*self.actor_network.dist_sample_keys).unbind(0)
+        read = self._read_by(["actor_network"])
+        both = {key: torch.stack([data.get(key), next_data.get(key)]) for key in read}
+        states = TensorDict(both, [2, *tensordict.batch_size])
+        drawn, log_probs = self._draw(self._policy(states), states, tensordict)
         log_prob, next_log_prob = log_probs.unbind(0)
+        judged = data.copy()
+        for key in self.actor_network.dist_sample_keys:
+            action, next_action = drawn.get(key).unbind(0)
+            judged.set(key, action)
+            next_data.set(key, next_action)
 
         with torch.no_grad():
-            least = self._ensemble_values(next_data.update(next_action), tensordict, target=True, members=members).amin(
-                0
-            )
-            next_value = soft_value(least, next_log_prob, alpha)
-            value_target = self._value_target(tensordict, next_value)
+            next_values = self._ensemble_values(next_data, tensordict, target=True, members=members)
+        target = self._target(tensordict, next_values, log_prob=next_log_prob, alpha=alpha)
         values = self._ensemble_values(data, tensordict)
-        policy_values = self._ensemble_values(data.copy().update(action), tensordict, detach=True)
+        policy_values = self._ensemble_values(judged, tensordict, detach=True)
 
-        distance = distance_loss(values, value_target.expand_as(values), self.loss_function)
+        loss, priority = self._ensemble_loss(values, target.value_target, tensordict, per_member=True)
         alpha_loss = temperature_loss(-log_probs, self.log_alpha.exp(), self.target_entropy)
         losses = {
             "loss_actor": self._reduce_all(-soft_value(policy_values, log_prob, alpha), tensordict),
-            "loss_qvalue": self._reduce_all(distance, tensordict),
+            "loss_qvalue": loss,
             "loss_alpha": self._reduce_all(alpha_loss, tensordict),
         }
         entropy = self._metric(-log_probs.movedim(0, -1), tensordict)
         result = self._result(losses, alpha, entropy)
         result["state_action_value_actor"] = policy_values.detach()
         result["action_log_prob_actor"] = log_prob.detach()
-        result["next.state_value"] = next_value
-        result["target_value"] = value_target
-        self._write_priority(tensordict, largest_squared_error(values, value_target))
+        result["next.state_value"] = target.next_value
+        result["target_value"] = target.value_target
+        self._write_priority(tensordict, priority)
         return result
 
     def _without_noise(self, tensordict: TensorDictBase) -> TensorDictBase:

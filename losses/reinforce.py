@@ -1,7 +1,7 @@
 """REINFORCE with a learned baseline."""
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
 from torch import Tensor
 
@@ -93,4 +93,5 @@ class ReinforceLoss(PolicyGradientLoss):
         log_prob = self._log_prob(self._action_heads(tensordict, advantage), tensordict, advantage)
         gain = policy_gradient_objective(log_prob, self._only_valid(advantage, tensordict))
         value_loss, metrics = self._critic_loss(tensordict)
-        return self._result({"loss_actor": -gain, "loss_value": value_loss, **metrics}, tensordict)
+        loss = self._reduce_loss(-gain, tensordict)
+        return TensorDict({"loss_actor": loss, "loss_value": value_loss, **metrics})

@@ -8,6 +8,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import dispatch
 from torch import Tensor, nn
 
+from ..kernels.operators import as_input
 from .functional.exploration import distillation_error
 from .supervised import SupervisedLoss
 
@@ -91,6 +92,7 @@ class RNDLoss(SupervisedLoss):
 
     def _normalized(self, observation: Tensor) -> Tensor:
         if self.obs_rms is not None:
-            observation = self.obs_rms.normalize(observation).clamp(-self.obs_clip, self.obs_clip)
+            bound = as_input(self.obs_clip, observation)
+            observation = self.obs_rms.normalize(observation).clamp(-bound, bound)
         parameter = next(self.predictor_network.parameters(), None)
         return observation if parameter is None else observation.to(parameter.dtype)

@@ -9,8 +9,8 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, d
 from torch import Tensor
 from torch.distributions import Distribution
 
-from .functional.deterministic import ensemble_distance
-from .functional.soft_actor_critic import soft_value, temperature_loss
+from ..kernels import EnsembleLoss, Target
+from .functional.soft_actor_critic import soft_value
 from .soft_actor_critic import QNetworks, SoftActorCriticLoss
 from .temperature import continuous_target_entropy
 from .utils import distance_loss
@@ -197,55 +197,50 @@ class SACLoss(SoftActorCriticLoss):
         losses = {}
 
         with torch.no_grad():
-            next_value = self._next_value(next_data, alpha, tensordict)
-            value_target = self._value_target(tensordict, next_value)
-        losses["loss_qvalue"], td_error = self._qvalue_loss(data, value_target, tensordict)
+            target = self._next_target(next_data, alpha, tensordict)
+        losses["loss_qvalue"], priority = self._qvalue_loss(data, target.value_target, tensordict)
 
         policy = self._policy(data)
         if self.value_network is not None:
             delayed = self._policy(data, target=True) if self.delay_actor else policy
             losses["loss_value"] = self._value_loss(delayed, data, alpha, tensordict)
         judged, log_prob = self._draw(policy, data, tensordict)
-        value = self._ensemble_values(judged, tensordict, detach=True).amin(0)
-        losses["loss_actor"] = -soft_value(value, log_prob, alpha)
-        losses["loss_alpha"] = temperature_loss(-log_prob, self.log_alpha, self.target_entropy)
-
-        losses = {name: self._reduce_loss(loss, tensordict) for name, loss in losses.items()}
-        result = self._result(losses, alpha, self._metric(-log_prob, tensordict))
-        self._write_priority(tensordict, td_error)
+        values = self._ensemble_values(judged, tensordict, detach=True)
+        losses["loss_actor"], losses["loss_alpha"], entropy = self._policy_loss(values, log_prob, alpha, tensordict)
+        result = self._result(losses, alpha, entropy)
+        self._write_priority(tensordict, priority)
         return result
 
-    def _next_value(self, next_data: TensorDictBase, alpha: Tensor, tensordict: TensorDictBase) -> Tensor:
-        """V(s_{t+1}), shape ``[*B]``."""
+    def _next_target(self, next_data: TensorDictBase, alpha: Tensor, tensordict: TensorDictBase) -> Target:
+        """The target of Q, and V(s_{t+1})."""
         if self.value_network is not None:
-            return self._state_value(next_data, tensordict, target=True)
+            return self._target(tensordict, self._state_value(next_data, tensordict, target=True).unsqueeze(0))
         policy = self._policy(next_data, target=True)
         judged, log_prob = self._draw(policy, next_data, tensordict)
-        return soft_value(self._ensemble_values(judged, tensordict, target=True).amin(0), log_prob, alpha)
+        values = self._ensemble_values(judged, tensordict, target=True)
+        return self._target(tensordict, values, log_prob=log_prob, alpha=alpha)
 
-    def _qvalue_loss(
-        self, data: TensorDictBase, value_target: Tensor, tensordict: TensorDictBase
-    ) -> tuple[Tensor, Tensor]:
-        """Loss of the Q networks and priority, each of shape ``[*B]``."""
-        value = self._ensemble_values(data, tensordict)
+    def _qvalue_loss(self, data: TensorDictBase, value_target: Tensor, tensordict: TensorDictBase) -> EnsembleLoss:
+        """The reduced loss of the Q networks, and the priority of each sample."""
+        values = self._ensemble_values(data, tensordict)
         if self.value_network is None:
-            return ensemble_distance(value, value_target, self.loss_function), (value - value_target).abs().amax(0)
-        value = own_share(value)
-        return distance_loss(value, value_target, self.loss_function), (value - value_target).square()
+            return self._ensemble_loss(values, value_target, tensordict, priority="abs")
+        return self._ensemble_loss(own_share(values).unsqueeze(0), value_target, tensordict)
 
     def _value_loss(
         self, policy: Distribution, data: TensorDictBase, alpha: Tensor, tensordict: TensorDictBase
     ) -> Tensor:
-        """Loss of the value network, shape ``[*B]``."""
+        """Loss of the value network, reduced."""
         with torch.no_grad():
             judged, log_prob = self._draw(policy, data, tensordict)
             target = soft_value(self._ensemble_values(judged, tensordict, target=True).amin(0), log_prob, alpha)
-        return distance_loss(self._state_value(data, tensordict), target, self.loss_function)
+        distance = distance_loss(self._state_value(data, tensordict), target, self.loss_function)
+        return self._reduce_loss(distance, tensordict)
 
     def _state_value(self, data: TensorDictBase, tensordict: TensorDictBase, *, target: bool = False) -> Tensor:
         """What the value network says of the observations in ``data``, shape ``[*B]``."""
         key = self.tensor_keys.value
-        params = self.target_value_network_params if target else self.value_network_params
+        params = self._parameters_of("value_network", target=target)
         return self._one_per_sample(self._call("value_network", data, key, params), key, tensordict)
 
 

@@ -12,8 +12,11 @@ from tensordict.nn import (
 from torch import Tensor
 from torch.distributions import Distribution
 
+from ..estimators.calls import distribution
 from ..estimators.modules import check_distribution
+from ..kernels import soft_policy_loss
 from .action_value import ActionValueLoss
+from .functional.soft_actor_critic import temperature_loss
 from .policy import ActionHeads
 from .reduction import check_scalar_output_mode
 from .temperature import TemperatureLoss
@@ -79,7 +82,7 @@ class SoftActorCriticLoss(TemperatureLoss, ActionValueLoss):
     def _policy(self, data: TensorDictBase, *, target: bool = False) -> Distribution:
         """π(·|s) of the observations in ``data``, which is left as it is."""
         with self._parameters_in("actor_network", target=target), set_interaction_type(InteractionType.RANDOM):
-            return self.actor_network.get_dist(data.copy())
+            return distribution(self.actor_network, data)
 
     def _draw(
         self, policy: Distribution, data: TensorDictBase, tensordict: TensorDictBase
@@ -93,15 +96,31 @@ class SoftActorCriticLoss(TemperatureLoss, ActionValueLoss):
         """
         batch_ndim = self._get(tensordict, "reward").ndim - 1 + data.ndim - tensordict.ndim
         heads = ActionHeads(policy, self.actor_network.dist_sample_keys[0], batch_ndim)
-        data = data.copy()
         for key, head in heads.heads.items():
             if not head.has_rsample:
                 raise TypeError(
                     f"{type(self).__name__} needs a policy whose action {key!r} is a differentiable function of its "
                     f"parameters, but {type(head).__name__} draws none (for discrete actions use DiscreteSACLoss)"
                 )
-            data.set(key, head.rsample())
-        return data, self._one_per_sample(heads.log_prob(data), "the log-probability of the action", tensordict)
+        actions, log_prob = heads.draw()
+        data = data.copy()
+        for key, action in actions.items():
+            data.set(key, action)
+        return data, self._one_per_sample(log_prob, "the log-probability of the action", tensordict)
+
+    def _policy_loss(
+        self, values: Tensor, log_prob: Tensor, alpha: Tensor, tensordict: TensorDictBase
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The reduced losses of policy and temperature, and the mean entropy, of actions that Q_i gives ``values``."""
+        mask, weights = self._mask(tensordict, log_prob), self._priority_weights(tensordict, log_prob)
+        loss, entropy, surprise = soft_policy_loss(
+            values, log_prob, alpha, mask=mask, weights=weights, reduction=self.reduction
+        )
+        if self.reduction == "mean" and mask is None and weights is None:
+            # Linear in the surprise, whose mean is there already.
+            return loss, temperature_loss(surprise, self.log_alpha, self.target_entropy), entropy
+        of_alpha = temperature_loss(-log_prob, self.log_alpha, self.target_entropy)
+        return loss, self._reduce_loss(of_alpha, tensordict, mask=mask, weights=weights), entropy
 
     # --- the output ---------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from tensordict.nn import TensorDictModule, dispatch
 from torch import Tensor
 
 from .ddpg import DeterministicPolicyLoss
-from .functional.deterministic import clipped_double_q, ensemble_distance, largest_squared_error, smoothed_action
+from .functional.deterministic import smoothed_action
 
 
 class TD3Loss(DeterministicPolicyLoss):
@@ -142,20 +142,19 @@ class TD3Loss(DeterministicPolicyLoss):
         )
         with torch.no_grad():
             following = self._with_smoothed_action(following)
-            next_value = clipped_double_q(self._ensemble_values(following, tensordict, target=True))
-        value_target = self._value_target(tensordict, next_value)
+            target = self._target(tensordict, self._ensemble_values(following, tensordict, target=True))
         values = self._ensemble_values(data, tensordict)
-        distance = ensemble_distance(values, value_target, self.loss_function)
+        loss, priority = self._ensemble_loss(values, target.value_target, tensordict)
         out = TensorDict(
             {
                 **self._policy_terms(data, tensordict),
-                "loss_qvalue": self._reduce_loss(distance, tensordict),
+                "loss_qvalue": loss,
                 "pred_value": values.detach(),
-                "next_state_value": next_value,
-                "target_value": value_target,
+                "next_state_value": target.next_value,
+                "target_value": target.value_target,
             }
         )
-        self._write_priority(tensordict, largest_squared_error(values, value_target))
+        self._write_priority(tensordict, priority)
         return out
 
     def _policy_terms(self, data: TensorDictBase, tensordict: TensorDictBase) -> dict[str, Tensor]:

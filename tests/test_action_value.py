@@ -100,20 +100,22 @@ def test_the_loss_is_the_equation():
     torch.testing.assert_close(loss(data)["loss_qvalue"], wanted, **CLOSE)
 
 
-def test_an_ensemble_called_in_turn_gives_the_numbers_of_the_batched_one():
-    batched = make()
-    in_turn = make(deactivate_vmap=True)
+@pytest.mark.parametrize("members", [3, 6])
+def test_an_ensemble_called_in_turn_gives_the_numbers_of_the_batched_one(members):
+    batched = make(members=members)
+    in_turn = make(members=members, deactivate_vmap=True)
     in_turn.load_state_dict(batched.state_dict())
     assert_same(batched, in_turn, transitions())
 
 
-def test_an_ensemble_is_called_once():
+@pytest.mark.parametrize(("members", "calls_for_each"), [(3, 3), (4, 4), (5, 1), (9, 1)])
+def test_a_large_ensemble_is_called_once_and_a_few_members_in_turn(members, calls_for_each):
     calls = []
     network = qvalue_network()
     network.module.register_forward_hook(lambda *_: calls.append(1))
-    loss = FittedQ(deterministic_actor(), network)
+    loss = FittedQ(deterministic_actor(), network, members=members)
     loss(transitions())
-    assert len(calls) == 2  # observations, next observations
+    assert len(calls) == 2 * calls_for_each  # observations, next observations
 
 
 def test_the_state_of_an_ensemble_that_shares_a_trunk_is_loaded():
@@ -150,8 +152,8 @@ class Branching(nn.Module):
 def test_networks_that_refuse_vmap_work_without_it():
     network = TensorDictModule(Branching(), ["observation", "action"], ["state_action_value"])
     with pytest.raises(RuntimeError, match="vmap"):
-        FittedQ(deterministic_actor(), network)(transitions())
-    out, _ = run(FittedQ(deterministic_actor(), network, deactivate_vmap=True), transitions())
+        FittedQ(deterministic_actor(), network, members=6)(transitions())
+    out, _ = run(FittedQ(deterministic_actor(), network, members=6, deactivate_vmap=True), transitions())
     assert out["loss_qvalue"].isfinite()
 
 

@@ -6,6 +6,7 @@ samples too.
 
 import pytest
 import torch
+from fusedrl.estimators import heads
 from fusedrl.losses.cql import CQLLoss
 from helpers_losses import DOUBLE, squashed_normal
 from helpers_q import (
@@ -174,8 +175,9 @@ def peers(**options):
 )  # fmt: skip
 def test_all_but_the_conservative_term_is_that_of_torchrl(options, monkeypatch):
     """Draws come in another order, so all are the mean here. TorchRL's delay_actor has no effect: it isn't compared."""
-    monkeypatch.setattr(torch.distributions.normal, "_standard_normal", lambda shape, dtype, device: torch.zeros(
-        shape, dtype=dtype, device=device))  # fmt: skip
+    for drawing in (torch.distributions.normal, heads):
+        monkeypatch.setattr(drawing, "_standard_normal", lambda shape, dtype, device: torch.zeros(
+            shape, dtype=dtype, device=device))  # fmt: skip
     monkeypatch.setattr(torch, "normal", lambda mean, std: mean.clone())
     keys = ["loss_actor", "loss_actor_bc", "loss_qvalue", "loss_alpha", "alpha", "entropy"]
     assert_parity(*peers(**options), transitions(), keys=keys)

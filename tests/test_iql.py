@@ -137,8 +137,8 @@ def test_no_network_is_called_twice_on_the_same():
     for name in ("qvalue_network", "value_network"):
         getattr(loss, name).module.register_forward_hook(lambda *_, name=name: calls.append(name))
     loss(transitions())
-    # Q: trained and target; V: of the observations and of the next ones.
-    assert sorted(calls) == ["qvalue_network"] * 2 + ["value_network"] * 2
+    # Q: two members, trained and target; V: of the observations and of the next ones.
+    assert sorted(calls) == ["qvalue_network"] * 4 + ["value_network"] * 2
 
 
 @pytest.mark.parametrize("aggregate", [False, True])

@@ -6,6 +6,7 @@ A latent state is several categorical variables, drawn independently. Computed i
 import torch
 from torch import Tensor
 
+from ...kernels.operators import as_input
 from .imagination import wide
 
 
@@ -87,9 +88,12 @@ def balanced_divergence(
     posterior, prior = _log_prob(posterior_logits, unimix), _log_prob(prior_logits, unimix)
     # Both divergences of the formula have one value; only the gradients are to be shared out. A step from a constant
     # to its own value changes nothing but passes on that share of the gradient.
+    alpha = as_input(alpha, posterior)
+    alpha = alpha.to(posterior.dtype) if isinstance(alpha, Tensor) else alpha  # as lerp wants it
     posterior = posterior.detach().lerp(posterior, 1 - alpha)
     prior = prior.detach().lerp(prior, alpha)
-    return _kl(posterior, prior).clamp_min(free_bits).mean(-1)
+    kl = _kl(posterior, prior)
+    return kl.clamp_min(as_input(free_bits, kl)).mean(-1)
 
 
 def divergence_terms(
@@ -99,6 +103,7 @@ def divergence_terms(
     _check_shapes(posterior_logits, prior_logits)
     posterior, prior = _log_prob(posterior_logits, unimix), _log_prob(prior_logits, unimix)
     dynamic, representation = _kl(posterior.detach(), prior), _kl(posterior, prior.detach())
+    free_nats = as_input(free_nats, dynamic)
     return dynamic.sum(-1).clamp_min(free_nats), representation.sum(-1).clamp_min(free_nats)
 
 

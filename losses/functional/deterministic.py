@@ -6,6 +6,7 @@ An ensemble's values have the shape ``[N, *B]``, one row for each of its N netwo
 import torch
 from torch import Tensor
 
+from ...kernels.operators import as_input
 from ..utils import distance_loss
 
 
@@ -31,6 +32,7 @@ def smoothed_action(action: Tensor, noise: Tensor, noise_clip: float, low: Tenso
     section 5.3.
 
     """
+    noise_clip = as_input(noise_clip, noise)
     return (action + noise.clamp(-noise_clip, noise_clip)).clamp(low, high)
 
 

@@ -8,6 +8,8 @@ float32 at least: the squared errors of an image in float16 don't add up.
 import torch
 from torch import Tensor
 
+from ...kernels.operators import as_input
+
 Scalar = float | Tensor
 
 
@@ -79,6 +81,7 @@ def step_divergence(kl: Tensor, batch_ndim: int, free_nats: float | None, averag
     """
     if free_nats is None:
         return over_features(kl, batch_ndim, average)
+    free_nats = as_input(free_nats, kl)
     if average:
         return over_features(kl.clamp_min(free_nats), batch_ndim, average)
     return over_features(kl, batch_ndim, average).clamp_min(free_nats)

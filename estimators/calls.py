@@ -1,0 +1,203 @@
+"""Networks called on TensorDicts, with less around the call: estimators and losses only want their tensors.
+
+A ``TensorDictModule`` may be told where to write, to skip what is there already, or to take keyword tensors, and looks
+for all of that in every call: several times what a small network costs. `call` and `distribution` go straight
+to the modules inside where a network is nothing but them, and leave everything else to the network.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import (
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictSequential,
+    skip_existing,
+)
+from tensordict.nn.probabilistic import interaction_type
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+
+def call(network: Any, tensordict: TensorDictBase) -> TensorDictBase:
+    """``network(tensordict)``: reads its in_keys, writes its out_keys into ``tensordict``, and returns that.
+
+    Examples:
+        >>> import torch
+        >>> network = TensorDictModule(nn.Identity(), ["observation"], ["copy"])
+        >>> call(network, TensorDict({"observation": torch.ones(2)}, [2]))["copy"]
+        tensor([1., 1.])
+
+    """
+    if skip_existing():
+        return network(tensordict)
+    if is_plain(network):
+        return _call_module(network, tensordict)
+    if _is_plain_sequence(network):
+        for module in network.module:
+            tensordict = call(module, tensordict)
+        return tensordict
+    return network(tensordict)
+
+
+def is_plain(network: Any) -> bool:
+    """Whether a call of ``network`` is a call of its ``module`` on its in_keys, and nothing else."""
+    return (
+        getattr(type(network), "forward", None) is TensorDictModule.forward
+        and not _is_watched(network)
+        and network.inplace is True
+        and network.method is None
+        and network._kwargs is None
+        and not (network.method_kwargs or network._get_kwargs or network.strict)
+    )
+
+
+def written_by(network: Any, tensordict: TensorDictBase) -> Mapping[NestedKey, Tensor]:
+    """What ``network`` writes when it reads ``tensordict``, which is left as it is.
+
+    Examples:
+        >>> import torch
+        >>> data = TensorDict({"observation": torch.ones(2)}, [2])
+        >>> written_by(TensorDictModule(nn.Identity(), ["observation"], ["copy"]), data)
+        {'copy': tensor([1., 1.])}
+
+    """
+    if skip_existing():
+        return network(tensordict.copy())
+    return written_in_turn([network], tensordict)
+
+
+def written_in_turn(networks: Iterable[Any], tensordict: TensorDictBase) -> Mapping[NestedKey, Tensor]:
+    """What ``networks`` write one after the other, each of which reads what those before it wrote, see `written_by`."""
+    modules = _plain_modules(networks)
+    if modules is None:
+        tensordict = tensordict.copy()
+        for network in networks:
+            tensordict = call(network, tensordict)
+        return tensordict
+    if len(modules) == 1:
+        return _asked(modules[0], tensordict)
+    entries = _Entries(tensordict)
+    for module in modules:
+        entries.written.update(_asked(module, entries))
+    return entries.written
+
+
+def distribution(policy: Any, tensordict: TensorDictBase, *, write: bool = False) -> Distribution:
+    """``policy.get_dist(tensordict)``, which leaves ``tensordict`` as it is.
+
+    With ``write``, what the policy's networks find is written into it.
+    """
+    if not _is_plain_policy(policy):
+        return policy.get_dist(tensordict if write else tensordict.copy())
+    *makers, last = policy.module
+    if write:
+        for maker in makers:
+            tensordict = call(maker, tensordict)
+        return last.get_dist(tensordict)
+    found = written_in_turn(makers, tensordict)
+    if all(key in found for key in last.in_keys):
+        return last.get_dist(found)
+    tensordict = tensordict.copy()
+    for key, x in found.items():
+        tensordict.set(key, x)
+    return last.get_dist(tensordict)
+
+
+class _Entries:
+    """A TensorDict and what was written since, without writing it there."""
+
+    def __init__(self, tensordict: TensorDictBase) -> None:
+        self.tensordict = tensordict
+        self.written: dict[NestedKey, Tensor] = {}
+
+    def get(self, key: NestedKey, default: Any = None) -> Any:
+        """The entry ``key``, ``default`` if there is none."""
+        x = self.written.get(key)
+        return self.tensordict.get(key, default) if x is None else x
+
+
+def _plain_modules(networks: Iterable[Any]) -> list[Any] | None:
+    """The plain networks that ``networks`` are sequences of; None if there is more to one of them.
+
+    Entries that one of them writes below a key that another might read as a whole are more, too.
+    """
+    modules: list[Any] = []
+    for network in networks:
+        if is_plain(network):
+            modules.append(network)
+            continue
+        inner = _plain_modules(network.module) if _is_plain_sequence(network) else None
+        if inner is None:
+            return None
+        modules += inner
+    nested = len(modules) > 1 and any(isinstance(key, tuple) for module in modules for key in module.out_keys)
+    return None if nested else modules
+
+
+def _is_plain_policy(policy: Any) -> bool:
+    """Whether its distribution is made by the last module of what the modules before it find, and nothing else."""
+    kind = type(policy)
+    return (
+        getattr(kind, "get_dist", None) is ProbabilisticTensorDictSequential.get_dist
+        and kind.get_dist_params is ProbabilisticTensorDictSequential.get_dist_params
+        and kind.build_dist_from_params is ProbabilisticTensorDictSequential.build_dist_from_params
+        and not policy.return_composite
+        and interaction_type() is not None  # else the policy's own decides what is drawn on the way
+        and _calls_in_turn(policy)
+        and isinstance(next(reversed(policy.module)), ProbabilisticTensorDictModule)
+        and not skip_existing()
+    )
+
+
+def _is_watched(network: nn.Module) -> bool:
+    """Whether hooks run around the network's call, such as the one that selects its out_keys."""
+    return bool(
+        network._forward_hooks or network._forward_pre_hooks or network._backward_hooks or network._backward_pre_hooks
+    )
+
+
+def _is_plain_sequence(network: Any) -> bool:
+    return getattr(type(network), "forward", None) is TensorDictSequential.forward and _calls_in_turn(network)
+
+
+def _calls_in_turn(network: Any) -> bool:
+    return (
+        network.inplace in (None, True)
+        and not (network.partial_tolerant or network._select_before_return or _is_watched(network))
+        and isinstance(network.module, nn.ModuleList)
+    )
+
+
+def _call_module(network: Any, tensordict: TensorDictBase) -> TensorDictBase:
+    for key, x in _asked(network, tensordict).items():
+        tensordict.set(key, x)
+    return tensordict
+
+
+def _asked(network: Any, entries: "TensorDictBase | _Entries") -> dict[NestedKey, Tensor]:
+    """What the module of a plain ``network`` says of its entries."""
+    tensors = [entries.get(key, None) for key in network.in_keys]
+    try:
+        found = network.module(*tensors)
+    except Exception:
+        if any(x is None for x in tensors):
+            there = {key: x for key, x in zip(network.in_keys, tensors, strict=True) if x is not None}
+            network(TensorDict(there))  # which says what is missing
+        raise
+    keys = network.out_keys
+    if isinstance(found, Tensor):
+        found = (found,)
+    elif isinstance(found, (dict, TensorDictBase)) and all(key in found for key in keys):
+        found = [found[key] for key in keys]
+    elif not isinstance(found, (tuple, list)):
+        found = (found,)
+    if len(found) != len(keys):
+        raise RuntimeError(f"the network writes {keys}, but its module returned {len(found)} tensors")
+    return {
+        key: x if isinstance(x, Tensor) else TensorDict.from_any(x)
+        for key, x in zip(keys, found, strict=True)
+        if key != "_"
+    }

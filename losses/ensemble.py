@@ -1,0 +1,77 @@
+"""Ways to run an ensemble: the same network with N sets of parameters, stacked along dimension 0.
+
+* A multilayer perceptron is one batched matrix product for each of its layers (`Perceptron`).
+* Any other network runs under `torch.vmap`, which costs the host several times what the operations of a small network
+  do. Few members are therefore asked one after the other, except in compiled code, where the host's time doesn't count.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor, nn
+
+from ..estimators.calls import is_plain
+
+MEMBERS_IN_TURN = 4
+"""Up to so many members are asked one after the other."""
+
+# Functions of each element by itself, whatever dimensions there are in front, that hold no parameters.
+_ELEMENTWISE = (nn.ReLU, nn.Tanh, nn.ELU, nn.SiLU, nn.GELU, nn.LeakyReLU, nn.Sigmoid, nn.Softplus, nn.Mish, nn.Identity)
+
+
+class Perceptron(NamedTuple):
+    """The layers of an ensemble of multilayer perceptrons."""
+
+    in_keys: list[NestedKey]
+    out_key: NestedKey
+    layers: list["tuple[int, int | None] | Callable[[Tensor], Tensor]"]
+    """Where an ensemble's tensors hold the weight and the bias of a linear layer; or an elementwise function."""
+
+    @classmethod
+    def of(cls, network: Any, params: TensorDictBase) -> "Perceptron | None":
+        """``network`` as a perceptron, if it is known to be nothing else; ``params`` are those of the ensemble."""
+        module = getattr(network, "module", None)
+        if module is None or not (is_plain(network) and _is_sequence(module)):
+            return None
+        if len(network.out_keys) != 1 or (len(network.in_keys) > 1 and type(module) is nn.Sequential):
+            return None
+        places = {key: i for i, key in enumerate(params.keys(True, True))}
+        layers: list[tuple[int, int | None] | Callable[[Tensor], Tensor]] = []
+        for name, layer in module.named_children():
+            if layer._forward_hooks or layer._forward_pre_hooks:
+                return None
+            if type(layer) is nn.Linear:
+                layers.append((places["module", name, "weight"], places.get(("module", name, "bias"))))
+            elif type(layer) in _ELEMENTWISE:
+                layers.append(layer)
+            else:
+                return None
+        return cls(network.in_keys, network.out_keys[0], layers)
+
+    def __call__(self, data: TensorDictBase, tensors: Sequence[Tensor]) -> Tensor | None:
+        """What every member says of ``data``, shape ``[N, *B, F]``; None if there is an input that isn't there."""
+        inputs = [data.get(key, None) for key in self.in_keys]
+        if any(x is None for x in inputs):
+            return None
+        x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1)
+        members, batch = len(tensors[0]), x.shape[:-1]
+        x = x.reshape(-1, x.shape[-1]).expand(members, -1, -1)
+        for layer in self.layers:
+            if not isinstance(layer, tuple):
+                x = layer(x)
+                continue
+            weight, bias = layer
+            transposed = tensors[weight].transpose(-1, -2)
+            x = x.bmm(transposed) if bias is None else torch.baddbmm(tensors[bias].unsqueeze(1), x, transposed)
+        return x if len(batch) == 1 else x.view(members, *batch, x.shape[-1])
+
+
+def _is_sequence(module: nn.Module) -> bool:
+    """Whether a module runs its children in turn: a plain sequence, or TorchRL's MLP, which joins its inputs first."""
+    kind = type(module)
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
+    is_mlp = kind.__name__ == "MLP" and kind.__module__.startswith("torchrl.")
+    return kind is nn.Sequential or (is_mlp and not getattr(module, "_reshape_out", True))

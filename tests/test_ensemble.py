@@ -1,0 +1,103 @@
+"""Ensembles of perceptrons as batched products: the numbers of the members, one by one; and which networks they are."""
+
+import copy
+
+import pytest
+import torch
+from fusedrl.losses.ensemble import Perceptron
+from fusedrl.losses.networks import parameters_of, tensors_of
+from helpers_q import CLOSE
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+
+DOUBLE = {"dtype": torch.float64}
+
+
+def layers(bias=True):
+    return nn.Linear(4, 6, bias=bias, **DOUBLE), nn.Tanh(), nn.Linear(6, 2, **DOUBLE), nn.ReLU()
+
+
+def module(network, reads=("observation",)):
+    return TensorDictModule(network, list(reads), ["value"])
+
+
+def mlp():
+    modules = pytest.importorskip("torchrl.modules")
+    network = modules.MLP(in_features=7, out_features=1, num_cells=[5, 3]).double()
+    return module(network, ("observation", "action"))
+
+
+NETWORKS = {
+    "sequence": lambda: module(nn.Sequential(*layers())),
+    "without_bias": lambda: module(nn.Sequential(*layers(bias=False))),
+    "mlp_of_two_inputs": mlp,
+}
+
+
+def members_of(make, size=3):
+    torch.manual_seed(0)
+    members = [make() for _ in range(size)]
+    return members, parameters_of(members)
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (3, 2), (0,)], ids=str)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_perceptron_gives_the_values_and_the_gradients_of_its_members(name, batch):
+    members, params = members_of(NETWORKS[name])
+    width = 3 if name == "mlp_of_two_inputs" else 4
+    data = TensorDict({"observation": torch.randn(*batch, width, **DOUBLE), "action": torch.randn(*batch, 4, **DOUBLE)})
+    data["observation"].requires_grad_()
+    perceptron = Perceptron.of(members[0], params)
+    found = perceptron(data, tensors_of(params))
+    expected = torch.stack([member(data.copy())["value"] for member in members])
+    torch.testing.assert_close(found, expected, **CLOSE)
+    weight = torch.randn_like(expected)
+    leaves = [x for x in tensors_of(params) if x.requires_grad]
+    of_params = torch.autograd.grad((found * weight).sum(), [data["observation"], *leaves])
+    each = torch.autograd.grad(
+        (expected * weight).sum(), [data["observation"], *(p for member in members for p in member.parameters())]
+    )
+    torch.testing.assert_close(of_params[0], each[0], **CLOSE)
+    by_member = [each[1 + i :: len(leaves)] for i in range(len(leaves))]
+    for gradient, parts in zip(of_params[1:], by_member, strict=True):
+        torch.testing.assert_close(gradient, torch.stack(parts), **CLOSE)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Own(TensorDictModule):
+    def forward(self, tensordict):
+        return super().forward(tensordict)
+
+
+def hooked():
+    network = module(nn.Sequential(*layers()))
+    network.module[0].register_forward_hook(lambda *_: None)
+    return network
+
+
+OTHERS = {
+    "own_linear": lambda: module(nn.Sequential(Doubled(4, 2))),
+    "dropout": lambda: module(nn.Sequential(nn.Linear(4, 2), nn.Dropout())),
+    "mixes_elements": lambda: module(nn.Sequential(nn.Linear(4, 2), nn.LayerNorm(2))),
+    "nested": lambda: module(nn.Sequential(nn.Sequential(*layers()))),
+    "own_forward": lambda: Own(nn.Sequential(*layers()), ["observation"], ["value"]),
+    "hooked": hooked,
+    "sequence_of_two_inputs": lambda: module(nn.Sequential(nn.Linear(4, 2)), ("observation", "action")),
+    "not_a_sequence": lambda: module(nn.Linear(4, 2)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_network_is_not_taken_for_a_perceptron(name):
+    network = OTHERS[name]()
+    assert Perceptron.of(network, parameters_of([network, copy.deepcopy(network)])) is None
+
+
+def test_a_missing_input_is_left_to_the_network_to_complain_of():
+    members, params = members_of(NETWORKS["sequence"])
+    assert Perceptron.of(members[0], params)(TensorDict({}, [2]), tensors_of(params)) is None
