@@ -1,5 +1,6 @@
 """What every public loss promises, whichever it is: a loss that is added without an entry here is a failure."""
 
+import copy
 import inspect
 import pickle
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from fusedrl import losses
+from fusedrl.estimators import ValueEstimatorBase
+from helpers_compile import assert_compiles_once_more_at_most, gradient
 from helpers_dreamer import Imagination, actor_model, imagined, sequences, value_model, world_model
 from helpers_dreamer_v3 import BINS, Env, experience
 from helpers_dreamer_v3 import world_model as discrete_world_model
@@ -18,7 +21,6 @@ from helpers_multi_agent import VALUE, collect_team, team_critic, team_policy
 from helpers_q import (
     StateAction,
     action_values,
-    assert_compiles,
     assert_no_host_sync,
     assert_rejected,
     deterministic_actor,
@@ -36,10 +38,10 @@ from torch import nn
 
 @dataclass
 class Case:
-    """How to make a loss and its data, and a key that it reads and a user can rename (None: there is none)."""
+    """How to make a loss and data of a batch size, and a key that it reads and a user can rename (None: none)."""
 
     make: Callable[..., Any]
-    data: Callable[[], TensorDictBase]
+    data: Callable[..., TensorDictBase]
     reads: str | None = "reward"
 
 
@@ -87,8 +89,8 @@ def discrete_qvalues():
     return action_values(key="state_action_value")
 
 
-def discrete_data():
-    return transitions(action="categorical")
+def discrete_data(batch=(3, 5)):
+    return transitions(batch, action="categorical")
 
 
 def discrete_model_loss(**options):
@@ -103,15 +105,18 @@ def dreamer_v3(**options):
     return losses.DreamerV3Loss(discrete_model_loss(), actor, losses.DreamerV3ValueLoss(value), **options)
 
 
-def start():
-    return experience((5,)).select("state", "belief")
+def start(batch=(5,)):
+    return experience(batch).select("state", "belief")
+
+
+def discrete_rollout(batch=(3, 5)):
+    return collect(discrete_actor(), batch, estimated=False)
 
 
 POLICY_GRADIENT = ("A2CLoss", "ClipPPOLoss", "KLPENPPOLoss", "PPOLoss", "ReinforceLoss")
 SOFT = {"target_entropy": -2.0}
 CASES = {
-    **{name: case(name, discrete_actor, critic, data=lambda: collect(discrete_actor(), estimated=False))
-       for name in POLICY_GRADIENT},
+    **{name: case(name, discrete_actor, critic, data=discrete_rollout) for name in POLICY_GRADIENT},
     **{name: team(name) for name in ("IPPOLoss", "MAPPOLoss")},
     **{name: Case(*IMITATION[name]) for name in IMITATION},
     "DQNLoss": case("DQNLoss", action_values, data=discrete_data, action_space="categorical", double_dqn=True),
@@ -141,6 +146,20 @@ CASES = {
     "DreamerV3Loss": Case(dreamer_v3, experience, None),
 }  # fmt: skip
 
+# Batch and time. All differ: the compiler takes two lengths that are equal for one.
+SIZES = [(3, 5), (4, 7), (6, 9)]
+# Numbers that are no coefficients: other ones are other code.
+COUNTS = {
+    "imagination_horizon",
+    "num_quantiles",
+    "num_qvalue_nets",
+    "num_random",
+    "samples_mc_entropy",
+    "samples_mc_kl",
+    "sub_sample_len",
+    "top_quantiles_to_drop_per_net",
+}
+
 every_loss = pytest.mark.parametrize("name", CASES)
 
 
@@ -166,10 +185,53 @@ def test_nothing_waits_for_the_device(name, monkeypatch):
     assert_no_host_sync(case.make(), case.data(), monkeypatch)
 
 
+def outcome(call, loss, data):
+    """All that comes out of a call of ``loss``: terms and metrics, what is written, and gradients."""
+    out, written = run(call, data)
+    inputs = [x for x in (*loss.parameters(), *data.values(True, True)) if x.requires_grad]
+    terms = [x for name, x in out.items() if name.startswith("loss")]
+    return out.detach().to_dict(), written.detach().to_dict(), gradient(terms, inputs)
+
+
+def change_coefficients(loss):
+    """Give other values to what a schedule can assign, and to the hyperparameters of the value estimator; if any."""
+    changed = False
+    for part in loss.modules():
+        if isinstance(part, ValueEstimatorBase):
+            for hyperparameter in part.buffers():
+                hyperparameter.mul_(0.9)
+                changed = True
+        for name in getattr(part, "_all_schedulable_buffers", ()):
+            value = getattr(part, name, None)
+            if isinstance(value, torch.Tensor):
+                setattr(part, name, 0.9 * value if value.ndim else 0.9 * value.item())
+                changed = True
+    return changed
+
+
+def change_numbers(loss):
+    """Give other values to the coefficients that are Python numbers."""
+    for part in loss.modules():
+        for name, value in list(vars(part).items()) if isinstance(part, losses.LossModule) else ():
+            if type(value) in (int, float) and name[0] != "_" and name not in COUNTS:
+                setattr(part, name, 0.9 * value)
+
+
 @every_loss
-def test_compiled_whole_it_gives_the_eager_numbers(name):
+def test_compiled_whole_it_gives_the_eager_numbers_and_serves_every_coefficient_and_size(name):
     case = CASES[name]
-    assert_compiles(case.make, case.data())
+    eager = case.make()
+    compiled = copy.deepcopy(eager)
+    graph = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    both = (eager, compiled)
+    dims = case.data().ndim
+    assert_compiles_once_more_at_most(
+        lambda data: outcome(eager, eager, data),
+        lambda data: outcome(graph, compiled, data),
+        *(case.data(size[:dims]) for size in SIZES),
+        change=(lambda: [change_coefficients(loss) for loss in both]) if change_coefficients(case.make()) else None,
+        prepare=lambda _: [change_numbers(loss) for loss in both],
+    )
 
 
 @every_loss
