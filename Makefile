@@ -1,5 +1,5 @@
 # Every target sets up .venv by itself. PYTHON picks the interpreter, EXAMPLE what `make demo` runs, to which BACKEND
-# and SEED go.
+# and SEED go, and SUITES what is benchmarked (all: scans projection losses).
 PYTHON ?= python3
 EXAMPLE ?= ppo_cartpole
 VENV := .venv
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LIBRARY := kernels estimators losses
 
-.PHONY: demo test lint bench gpu static clean
+.PHONY: demo test lint bench readme gpu static clean
 
 # The folders are prerequisites because a strict editable install links files one by one: a new file needs a new link.
 $(INSTALLED): pyproject.toml constraints.txt $(LIBRARY) losses/functional
@@ -27,14 +27,19 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(LIBRARY:%=-p fusedrl.%)
 
+# Measures and prints tables: `make bench SUITES=losses`; with WRITE=1 the results files and the README's tables too.
 bench: $(INSTALLED)
-	$(BIN)/python bench/returns.py --write
-	$(BIN)/python bench/categorical.py --write
+	$(BIN)/python -m bench $(SUITES) $(if $(WRITE),--write)
+	$(if $(SUITES),,$(BIN)/python bench/host_cost.py $(if $(WRITE),--write))
+	$(if $(WRITE),$(BIN)/python -m bench.readme)
+
+readme: $(INSTALLED)
+	$(BIN)/python -m bench.readme
 
 static: $(INSTALLED)
 	$(BIN)/python bench/static_table.py --write
 
-# On a CUDA machine: the tests on the device, the kernels under compute-sanitizer if it is there, the benchmark.
+# On a CUDA machine: the tests on the device, the kernels under compute-sanitizer if it is there, the benchmarks.
 # A Python that has torchrl and fusedrl installed already is used as it is, so that no network is needed.
 gpu:
 	@if $(PYTHON) -c "import fusedrl.kernels, torchrl" 2>/dev/null; then python=$(PYTHON); \
@@ -44,8 +49,9 @@ gpu:
 	if command -v compute-sanitizer; then \
 		compute-sanitizer --error-exitcode 1 $$python -m pytest \
 			tests/test_kernels_layouts.py tests/test_categorical_layouts.py; fi; \
-	$$python bench/returns.py --write; \
-	$$python bench/categorical.py --write
+	$$python -m bench $(SUITES) --write; \
+	$$python -m bench.readme; \
+	$$python -m bench.profile gae --shape 4096x128 65536x32 8192x2048
 
 clean:
 	rm -rf $(VENV) build out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,21 +15,28 @@ from fusedrl import kernels
 from torch.utils.benchmark import Timer
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
 
 Run = Callable[[], Any]
 
 
-def seconds(arms: dict[str, Run], device: torch.device, budget: float) -> dict[str, float]:
-    """Median seconds per call of each arm; the arms take turns, so that a busy machine slows all of them."""
+def seconds(arms: dict[str, Run], device: torch.device, budget: float, rounds: int = 5) -> dict[str, float]:
+    """Median seconds of each arm, on a CPU those of a call, on a GPU those that the device takes.
+
+    On a CPU the arms take turns, so that a busy machine slows all of them; each gets ``budget`` seconds in ``rounds``.
+    """
     if device.type == "cuda":
         return {arm: triton.testing.do_bench(run, return_mode="median") / 1e3 for arm, run in arms.items()}
-    rounds: dict[str, list[float]] = {arm: [] for arm in arms}
-    for _ in range(5):
+    return seconds_per_call(arms, budget, rounds)
+
+
+def seconds_per_call(arms: dict[str, Run], budget: float, rounds: int = 5) -> dict[str, float]:
+    """Median wall seconds of a call in a row of them, the device's work included; the arms take turns."""
+    times: dict[str, list[float]] = {arm: [] for arm in arms}
+    for _ in range(rounds):
         for arm, run in arms.items():
             timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-            rounds[arm].append(timer.blocked_autorange(min_run_time=budget / 5).median)
-    return {arm: statistics.median(times) for arm, times in rounds.items()}
+            times[arm].append(timer.blocked_autorange(min_run_time=budget / rounds).median)
+    return {arm: statistics.median(found) for arm, found in times.items()}
 
 
 def peak_bytes(run: Run, device: torch.device) -> int:
@@ -63,9 +70,11 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
-def rounded(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose floats have four decimals."""
-    return {k: round(x, 4) if isinstance(x, float) else x for k, x in row.items()}
+def rounded(x: Any) -> Any:
+    """A row whose floats have four decimals, those in its dictionaries too."""
+    if isinstance(x, dict):
+        return {k: rounded(value) for k, value in x.items()}
+    return round(x, 4) if isinstance(x, float) else x
 
 
 def write_results(results: dict[str, Any], device: torch.device, prefix: str = "") -> Path:
@@ -77,17 +86,6 @@ def write_results(results: dict[str, Any], device: torch.device, prefix: str = "
     path.write_text(f'{head[:-1]}, "rows": [\n{rows}\n]}}\n')
     print(f"wrote {path}")
     return path
-
-
-def write_readme(name: str, table: str) -> None:
-    """Put a table between the README's markers for the results file ``name``."""
-    opening, closing = f"<!-- bench/results/{name} -->", "<!-- end -->"
-    before, found, rest = README.read_text().partition(opening)
-    if not found:
-        print(f"README.md has no place for it: {opening} … {closing}")
-        return
-    _, _, after = rest.partition(closing)
-    README.write_text(f"{before}{opening}\n{table}\n{closing}{after}")
 
 
 def geometric_mean(values: Iterable[float]) -> float:

@@ -32,12 +32,15 @@ def compile_with(*, steps, rows, inner, index, contiguous, adjoint, scalars, kin
     signature, fixed = {}, {}
     for i, name in enumerate(scan_kernel.arg_names):
         if name in names:
-            signature[name] = ("*u1" if name in ("done", "terminated") else "*fp32", "i64", "i32", "i32")
+            pointer = "*u1" if name in ("done", "terminated") else "*fp32"
+            # One tensor is laid out otherwise than all the others.
+            signature[name] = (pointer, "i64", "i32", "i32") if name == "done" else (pointer,)
+        elif name == "layout":
+            signature[name] = ("i64", "i32", "i32")
         elif name in ("gamma", "lmbda"):
             signature[name] = "fp64"
         elif name in ("gamma_tensor", "lmbda_tensor") and scalars == "0-d":
-            signature[name] = ("*fp64", "constexpr", "constexpr", "constexpr")
-            fixed |= {(i, j): None for j in (1, 2, 3)}
+            signature[name] = ("*fp64", "i32")
         elif name in ("gamma_tensor", "lmbda_tensor") and scalars == "per step":
             signature[name] = ("*fp32", "i32", "i32", "i32")
         elif name == "compositions" and split > 1:
@@ -76,7 +79,7 @@ def compile_with(*, kernel, atoms, actions, strides, member, index, gamma, doubl
     compute = tl.float64 if dtype == "fp64" else tl.float32
     pointer = "*" + dtype
     distribution = Strided(pointer, strides)
-    gammas = {"number": None, "0-d": Strided("*fp64", (None,)), "per sample": Strided("*fp32", (member,))}
+    gammas = {"number": None, "0-d": Strided("*fp64", (0,)), "per sample": Strided("*fp32", (member,))}
     projected = None if not keep else pointer if kernel == "projection" else f"*{compute}"
     compile_as_launched(getattr(categorical_kernel, kernel + "_kernel"), {
         "log_prob": distribution, "next_log_prob": distribution, "found": distribution,

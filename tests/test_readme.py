@@ -1,13 +1,10 @@
 """What the README says is true: its examples run, its figures are those of the results files."""
 
 import doctest
-import importlib.util
-import json
+import importlib
 import pkgutil
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from fusedrl import estimators, kernels, losses
@@ -34,21 +31,11 @@ def test_the_examples_in_docstrings_run(name) -> None:
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
-def benchmark(name: str) -> ModuleType:
+def test_what_the_readme_says_about_speed_is_what_the_results_files_say() -> None:
     pytest.importorskip("torchrl")
-    specification = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[f"bench_{name}"] = module
-    specification.loader.exec_module(module)
-    return module
+    from bench import readme
 
-
-@pytest.mark.parametrize(("script", "results"), [("returns", "cpu.json"), ("categorical", "categorical_cpu.json")])
-def test_the_cpu_tables_are_those_of_the_results_files(script, results) -> None:
-    table = benchmark(script).markdown(json.loads((ROOT / "bench" / "results" / results).read_text()))
-    assert f"<!-- bench/results/{results} -->\n{table}\n<!-- end -->" in README
+    assert readme.render(README) == README, "run: make readme"
 
 
 def covered() -> dict[str, str]:
@@ -70,18 +57,3 @@ def test_every_name_in_the_table_of_coverage_lives_where_its_link_says() -> None
         assert re.search(rf"^(class |def |){name}\b", (ROOT / path).read_text(), re.MULTILINE), (name, path)
         spaces = (estimators.functional,) if path == "estimators/functional.py" else (losses, estimators)
         assert any(hasattr(space, name) for space in spaces), name
-
-
-def test_the_kernel_figures_are_those_of_the_static_table() -> None:
-    rows = json.loads((ROOT / "bench" / "results" / "static_kernels.json").read_text())["kernels"]
-    wanted = []
-    for layout in ("contiguous time", "time-major"):
-        name = f"gae, recurrence, {layout}, whole row, fp32"
-        (row,) = (r for r in rows if r["kernel"] == name and r["target"] == "sm_90")
-        wanted.append((row["instructions_per_element"], row["shuffles_per_element"]))
-    found = re.search(
-        r"takes ([\d.]+) instructions and ([\d.]+) shuffles .* contiguous time, ([\d.]+) and\s([\d.]+) time-major",
-        README,
-    )
-    assert found is not None
-    assert [float(x) for x in found.groups()] == [x for pair in wanted for x in pair]

@@ -1,0 +1,173 @@
+"""Make what the README says about speed from the results files.
+
+    python -m bench.readme            write it
+    python -m bench.readme --check    exit with 1 if it doesn't say what the results files say
+
+Each generated part stands between the markers ``<!-- bench: NAME -->`` and ``<!-- end -->``.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from bench import tables
+from bench.measuring import RESULTS
+
+README = RESULTS.parent.parent / "README.md"
+OPEN = "not measured yet"
+LARGE = 1 << 24  # elements, from where a scan is to be as fast as memory
+
+
+def render(text: str) -> str:
+    """``text`` with every generated part as the results files have it.
+
+    Raises:
+        ValueError: a part has no place in the text, or a place has no part.
+
+    """
+    found = re.findall(r"<!-- bench: ([\w-]+) -->", text)
+    if sorted(found) != sorted(PARTS):
+        raise ValueError(f"the README has places for {sorted(found)}, but the parts are {sorted(PARTS)}")
+    for name, part in PARTS.items():
+        pattern = rf"(<!-- bench: {name} -->\n).*?(<!-- end -->)"
+        content = part()
+        text = re.sub(pattern, lambda m, content=content: f"{m[1]}{content}\n{m[2]}", text, count=1, flags=re.DOTALL)
+    return text
+
+
+def of_suite(suite: str) -> Callable[[], str]:
+    """The tables of a suite on the CPU."""
+
+    def part() -> str:
+        results = load(f"{suite}_cpu")
+        if results is None:
+            return OPEN.capitalize() + "."
+        threads = f"{results['threads']} thread{'s' if results['threads'] > 1 else ''}"
+        versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+        return f"{tables.of(suite, results)}\n\n({results['machine']}, {threads}; {versions}.)"
+
+    return part
+
+
+def static_kernels() -> str:
+    """What GAE's kernel costs, read from the machine code."""
+    stored = load("static_kernels")
+    assert stored is not None
+    costs = []
+    for layout in ("contiguous time", "time-major"):
+        name = f"gae, recurrence, {layout}, whole row, fp32"
+        (row,) = (r for r in stored["kernels"] if r["kernel"] == name and r["target"] == "sm_90")
+        costs.append("{instructions_per_element} instructions and {shuffles_per_element} shuffles".format_map(row))
+    spills = sum(row["spill_bytes"] > 0 for row in stored["kernels"])
+    return (
+        f"GAE forward in float32 on sm_90 takes {costs[0]} per element with contiguous time, {costs[1]} time-major; "
+        f"{spills or 'none'} of the {len(stored['kernels'])} kernels in the table spill{'s' if spills < 2 else ''}."
+    )
+
+
+def host_cost() -> str:
+    """What a call costs the host, as `bench/host_cost.py` found it."""
+    results = load("host_cost_cpu")
+    if results is None:
+        return OPEN.capitalize() + "."
+    modes = list(dict.fromkeys(row["mode"] for row in results["rows"]))
+    lines = []
+    for function in dict.fromkeys(row["function"] for row in results["rows"]):
+        found = {row["mode"]: row for row in results["rows"] if row["function"] == function}
+        cells = [f"{x['us']:.1f}, {x['bare_us']:.1f}, **{x['ratio']:.2f}**" for x in map(found.get, modes) if x]
+        lines.append([f"`{function}`", *cells])
+    return tables.table(["µs, bare µs, ratio", *modes], lines)
+
+
+def gpu_targets() -> str:
+    """What is aimed at on GPUs, and what was measured on each that there are results of."""
+    machines = sorted({p.stem.partition("_")[2] for p in RESULTS.glob("*_*.json")} & gpus())
+    lines = []
+    for target, wanted, measured in TARGETS:
+        cells = [measured(machine) or OPEN for machine in machines] or [OPEN]
+        lines.append([target, wanted, *cells])
+    names = [(load(f"scans_{m}") or {}).get("machine", m) for m in machines] or ["measured"]
+    return tables.table(["H100 or H200", "target", *names], lines)
+
+
+def gpus() -> set[str]:
+    """The names of the GPUs that a suite was measured on."""
+    suites = ("scans", "projection", "losses")
+    return {p.stem.partition("_")[2] for s in suites for p in RESULTS.glob(f"{s}_*.json")} - {"cpu"}
+
+
+def load(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _scan_rows(machine: str, *names: str) -> list[dict[str, Any]]:
+    return [row for row in (load(f"scans_{machine}") or {"rows": []})["rows"] if row["case"] in names]
+
+
+def _large_scans(machine: str) -> str | None:
+    rows = [r for r in _scan_rows(machine, "gae", "td_lambda", "vtrace") if r["B"] * r["T"] >= LARGE]
+    if not rows:
+        return None
+    least = {d: min(rows, key=lambda r, d=d: r[f"fraction_of_copy_{d}"]) for d in ("forward", "both")}
+    found = []
+    for (direction, row), words in zip(least.items(), ("forward", "with backward"), strict=True):
+        where = f"{row['case']} {row['B']}×{row['T']} {row['layout']}"
+        found.append(f"at least {row[f'fraction_of_copy_{direction}']:.0%} {words} ({where})")
+    return "; ".join(found)
+
+
+def _gae_call(machine: str) -> str | None:
+    rows = [r for r in _scan_rows(machine, "gae") if (r["B"], r["T"]) == (4096, 128)]
+    return ", ".join(f"{r['arms']['fusedrl']['forward_call_us']:.3g} µs {r['layout']}" for r in rows) or None
+
+
+def _short_horizons(machine: str) -> str | None:
+    rows = [r for r in _scan_rows(machine, "gae") if r["B"] >= 32768 and r["T"] <= 32 and r["layout"] == "[T, B]"]
+    return ", ".join(f"{r['fraction_of_copy_forward']:.0%} at {r['B']}×{r['T']}" for r in rows) or None
+
+
+def _categorical(machine: str) -> str | None:
+    rows = [r for r in (load(f"projection_{machine}") or {"rows": []})["rows"] if r["B"] == 4096]
+    return ", ".join(f"{tables.speedup(r, 'torchrl'):.3g}×" for r in rows) or None
+
+
+TARGETS: list[tuple[str, str, Callable[[str], str | None]]] = [
+    (
+        "GAE, TD(λ) and V-trace, device time, at least 16M elements, either layout",
+        "90% of a copy's bandwidth, 85% with backward",
+        _large_scans,
+    ),
+    ("a call of GAE, eager, 4096×128", "at most 12 µs", _gae_call),
+    ("GAE, short horizons, time-major", "80% of a copy's bandwidth, or launch-bound", _short_horizons),
+    ("C51 loss, forward and backward, against TorchRL's, B = 4096", "20×", _categorical),
+    ("PPO update in a CUDA graph against TorchRL's eager one, 4096 environments", "6×", lambda _: None),
+]
+PARTS = {
+    "scans": of_suite("scans"),
+    "projection": of_suite("projection"),
+    "losses": of_suite("losses"),
+    "host-cost": host_cost,
+    "static": static_kernels,
+    "gpu": gpu_targets,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m bench.readme", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing, and fail if something would change")
+    check = parser.parse_args(arguments).check
+    text = README.read_text()
+    new = render(text)
+    if check and new != text:
+        sys.exit("README.md doesn't say what bench/results/ says: run python -m bench.readme")
+    README.write_text(new)
+
+
+if __name__ == "__main__":
+    main()

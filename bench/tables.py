@@ -1,0 +1,165 @@
+"""Markdown tables of the suites' results."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from bench.measuring import geometric_mean
+
+Row = dict[str, Any]
+TITLES = {
+    "gae": "GAE",
+    "td_lambda": "TD(λ)",
+    "td1": "TD(1)",
+    "reward_to_go": "reward-to-go",
+    "vtrace": "V-trace",
+    "reverse_scan": "the bare recurrence",
+}
+NONE = "–"
+
+
+def of(suite: str, results: dict[str, Any]) -> str:
+    """The tables of a suite."""
+    on_gpu = any("fraction_of_copy_forward" in row for row in results["rows"])
+    builders: dict[str, list[Callable[[list[Row]], str]]] = {
+        "scans": [scans, gae_by_shape, *([bandwidth] if on_gpu else [])],
+        "projection": [projection, *([bandwidth] if on_gpu else [])],
+        "losses": [losses],
+    }
+    return "\n\n".join(build(results["rows"]) for build in builders[suite])
+
+
+def scans(rows: list[Row]) -> str:
+    """How many times faster than the peers each estimator is, over all shapes that both were measured at."""
+    lines = []
+    for name in dict.fromkeys(row["case"] for row in rows):
+        cells = [TITLES[name]]
+        for peer in ("torchrl", "compiled_loop", "accelerated_scan_scalar", "accelerated_scan_warp"):
+            both = [row for row in rows if row["case"] == name and peer in row["arms"]]
+            if not both:
+                cells += [NONE, NONE]
+                continue
+            for direction in ("forward", "both"):
+                ratios = {_shape(row): speedup(row, peer, direction) for row in both}
+                least = min(ratios, key=lambda shape: ratios[shape])
+                mean = geometric_mean(ratios.values())
+                cells.append(f"**{mean:.1f}** ({ratios[least]:.2g} at {least})" if len(both) > 1 else f"**{mean:.1f}**")
+        lines.append(cells)
+    head = ["× faster than …, geometric mean (least)"]
+    for peer in ("TorchRL", "compiled loop", "accelerated-scan, Triton", "accelerated-scan, warp"):
+        head += [f"{peer}, forward", "with backward"]
+    return table(*_without_empty_columns(head, lines))
+
+
+def gae_by_shape(rows: list[Row]) -> str:
+    """GAE at each shape, in milliseconds."""
+    lines = []
+    for row in rows:
+        if row["case"] == "gae" and "torchrl" in row["arms"]:
+            cells = [_shape(row)]
+            for direction in ("forward", "both"):
+                ours, theirs = (row["arms"][arm][f"{direction}_ms"] for arm in ("fusedrl", "torchrl"))
+                cells.append(f"{_ms(ours)}, {_ms(theirs)}, **{theirs / ours:.1f}**")
+            cells.append("{:.3g}, {:.3g}".format(*(row["arms"][arm]["peak_mib"] for arm in ("fusedrl", "torchrl"))))
+            lines.append(cells)
+    return table(
+        ["GAE, B×T", "forward: ms, TorchRL ms, ×", "with backward: ms, TorchRL ms, ×", "peak MiB, TorchRL MiB"], lines
+    )
+
+
+def projection(rows: list[Row]) -> str:
+    """The C51 loss at each batch size, forward and backward."""
+    everyone = ("fusedrl", "operator", "torchrl", "compiled_textbook")
+    lines = []
+    for row in rows:
+        ms = {arm: _ms(row["arms"][arm]["both_ms"]) for arm in everyone}
+        lines.append(
+            [
+                str(row["B"]),
+                f"{ms['fusedrl']}, {ms['torchrl']}, **{speedup(row, 'torchrl'):.1f}**",
+                f"{ms['operator']}, **{speedup(row, 'torchrl', arm='operator'):.1f}**",
+                f"{ms['compiled_textbook']}, **{speedup(row, 'compiled_textbook', arm='operator'):.1f}**",
+                ", ".join(f"{row['arms'][arm]['peak_mib']:.3g}" for arm in everyone),
+            ]
+        )
+    means = [
+        geometric_mean(speedup(row, peer, arm=arm) for row in rows)
+        for peer, arm in (("torchrl", "fusedrl"), ("torchrl", "operator"), ("compiled_textbook", "operator"))
+    ]
+    lines.append(["geometric mean", *(f"**{mean:.1f}**" for mean in means), ""])
+    head = [
+        "B",
+        "loss module: ms, TorchRL ms, ×",
+        "operator alone: ms, ×",
+        "compiled textbook: ms, × (operator)",
+        "peak MiB: module, operator, TorchRL, compiled",
+    ]
+    return table(head, lines)
+
+
+def losses(rows: list[Row]) -> str:
+    """What the libraries' own work takes, as the share of TorchRL's that ours is."""
+    lines = []
+    for row in rows:
+        ours, theirs = (row["arms"][arm]["both_ms"] for arm in ("fusedrl", "torchrl"))
+        counted = [row["dispatched"][library] for library in ("fusedrl", "torchrl")]
+        mine, peers = (x["operations"] for x in counted)
+        lines.append(
+            [
+                f"`{row['case']}`",
+                f"{_ms(ours)}, {_ms(theirs)}, **{ours / theirs:.2f}**",
+                f"{mine}, {peers}, **{mine / peers:.2f}**",
+                ", ".join(str(x["waits"]) for x in counted),
+            ]
+        )
+    time = geometric_mean(1 / speedup(row, "torchrl") for row in rows)
+    count = geometric_mean(
+        row["dispatched"]["fusedrl"]["operations"] / row["dispatched"]["torchrl"]["operations"] for row in rows
+    )
+    lines.append(["geometric mean", f"**{time:.2f}**", f"**{count:.2f}**", ""])
+    head = ["", "forward + backward: ms, TorchRL ms, share", "operations, TorchRL's, share", "host reads, TorchRL's"]
+    return table(head, lines)
+
+
+def bandwidth(rows: list[Row]) -> str:
+    """How near each case is to a copy of as many bytes, on a GPU."""
+    lines = [
+        [
+            TITLES.get(row["case"], row["case"]),
+            _shape(row),
+            row.get("layout", NONE),
+            f"{next(iter(row['arms'].values()))['forward_ms']:.3g}",
+            f"{row['fraction_of_copy_forward']:.0%}",
+            f"{row['fraction_of_copy_both']:.0%}",
+        ]
+        for row in rows
+    ]
+    return table(["", "shape", "memory", "device ms", "of the copy's bandwidth, forward", "with backward"], lines)
+
+
+def speedup(row: Row, peer: str, direction: str = "both", arm: str = "fusedrl") -> float:
+    """How many times the peer's time is that of ``arm``."""
+    return row["arms"][peer][f"{direction}_ms"] / row["arms"][arm][f"{direction}_ms"]
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    rule = "|---" * len(head) + "|"
+    return "\n".join([_line(head), rule, *(_line(cells) for cells in lines)])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _ms(time: float) -> str:
+    """Three digits, and all before the point."""
+    return f"{time:.3g}" if time < 1000 else f"{time:.0f}"
+
+
+def _shape(row: Row) -> str:
+    return "×".join(str(row[size]) for size in ("B", "T") if size in row)
+
+
+def _without_empty_columns(head: list[str], lines: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    kept = [i for i in range(len(head)) if any(cells[i] != NONE for cells in lines)]
+    return [head[i] for i in kept], [[cells[i] for i in kept] for cells in lines]

@@ -1,0 +1,285 @@
+"""The benchmarks compare equals, refuse wrong results, and publish what they measured."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("torchrl")
+
+from bench import cases, counting, losses, measuring, projection, readme, scans, tables  # after the check
+from bench.__main__ import measure
+from bench.profile.__main__ import main as profile
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def _eager(monkeypatch):
+    """What the compiled peers compute, without the half minute that compiling takes."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+@pytest.mark.usefixtures("_eager")
+@pytest.mark.parametrize("layout", scans.LAYOUTS)
+@pytest.mark.parametrize("steps", [1, 12, 37])
+@pytest.mark.parametrize("name", scans.OPERATORS)
+def test_the_scans_of_all_arms_are_the_loops(name, steps, layout) -> None:
+    case = scans.case(name, 3, steps, CPU, layout)
+    assert {*case.arms, *case.absent} >= {"fusedrl", "torchrl", "compiled_loop"}
+    cases.refuse_if_wrong(case)
+
+
+@pytest.mark.usefixtures("_eager")
+def test_a_long_scan_is_compared_at_both_ends(monkeypatch) -> None:
+    monkeypatch.setattr(scans, "CHECKED_STEPS", 1024)
+    case = scans.case("vtrace", 2, 3000, CPU)
+    assert case.wanted["output 0"].shape == (2, 1024, 1)
+    assert case.wanted["the gradient of reward"].shape == (2, 512, 1)
+    cases.refuse_if_wrong(case)
+
+
+@pytest.mark.usefixtures("_eager")
+def test_the_categorical_losses_of_all_arms_agree_with_the_loop_over_atoms() -> None:
+    case = projection.case(70, CPU)
+    assert set(case.arms) == {"fusedrl", "operator", "torchrl", "compiled_textbook"}
+    cases.refuse_if_wrong(case)
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_a_loss_and_its_gradients_are_those_of_torchrl(name) -> None:
+    case = losses.case(name, 8, CPU)
+    assert sum(key.startswith("the gradient") for key in case.wanted) >= 4
+    cases.refuse_if_wrong(case)
+
+
+def wrong_value(outputs):
+    return [outputs[0] * 1.01, *outputs[1:]]
+
+
+def wrong_gradient(outputs):
+    # The value stays, bit by bit, and its gradient is a hundredth larger.
+    return [outputs[0] + 0.01 * (outputs[0] - outputs[0].detach()), *outputs[1:]]
+
+
+def wrong_shape(outputs):
+    return [outputs[0].unsqueeze(0), *outputs[1:]]
+
+
+def not_a_number(outputs):
+    return [outputs[0] * float("nan"), *outputs[1:]]
+
+
+@pytest.mark.parametrize("defect", [wrong_value, wrong_gradient, not_a_number])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: scans.case("gae", 3, 7, CPU, peers=False),
+        lambda: projection.case(5, CPU, peers=False),
+        lambda: losses.case("DQNLoss", 5, CPU, peers=False),
+    ],
+    ids=["scan", "projection", "loss"],
+)
+def test_a_wrong_arm_is_not_timed(build, defect) -> None:
+    case = build()
+    name, arm = next(iter(case.arms.items()))
+    case.arms["wrong"] = replace(arm, forward=lambda: defect(arm.forward()), recorded=lambda: defect(arm.recorded()))
+    cases.refuse_if_wrong(case, [name])
+    with pytest.raises(cases.WrongResult, match="wrong"):
+        measure(case, CPU, 0.01)
+
+
+def test_an_arm_whose_forward_alone_is_wrong_is_not_timed() -> None:
+    case = scans.case("reward_to_go", 3, 7, CPU, peers=False)
+    case.arms["fusedrl"] = replace(case.arms["fusedrl"], forward=lambda: wrong_shape(case.arms["fusedrl"].recorded()))
+    with pytest.raises(cases.WrongResult, match="shape"):
+        measure(case, CPU, 0.01)
+
+
+def test_what_a_call_dispatches_is_counted_by_kind() -> None:
+    x = torch.arange(4.0)
+
+    def run() -> None:
+        y = (x + 1).view(2, 2).exp()
+        y[y > 2].sum().item()
+
+    found = counting.count(run)
+    assert found.operations == {"add": 1, "exp": 1, "gt": 1, "index": 1, "sum": 1, "_local_scalar_dense": 1}
+    assert found.views == {"view": 1}
+    assert found.waits == {"index with a mask": 1, "_local_scalar_dense": 1}
+
+
+def test_the_inside_of_our_operators_is_counted() -> None:
+    case = scans.case("reward_to_go", 2, 8, CPU, peers=False)
+    arm = case.arms["fusedrl"]
+    forward, both = counting.count(arm.forward), counting.count(arm.both)
+    assert forward.operations["mul"] >= 3  # one per doubling, of which 8 steps need three
+    assert both.operations["mul"] >= 2 * forward.operations["mul"]
+    assert not any("recurrence" in name for name in both.operations)
+
+
+def test_what_is_hidden_is_not_counted() -> None:
+    class Network(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x).tanh()
+
+    network = Network(2, 2)
+    found = counting.count(lambda: network(torch.ones(1, 2)).exp(), [(Network, "forward")])
+    assert found.operations == {"ones": 1, "exp": 1}
+    assert network(torch.ones(1, 2)).shape == (1, 2)
+
+
+@pytest.mark.parametrize("library", losses.LIBRARIES)
+def test_networks_and_distributions_are_left_out_of_a_losses_operations(library) -> None:
+    some = losses.operations("SACLoss", library)
+    everything = losses.operations("SACLoss", library, everything=True)
+    assert {"tanh", "addmm", "normal", "normal_"} & set(everything.operations)
+    assert not {"tanh", "addmm", "baddbmm", "softplus", "log1p", "normal", "normal_"} & set(some.operations)
+
+
+@pytest.mark.usefixtures("_eager")
+def test_results_come_back_from_their_file_as_the_tables_that_were_printed(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(measuring, "RESULTS", tmp_path)
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    built = {
+        "scans": [scans.case("gae", 2, 8, CPU), scans.case("reverse_scan", 2, 8, CPU)],
+        "projection": [projection.case(4, CPU)],
+        "losses": [losses.case("DQNLoss", 4, CPU)],
+    }
+    for suite, some in built.items():
+        results = measuring.describe(CPU) | {"rows": [measure(case, CPU, 0.01, rounds=1) for case in some]}
+        path = measuring.write_results(results, CPU, f"{suite}_")
+        assert json.loads(path.read_text()) == results
+        assert tables.of(suite, results) in readme.of_suite(suite)()
+    ours, theirs = (results["rows"][0]["arms"][arm]["both_ms"] for arm in ("fusedrl", "torchrl"))
+    assert f"**{ours / theirs:.2f}**" in tables.of("losses", results)
+
+
+def test_a_gpus_results_fill_the_list_of_targets(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert readme.gpu_targets().count("not measured yet") == len(readme.TARGETS)
+    arms = {"fusedrl": {"forward_ms": 0.01, "both_ms": 0.02, "forward_call_us": 9.5}, "torchrl": {"both_ms": 0.5}}
+    rows = [
+        {"case": "gae", "B": b, "T": t, "layout": layout, "arms": arms}
+        | {"fraction_of_copy_forward": fraction, "fraction_of_copy_both": fraction / 2}
+        for b, t, layout, fraction in [
+            (4096, 128, "[B, T]", 0.3),
+            (8192, 2048, "[B, T]", 0.9),
+            (65536, 32, "[T, B]", 0.8),
+        ]
+    ]
+    (tmp_path / "scans_some_gpu.json").write_text(json.dumps({"machine": "Some GPU", "rows": rows}))
+    table = readme.gpu_targets()
+    assert "Some GPU" in table
+    assert "at least 90% forward (gae 8192×2048 [B, T]); at least 45% with backward" in table
+    assert "9.5 µs [B, T]" in table
+    assert "80% at 65536×32" in table
+    assert table.count("not measured yet") == len(readme.TARGETS) - 3
+
+
+def test_the_host_cost_table_has_a_row_for_each_function(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert readme.host_cost() == "Not measured yet."
+    rows = [
+        {"function": name, "mode": mode, "us": 30.0, "bare_us": 24.0, "ratio": 1.25}
+        for name in ("gae", "td_lambda_return")
+        for mode in ("forward", "forward + backward")
+    ]
+    (tmp_path / "host_cost_cpu.json").write_text(json.dumps({"rows": rows}))
+    head, _, *lines = readme.host_cost().splitlines()
+    assert head == "| µs, bare µs, ratio | forward | forward + backward |"
+    assert lines[0] == "| `gae` | 30.0, 24.0, **1.25** | 30.0, 24.0, **1.25** |"
+    assert len(lines) == 2
+
+
+def test_the_readme_has_a_place_for_every_generated_part() -> None:
+    text = (ROOT / "README.md").read_text()
+    with pytest.raises(ValueError, match="places"):
+        readme.render(text.replace("<!-- bench: losses -->", ""))
+    assert readme.render(text.replace("sm_90 takes", "sm_90 takes only")) == readme.render(text)
+
+
+def test_the_profile_command_prints_a_table_and_writes_traces_and_a_roofline(tmp_path) -> None:
+    command = [sys.executable, "-m", "bench.profile", "gae", "--shape", "2x8", "3x16", "--budget", "0.01"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for words in ("2x8", "3x16", "fwd+bwd", "On a CPU", "no device time"):
+        assert words in " ".join(done.stdout.split())
+    for shape in ("2x8", "3x16"):
+        for direction in ("forward", "both"):
+            events = json.loads((tmp_path / f"gae-{shape}-{direction}.trace.json").read_text())["traceEvents"]
+            assert sum(event.get("name") == "fusedrl::recurrence" for event in events) == 3
+    assert (tmp_path / "gae.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["categorical", "DQNLoss"])
+def test_losses_can_be_profiled(name, tmp_path, capsys) -> None:
+    assert profile([name, "--shape", "4", "--budget", "0.01", "--output", str(tmp_path)]) == 0
+    assert name in capsys.readouterr().out
+    assert {p.name for p in tmp_path.iterdir()} == {
+        f"{name}.png", f"{name}-4-forward.trace.json", f"{name}-4-both.trace.json"
+    }  # fmt: skip
+
+
+def test_a_wrong_result_is_not_profiled(tmp_path, monkeypatch, capsys) -> None:
+    operator = scans.OPERATORS["td1"]
+    monkeypatch.setitem(scans.OPERATORS, "td1", replace(operator, fusedrl=lambda *x: 1.01 * operator.fusedrl(*x)))
+    assert profile(["td1", "--shape", "2x8", "--output", str(tmp_path)]) == 1
+    assert "is wrong by" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["gea", "--shape", "2x8"], "nothing named 'gea'"),
+        (["gae"], "needs --shape BxT"),
+        (["gae", "--shape", "8"], "a shape is BxT, positive numbers such as 4096x128, not '8'"),
+        (["gae", "--shape", "2x0"], "not '2x0'"),
+        (["SACLoss", "--shape", "2x8"], "a shape is B, positive numbers such as 4096, not '2x8'"),
+    ],
+)
+def test_what_cant_be_profiled_is_said(arguments, words, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        profile(arguments)
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_everything_that_can_be_profiled_is_listed(capsys) -> None:
+    assert profile(["--list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"{name} --shape" in listed for name in (*scans.OPERATORS, "categorical", *losses.LOSSES))
+
+
+def test_scripts_in_bench_find_the_profile_of_the_standard_library() -> None:
+    source = "import sys; sys.path.insert(0, sys.argv[1]); import cProfile; cProfile.Profile(); cProfile.run('1')"
+    subprocess.run([sys.executable, "-c", source, str(ROOT / "bench")], capture_output=True, check=True)
+
+
+def test_suites_are_collected_only_where_they_are_asked_for() -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "bench"]
+    done = subprocess.run(
+        [*command, "-k", "A2C and forward", "--benchmark-max-time=0.01", "--benchmark-min-rounds=1"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "2 passed" in done.stdout, done.stdout
+    assert "benchmark 'A2CLoss 32, forward': 2 tests" in done.stdout
