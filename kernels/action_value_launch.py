@@ -142,7 +142,7 @@ def policy(problem: Improvement, keep: bool) -> list[Tensor]:
 
 def policy_backward(problem: Improvement, kept: Sequence[Tensor], grad: Tensor, needs: Sequence[bool]) -> list[Tensor]:
     """The slopes that are needed times ``grad``."""
-    *slopes, reciprocal = kept if count_is_unknown(problem) else (*kept, None)
+    slopes, reciprocal = (kept[:-1], kept[-1]) if count_is_unknown(problem) else (kept, None)
     factor = _factor(grad, [] if reciprocal is None else [reciprocal], slopes[0].dtype)
     inputs = (problem.values, problem.log_prob)
     return [
@@ -191,7 +191,7 @@ def _coefficient(x: float | Tensor | None, device: torch.device) -> tuple[float,
     return 0.0, _row(x) if x.ndim else (x.to(device, non_blocking=True), None)
 
 
-def _rows(values: Tensor) -> tuple[Tensor, int, int]:
+def _rows(values: Tensor) -> tuple[Any, ...]:
     """``[members, *B]`` with one dimension of samples; a copy is made only of what no single stride walks."""
     values = values if values.ndim == 2 else values.reshape(len(values), -1)
     return (values, *values.stride())

@@ -131,4 +131,4 @@ def _magnitudes(problem: Regression) -> Regression:
 
 
 def _in_float64(problem: Problem) -> Problem:
-    return type(problem)(*(x.double() if isinstance(x, Tensor) and x.dtype != torch.bool else x for x in problem))
+    return type(problem)._make(x.double() if isinstance(x, Tensor) and x.dtype != torch.bool else x for x in problem)

@@ -1,5 +1,7 @@
 """The ``verify`` backend of the clipped surrogate: what ``auto`` picks, compared with the reference in float64."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,10 +30,11 @@ def forward(log_prob: Tensor, constants: PPOConstants, keep: bool) -> list[Tenso
     exact, wanted = log_prob.detach().double(), in_float64(constants)
     expected = ppo_reference.forward(exact, wanted, keep)
     mask = torch.ones_like(exact, dtype=torch.bool) if wanted.mask is None else wanted.mask
-    exact, old, proximal, advantage, weights = (
+    read: list[Any] = [
         None if x is None else torch.where(mask, x, 0)
         for x in (exact, wanted.old_log_prob, wanted.proximal_log_prob, wanted.advantage, wanted.weights)
-    )
+    ]
+    exact, old, proximal, advantage, weights = read
     proximal_ratio = (exact - (old if proximal is None else proximal)).exp()
     # A ratio is off by the rounding of the log-probabilities that it is computed from.
     error = 1 + size_of(exact, old, proximal)

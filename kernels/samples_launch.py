@@ -62,7 +62,8 @@ def walked(tensors: Sequence[Tensor | None]) -> Walk:
     """
     if all(x is None or x.is_contiguous() for x in tensors):
         return [None if x is None else (x, 1) for x in tensors]
-    dense = torch.empty_like(tensors[0])
+    first: Any = tensors[0]  # there in every call
+    dense = torch.empty_like(first)
     order = sorted(range(dense.ndim), key=dense.stride, reverse=True)
     flat = (None if x is None else x.permute(order).reshape(-1) for x in tensors)
     return [None if x is None else (x, x.stride(0)) for x in flat]

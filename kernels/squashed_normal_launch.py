@@ -135,7 +135,7 @@ def _launch(
         )
 
 
-def _strided(x: Tensor | None) -> tuple[Tensor, int, int] | None:
+def _strided(x: Tensor | None) -> tuple[Any, ...] | None:
     """``x`` as (pointer, row stride, column stride); a copy is made only where no single stride walks the rows."""
     if x is None:
         return None
@@ -143,7 +143,7 @@ def _strided(x: Tensor | None) -> tuple[Tensor, int, int] | None:
     return (x, *x.stride())
 
 
-def _per_row(x: Tensor | None) -> tuple[Tensor, int] | None:
+def _per_row(x: Tensor | None) -> tuple[Any, ...] | None:
     """``x`` as (pointer, row stride)."""
     if x is None:
         return None

@@ -130,7 +130,9 @@ def _compare(
         size = wanted.detach().abs()
         if total.requires_grad:
             slopes = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
-            moved = sum(slope.abs() * size_of_input for slope, size_of_input in zip(slopes, magnitudes, strict=True))
+            moved: Any = sum(
+                slope.abs() * size_of_input for slope, size_of_input in zip(slopes, magnitudes, strict=True)
+            )
             size = size + (moved if moved.shape == size.shape else (1 + moved).sum(-1))
         rounded = wanted.detach().to(result.dtype).double()  # which can be infinite in half precision
         compare(name, fastest_backend(tensors[0]), result_dtype(*tensors), result, rounded, size)

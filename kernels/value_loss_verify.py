@@ -1,5 +1,7 @@
 """The ``verify`` backend of the critic's loss: what ``auto`` picks, compared with the reference in float64."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,8 @@ def forward(value: Tensor, constants: ValueConstants, keep: bool) -> list[Tensor
     wanted = in_float64(constants)
     expected = value_loss_reference.forward(value.detach().double(), wanted, keep)
     mask = torch.ones_like(value, dtype=torch.bool) if wanted.mask is None else wanted.mask
+    now: Any
+    target: Any
     now, target, old, weights = (
         None if x is None else torch.where(mask, x, 0)
         for x in (value.detach().double(), wanted.value_target, wanted.old_value, wanted.weights)
