@@ -46,6 +46,7 @@ def is_plain(network: Any) -> bool:
     """Whether a call of ``network`` is a call of its ``module`` on its in_keys, and nothing else."""
     return (
         getattr(type(network), "forward", None) is TensorDictModule.forward
+        and "forward" not in network.__dict__
         and not _is_watched(network)
         and network.inplace is True
         and network.method is None

@@ -275,7 +275,9 @@ def test_scripts_in_bench_find_the_profile_of_the_standard_library() -> None:
 
 
 def test_suites_are_collected_only_where_they_are_asked_for() -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    # Without what tells a worker of pytest-xdist that it is one.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "bench"]
     done = subprocess.run(
         [*command, "-k", "A2C and forward", "--benchmark-max-time=0.01", "--benchmark-min-rounds=1"],
