@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from . import squashed_normal_reference as reference
 from . import squashed_normal_vectorized as vectorized
 from .backend import resolve_backend
+from .function import apply
 from .operators import number_or_tensor
 from .recurrence import broadcasts
 from .squashed_normal_problem import Bounds, Squash, result_dtype
@@ -52,7 +53,7 @@ def log_prob(
     if composition is not None:
         return _as(result_dtype(loc, scale, action), composition.log_prob(loc, scale, action, interval))
     if torch.is_grad_enabled() and (loc.requires_grad or scale.requires_grad or action.requires_grad):
-        return _LogProb.apply(name, loc, scale, action, interval)
+        return apply(_LogProb, name, loc, scale, action, interval)
     return _LogProb.forward(name, loc, scale, action, interval)
 
 
@@ -73,7 +74,7 @@ def sample(
         dtype = result_dtype(loc, scale, noise)
         return _as(dtype, action), _as(dtype, found)
     if torch.is_grad_enabled() and (loc.requires_grad or scale.requires_grad):
-        return _Sample.apply(name, loc, scale, noise, interval)
+        return apply(_Sample, name, loc, scale, noise, interval)
     return _Sample.forward(name, loc, scale, noise, interval)
 
 
