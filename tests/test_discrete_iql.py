@@ -133,13 +133,14 @@ def test_all_ways_to_write_an_action_are_the_same():
         assert torch.equal(also_seen["action"], data["action"])
 
 
-def test_no_network_is_called_twice_on_the_same():
-    loss, calls = make(), []
+@pytest.mark.parametrize("members", [1, 2])
+def test_no_network_is_called_twice_on_the_same(members):
+    loss, calls = make(num_qvalue_nets=members), []
     for name in ("qvalue_network", "value_network"):
         getattr(loss, name).module.register_forward_hook(lambda *_, name=name: calls.append(name))
     loss(discrete())
-    # Q: trained and target; V: of the observations and of the next ones.
-    assert sorted(calls) == ["qvalue_network"] * 2 + ["value_network"] * 2
+    # Each member of Q: trained and target; V: of the observations and of the next ones.
+    assert sorted(calls) == ["qvalue_network"] * 2 * members + ["value_network"] * 2
 
 
 # --- data -------------------------------------------------------------------------------------------------------
