@@ -18,7 +18,8 @@ from tensordict.nn import (
 )
 from tensordict.nn.probabilistic import interaction_type
 from torch import Tensor, nn
-from torch.distributions import Distribution
+
+from .heads import PolicyDistribution, distribution_of
 
 
 def call(network: Any, tensordict: TensorDictBase) -> TensorDictBase:
@@ -86,8 +87,8 @@ def written_in_turn(networks: Iterable[Any], tensordict: TensorDictBase) -> Mapp
     return entries.written
 
 
-def distribution(policy: Any, tensordict: TensorDictBase, *, write: bool = False) -> Distribution:
-    """``policy.get_dist(tensordict)``, which leaves ``tensordict`` as it is.
+def distribution(policy: Any, tensordict: TensorDictBase, *, write: bool = False) -> PolicyDistribution:
+    """``policy.get_dist(tensordict)``, which leaves ``tensordict`` as it is; see `distribution_of`.
 
     With ``write``, what the policy's networks find is written into it.
     """
@@ -97,14 +98,14 @@ def distribution(policy: Any, tensordict: TensorDictBase, *, write: bool = False
     if write:
         for maker in makers:
             tensordict = call(maker, tensordict)
-        return last.get_dist(tensordict)
+        return distribution_of(last, tensordict)
     found = written_in_turn(makers, tensordict)
     if all(key in found for key in last.in_keys):
-        return last.get_dist(found)
+        return distribution_of(last, found)
     tensordict = tensordict.copy()
     for key, x in found.items():
         tensordict.set(key, x)
-    return last.get_dist(tensordict)
+    return distribution_of(last, tensordict)
 
 
 class _Entries:
@@ -121,13 +122,13 @@ class _Entries:
 
 
 def _plain_modules(networks: Iterable[Any]) -> list[Any] | None:
-    """The plain networks that ``networks`` are sequences of; None if there is more to one of them.
+    """The networks that ``networks`` are sequences of, if `_asked` can ask all of them; else None.
 
-    Entries that one of them writes below a key that another might read as a whole are more, too.
+    Entries that one of them writes below a key that another might read as a whole are beyond it, too.
     """
     modules: list[Any] = []
     for network in networks:
-        if is_plain(network):
+        if is_plain(network) or _is_log_softmax(network):
             modules.append(network)
             continue
         inner = _plain_modules(network.module) if _is_plain_sequence(network) else None
@@ -136,6 +137,22 @@ def _plain_modules(networks: Iterable[Any]) -> list[Any] | None:
         modules += inner
     nested = len(modules) > 1 and any(isinstance(key, tuple) for module in modules for key in module.out_keys)
     return None if nested else modules
+
+
+def _is_log_softmax(network: Any) -> bool:
+    """Whether ``network`` is TorchRL's last layer of a distributional network, and no more than that."""
+    kind = type(network)
+    return (
+        kind.__name__ == "DistributionalDQNnet"
+        and kind.__module__ == "torchrl.modules.tensordict_module.common"
+        and "forward" not in network.__dict__
+        and not _is_watched(network)
+    )
+
+
+def _log_softmax(*logits: Tensor) -> list[Tensor]:
+    """Log-probabilities of logits ``[*B, atoms, actions]``."""
+    return [x.log_softmax(-2) for x in logits]
 
 
 def _is_plain_policy(policy: Any) -> bool:
@@ -179,10 +196,11 @@ def _call_module(network: Any, tensordict: TensorDictBase) -> TensorDictBase:
 
 
 def _asked(network: Any, entries: "TensorDictBase | _Entries") -> dict[NestedKey, Tensor]:
-    """What the module of a plain ``network`` says of its entries."""
+    """What a ``network`` that is plain, or a log-softmax of TorchRL, says of its entries."""
     tensors = [entries.get(key, None) for key in network.in_keys]
+    module = _log_softmax if _is_log_softmax(network) else network.module
     try:
-        found = network.module(*tensors)
+        found = module(*tensors)
     except Exception:
         if any(x is None for x in tensors):
             there = {key: x for key, x in zip(network.in_keys, tensors, strict=True) if x is not None}

@@ -8,12 +8,14 @@ Diagonal Gaussians, squashed by tanh or not, are known by their types, and their
 `fusedrl.kernels` in place of the distribution's own methods.
 """
 
+import math
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import CompositeDistribution
+from tensordict.nn import CompositeDistribution, ProbabilisticTensorDictModule
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, TanhTransform, TransformedDistribution
 from torch.distributions.utils import _standard_normal
@@ -44,7 +46,7 @@ class DistributionHeads:
 
     def __init__(self, dist: Any, action: NestedKey, batch_ndim: int) -> None:
         self.composite = isinstance(dist, CompositeDistribution)
-        self.heads: dict[NestedKey, Distribution] = dict(dist.dists) if self.composite else {action: dist}
+        self.heads: dict[NestedKey, PolicyDistribution] = dict(dist.dists) if self.composite else {action: dist}
         self.batch_ndim = batch_ndim
 
     def log_prob(self, actions: TensorDictBase | Mapping[NestedKey, Tensor]) -> Tensor:
@@ -75,6 +77,12 @@ class DiagonalGaussian(NamedTuple):
         """log π(a), shape ``[*B]``."""
         return normal_log_prob(self.loc, self.scale, action, squash=self.squash, margin=self.margin)
 
+    def entropy(self) -> Tensor | None:
+        """The entropy, shape ``[*B]``; None if it is squashed, which leaves no closed form."""
+        if self.squash is not None:
+            return None
+        return self.scale.log().sum(-1) + self.scale.shape[-1] * _ENTROPY_OF_STANDARD_NORMAL
+
     def draw(self, samples: int | None = None) -> tuple[Tensor, Tensor]:
         """An action and its log-probability, or that many along a first dimension.
 
@@ -88,7 +96,80 @@ class DiagonalGaussian(NamedTuple):
         return normal_sample(loc, scale, noise, squash=self.squash, margin=self.margin)
 
 
-def log_prob(dist: Distribution, action: Tensor) -> Tensor:
+class Deferred:
+    """A `DiagonalGaussian` and the distribution that it is of, which is built once it is asked for something.
+
+    Any attribute is that of the distribution. To build one takes as long as its log-probability, and on a GPU it waits
+    for the device: for the validation of the parameters, which is left out with it, and for the bounds.
+    """
+
+    def __init__(self, gaussian: DiagonalGaussian, module: ProbabilisticTensorDictModule) -> None:
+        self.gaussian = gaussian
+        self._module = module
+
+    @cached_property
+    def built(self) -> Distribution:
+        """The distribution."""
+        parameters = {key: getattr(self.gaussian, key) for key in ("loc", "scale")}
+        return self._module.distribution_class(**parameters, **self._module.distribution_kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.built, name)
+
+
+PolicyDistribution: TypeAlias = Distribution | Deferred
+
+
+def built(dist: PolicyDistribution) -> Distribution:
+    """``dist``, or the distribution that it stands for."""
+    return dist.built if isinstance(dist, Deferred) else dist
+
+
+def distribution_of(module: ProbabilisticTensorDictModule, entries: Any) -> PolicyDistribution:
+    """``module.get_dist(entries)``, deferred if it is a ``TanhNormal`` or an ``IndependentNormal`` of TorchRL.
+
+    That goes for those of loc and scale alone, of one shape and dtype, and the bounds of the actions.
+    """
+    gaussian = _gaussian_of(module, entries)
+    return module.get_dist(entries) if gaussian is None else Deferred(gaussian, module)
+
+
+def _gaussian_of(module: ProbabilisticTensorDictModule, entries: Any) -> DiagonalGaussian | None:
+    kind = module.distribution_class
+    defaults = _DEFERRABLE.get(getattr(kind, "__name__", ""))
+    if (
+        defaults is None
+        or not _is_of_torchrl(kind, kind.__name__)
+        or type(module).get_dist is not ProbabilisticTensorDictModule.get_dist
+        or tuple(module.dist_keys) not in _LOC_AND_SCALE
+        or not module.distribution_kwargs.keys() <= defaults.keys()
+        or torch.compiler.is_compiling()  # which builds it once, and doesn't wait
+    ):
+        return None
+    found = {name: entries.get(key, None) for name, key in zip(module.dist_keys, module.in_keys, strict=True)}
+    loc, scale = found["loc"], found["scale"]
+    if not (isinstance(loc, Tensor) and isinstance(scale, Tensor) and loc.is_floating_point() and loc.ndim):
+        return None
+    if loc.shape != scale.shape or loc.dtype != scale.dtype or loc.device != scale.device:
+        return None
+    if not defaults:
+        return DiagonalGaussian(loc, scale, None, None)
+    bounds = {**defaults, **module.distribution_kwargs}
+    low, high = bounds["low"], bounds["high"]
+    if isinstance(low, Tensor) and isinstance(high, Tensor):
+        usable = all(x.device == loc.device and _is_constant_for(loc, x) for x in (low, high))
+    else:
+        usable = all(isinstance(x, (int, float)) for x in (low, high)) and low < high
+    return DiagonalGaussian(loc, scale, (low, high), None) if usable else None
+
+
+# The classes, and the defaults of the arguments that they may be given.
+_DEFERRABLE: dict[str, dict[str, float]] = {"TanhNormal": {"low": -1.0, "high": 1.0}, "IndependentNormal": {}}
+_LOC_AND_SCALE = (("loc", "scale"), ("scale", "loc"))
+_ENTROPY_OF_STANDARD_NORMAL = 0.5 + 0.5 * math.log(2 * math.pi)
+
+
+def log_prob(dist: PolicyDistribution, action: Tensor) -> Tensor:
     """log π(a) of ``dist``."""
     gaussian = diagonal_gaussian(dist)
     if gaussian is None or action.shape != gaussian.loc.shape or not action.is_floating_point():
@@ -108,6 +189,8 @@ def diagonal_gaussian(dist: Any) -> DiagonalGaussian | None:
     its arguments, and a transform with a cache, which remembers what it drew.
     """
     kind = type(dist)
+    if kind is Deferred:
+        return dist.gaussian
     squash, margin = None, None
     independent = dist
     if kind is TransformedDistribution or _is_of_torchrl(kind, "TanhNormal"):

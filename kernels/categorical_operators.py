@@ -7,6 +7,7 @@ kept for.
 """
 
 import inspect
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -27,7 +28,7 @@ from .categorical_problem import (
     new_gradient,
 )
 from .function import apply
-from .operators import number_or_tensor
+from .operators import number_or_tensor, runs_plainly
 
 # Where each backend's `forward`, `backward` and `project` live; imported at the first use, since Triton may be absent.
 _BACKEND_MODULES = {
@@ -60,7 +61,9 @@ def loss(transition: Transition, bellman: Bellman, backend: str | None) -> Tenso
     differentiated = torch.is_grad_enabled() and transition.log_prob.requires_grad
     # Forward-mode tangents don't show in requires_grad. _Loss has no rule for them and says so.
     if differentiated or forward_ad._current_level >= 0:
-        return apply(_Loss, name, transition.log_prob, *constants)[0]
+        tensors = [x for x in (transition.log_prob, *constants) if isinstance(x, Tensor)]
+        function = _LossPlainly if runs_plainly(tensors) else _Loss
+        return apply(function, name, transition.log_prob, *constants)[0]
     return _forward(name, False, transition.log_prob.detach(), *constants)[0]
 
 
@@ -80,6 +83,7 @@ def projection(prob: Tensor, bellman: Bellman, backend: str | None) -> Tensor:
     return torch.ops.fusedrl.categorical_projection(name, prob.detach(), *tensors, *number_or_tensor(gamma, prob))
 
 
+@cache
 def backend_module(name: str) -> Any:
     """The module with the ``forward``, ``backward`` and ``project`` of backend ``name``."""
     return import_module(_BACKEND_MODULES[name], __package__)
@@ -95,10 +99,8 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        ctx.name, log_prob, action, *_ = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(log_prob, action, output[1])
+        name, log_prob, action, *_ = inputs
+        _keep(ctx, name, log_prob, action, output[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
@@ -111,8 +113,30 @@ class _Loss(torch.autograd.Function):
             values = (-projected * grad[..., None]).to(log_prob.dtype)
             found = torch.zeros_like(log_prob).scatter(-1, index, values[..., None])
         else:
-            found = torch.ops.fusedrl.categorical_loss_backward(ctx.name, log_prob, action, projected, grad)
+            plain = runs_plainly((log_prob, action, projected, grad))
+            operator = _categorical_loss_backward if plain else torch.ops.fusedrl.categorical_loss_backward
+            found = operator(ctx.name, log_prob, action, projected, grad)
         return None, found, *[None] * 7
+
+
+class _LossPlainly(torch.autograd.Function):
+    """`_Loss` where `runs_plainly`. The compiler and torch.func want forward and context apart, which takes longer."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, log_prob: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
+        loss, projected = _forward(name, True, log_prob, *constants)
+        _keep(ctx, name, log_prob, constants[0], projected)
+        return loss, projected
+
+    backward = _Loss.backward
+
+
+def _keep(ctx: Any, name: str, log_prob: Tensor, action: Tensor, projected: Tensor) -> None:
+    """Save for backward what `_Loss` got, and what it found."""
+    ctx.name = name
+    ctx.mark_non_differentiable(projected)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(log_prob, action, projected)
 
 
 # What `apply` looks up in every call; found once.
@@ -125,7 +149,9 @@ def _constants(tensors: tuple[Any, ...]) -> list[Any]:
 
 def _forward(name: str, keep: bool, *fields: Any) -> list[Tensor]:
     *tensors, gamma = fields
-    return torch.ops.fusedrl.categorical_loss(name, keep, *tensors, *number_or_tensor(gamma, tensors[0]))
+    plain = runs_plainly([x for x in fields if isinstance(x, Tensor)])
+    operator = _categorical_loss if plain else torch.ops.fusedrl.categorical_loss
+    return operator(name, keep, *tensors, *number_or_tensor(gamma, tensors[0]))
 
 
 def _bellman(

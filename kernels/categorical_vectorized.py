@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .categorical_problem import Bellman, Transition, compute_dtype, new_gradient
+from .samples_vectorized import cast
 
 # Elements of a tile's largest temporary: half a megabyte in float32.
 _TILE = 1 << 17
@@ -21,25 +22,23 @@ def forward(transition: Transition, bellman: Bellman, keep: bool) -> list[Tensor
     log_prob, action, target, online = transition
     samples, atoms, _ = log_prob.shape
     dtype = compute_dtype(log_prob.dtype)
-    best = _greedy_action(target if online is None else online, bellman.support.to(dtype))
+    best = _greedy_action(target if online is None else online, cast(bellman.support, dtype))
     positions = _positions(bellman, dtype)
     projected = log_prob.new_zeros((samples, atoms), dtype=dtype)
     losses = []
     for tile in _tiles(samples, _largest(projected)):
         m = _part(projected, tile)
-        next_prob = _of_action(_part(target, tile), _part(best, tile)).to(dtype).exp_()
+        next_prob = cast(_of_action(_part(target, tile), _part(best, tile)), dtype).exp_()
         _add_projection(m, next_prob, positions.of(tile))
-        # Selected: an atom without mass counts for nothing even if its log-probability is −∞.
-        terms = (m * _of_action(_part(log_prob, tile), _part(action, tile))).masked_fill_(m == 0, 0)
-        losses.append(terms.sum(-1))
-    loss = _joined(losses).neg_().to(log_prob.dtype)
+        losses.append(_cross_entropy(m, _of_action(_part(log_prob, tile), _part(action, tile))))
+    loss = cast(_joined(losses).neg_(), log_prob.dtype)
     return [loss, projected] if keep else [loss]
 
 
 def backward(log_prob: Tensor, action: Tensor, projected: Tensor, grad: Tensor) -> Tensor:
     """∂L/∂log p(a) is −m for the taken action and 0 for the others."""
     found = new_gradient(log_prob).zero_()
-    values = (projected * -grad[:, None]).to(found.dtype)
+    values = cast(projected * -grad[:, None], found.dtype)
     return found.scatter_(-1, _index(action, projected.shape[-1]), values[..., None])
 
 
@@ -70,28 +69,28 @@ class _Positions(NamedTuple):
 
 def _positions(bellman: Bellman, dtype: torch.dtype) -> _Positions:
     support, reward, terminated, gamma = bellman
-    support, reward = support.to(dtype), reward.to(dtype)
+    support, reward = cast(support, dtype), cast(reward, dtype)
     terminated = terminated if terminated.dtype == torch.bool else terminated != 0
-    if isinstance(gamma, Tensor):
+    if isinstance(gamma, Tensor) and (gamma.dtype != dtype or gamma.device != support.device):
         gamma = gamma.to(support.device, dtype, non_blocking=True)
     v_min = support[0]
-    atoms_per_value = (support.shape[0] - 1) / (support[-1] - v_min)
+    spacing = (support[-1] - v_min).div_(support.shape[0] - 1)
     reward, terminated = reward[:, None], terminated[:, None]
-    start = (reward - v_min).mul_(atoms_per_value)
-    step = gamma * atoms_per_value
+    start = (reward - v_min).div_(spacing)
+    step = gamma / spacing
     # Selected: after a terminal step γ isn't read.
     step = torch.where(terminated, 0, step[:, None] if step.ndim else step)
     return _Positions(start, step, terminated, support)
 
 
 def _greedy_action(log_prob: Tensor, support: Tensor) -> Tensor:
-    """argmax_a Σ_j z_j p_j(a), the first of equals."""
+    """argmax_a Σ_j z_j p_j(a), the first of equals, shape ``[B, 1, 1]``."""
     samples, atoms, actions = log_prob.shape
     best = []
     for tile in _tiles(samples, atoms * actions):
-        prob = _part(log_prob, tile).to(support.dtype).exp()
+        prob = cast(_part(log_prob, tile), support.dtype).exp()
         q = torch.bmm(support.expand(len(prob), 1, atoms), prob)
-        best.append(q.argmax(-1).squeeze(-1))
+        best.append(q.argmax(-1, keepdim=True))
     return _joined(best)
 
 
@@ -99,8 +98,7 @@ def _add_projection(m: Tensor, prob: Tensor, positions: _Positions) -> None:
     """m_i += Σ_j p_j · max(0, 1 − |b_j − i|); ``prob`` is used up."""
     start, step, terminated, support = positions
     last = m.shape[-1] - 1
-    # After a terminal step one atom, the first, has all mass; all of them land at the reward.
-    prob.masked_fill_(terminated, 0)[:, :1].masked_fill_(terminated, 1)
+    prob.masked_fill_(terminated, 1 / (last + 1))  # after a terminal step all atoms land at the reward
     b = torch.addcmul(start, step, support).clamp_(0, last)
     if not _adds_in_order(m):
         atoms = torch.arange(last + 1, dtype=b.dtype, device=b.device)
@@ -111,6 +109,11 @@ def _add_projection(m: Tensor, prob: Tensor, positions: _Positions) -> None:
     upper_mass = (b - lower) * prob
     m.scatter_add_(-1, lower, prob - upper_mass)
     m[:, 1:].scatter_add_(-1, lower, upper_mass)
+
+
+def _cross_entropy(m: Tensor, log_prob: Tensor) -> Tensor:
+    """Σ m log p; an atom without mass counts for nothing even if its log-probability is −∞."""
+    return (torch.where(m.bool(), log_prob, m) * m).sum(-1)
 
 
 def _largest(m: Tensor) -> int:
@@ -130,7 +133,7 @@ def _of_action(x: Tensor, action: Tensor) -> Tensor:
 
 
 def _index(action: Tensor, atoms: int) -> Tensor:
-    return action.long()[:, None, None].expand(-1, atoms, 1)
+    return cast(action, torch.int64).view(-1, 1, 1).expand(-1, atoms, 1)
 
 
 def _tiles(samples: int, elements_per_sample: int) -> Iterator[slice | None]:

@@ -76,7 +76,11 @@ def _goes_beyond_the_slope(constants: Any) -> bool:
         return True
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return True
-    return torch.is_grad_enabled() and any(isinstance(c, Tensor) and c.requires_grad for c in constants)
+    if torch.is_grad_enabled():
+        for constant in constants:  # without a generator, which would take as long as an operation
+            if isinstance(constant, Tensor) and constant.requires_grad:
+                return True
+    return False
 
 
 # --- checks -------------------------------------------------------------------------------------------------------

@@ -94,7 +94,8 @@ class ActionValueLoss(LossModule):
             terminated = self._get(tensordict, "done")
         data = self._inputs(tensordict, current_keys, current)
         next_data = self._inputs(tensordict, next_keys, following, "next")
-        next_data.batch_size = tensordict.batch_size
+        if next_data.batch_size != tensordict.batch_size:
+            next_data.batch_size = tensordict.batch_size
 
         terminal = any_right(terminated if terminated.dtype == torch.bool else terminated != 0, tensordict.ndim)
         for key in next_keys:

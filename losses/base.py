@@ -359,6 +359,9 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
         key = getattr(self.tensor_keys, "priority_weight", None)
         if tensordict is None or key is None or self.use_prioritized_weights is False:
             return None
+        names = tensordict.keys()
+        if isinstance(key, str) and key not in names:  # which says so sooner than `get`
+            return None
         weights = tensordict.get(key, None)
         return None if weights is None else align(weights, like, f"{key!r}")
 

@@ -8,8 +8,8 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
+from ..estimators.heads import PolicyDistribution
 from .functional.conservative import conservative_gap
 from .functional.deterministic import ensemble_distance, largest_squared_error
 from .functional.soft_actor_critic import soft_value, temperature_loss
@@ -213,7 +213,7 @@ class CQLLoss(SoftActorCriticLoss):
         self,
         data: TensorDictBase,
         next_data: TensorDictBase,
-        policy: Distribution,
+        policy: PolicyDistribution,
         values: Tensor,
         tensordict: TensorDictBase,
     ) -> Tensor:
@@ -235,12 +235,12 @@ class CQLLoss(SoftActorCriticLoss):
     def _multiplier(self) -> Tensor:
         return self.log_alpha_prime.exp().clamp(*_MULTIPLIER_RANGE)
 
-    def _many(self, policy: Distribution, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
+    def _many(self, policy: PolicyDistribution, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
         """``num_random`` actions, shape ``[K, *B, *A]``, and their log-densities, shape ``[K, *B]``."""
         actions = policy.rsample((self.num_random,))  # `sample` of a normal distribution waits for the device
         return actions, self._density(policy, actions, tensordict)
 
-    def _density(self, policy: Distribution, action: Tensor, tensordict: TensorDictBase) -> Tensor:
+    def _density(self, policy: PolicyDistribution, action: Tensor, tensordict: TensorDictBase) -> Tensor:
         """log π(a|s), shape ``[*K, *B]``."""
         log_prob = policy.log_prob(action)
         shape = self._get(tensordict, "reward").shape

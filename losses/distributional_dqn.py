@@ -163,10 +163,13 @@ class DistributionalDQNLoss(QLearningLoss):
 
     def _bellman(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
         """Reward and terminated, shape ``[*B]``, and γ, or γⁿ of that shape for n-step data."""
-        reward = self._get(tensordict, "reward").squeeze(-1)
-        key = "terminated" if tensordict.get(*self._keys("terminated"), None) is not None else "done"
-        terminated, rewards = self._get(tensordict, key), self._get(tensordict, "reward")
-        self._require_shape(terminated, self._keys(key)[0], rewards, self._keys("reward")[0])
+        reward, key = self._get(tensordict, "reward"), "terminated"
+        terminated = tensordict.get(*self._keys(key), None)
+        if terminated is None:
+            key = "done"
+            terminated = self._get(tensordict, key)
+        self._require_shape(terminated, self._keys(key)[0], reward, self._keys("reward")[0])
+        reward = reward.squeeze(-1)
         valid = self._mask(tensordict, reward)
         if valid is not None:  # a NaN there would make the gradient of a loss that doesn't count NaN, as 0 · NaN
             reward = torch.where(valid, reward, 0)

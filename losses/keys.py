@@ -83,7 +83,7 @@ class KeyedModule(TensorDictModuleBase):
         """The entry, or the several entries (one per action head), that the key ``name`` stands for."""
         key = getattr(self.tensor_keys, name)
         if name in NEXT_KEYS:
-            return [unravel_key(("next", key))]
+            return [("next", key) if isinstance(key, str) else ("next", *key)]
         return key if isinstance(key, list) else [key]
 
     def _get(self, tensordict: TensorDictBase, name: str) -> Tensor:
@@ -109,8 +109,9 @@ class KeyedModule(TensorDictModuleBase):
 
     def _require_entries(self, tensordict: TensorDictBase, keys: Iterable[NestedKey], hint: str) -> None:
         """Check that the entries ``keys`` are there; the ``hint`` is for the message of the KeyError."""
+        names = tensordict.keys()
         for key in keys:
-            if tensordict.get(key, None) is None:
+            if (key not in names) if isinstance(key, str) else (tensordict.get(key, None) is None):
                 present = ", ".join(sorted(map(repr, tensordict.keys(True, True))))
                 raise KeyError(f"{type(self).__name__} needs the entry {key!r} ({hint}), but the input has: {present}")
 

@@ -6,13 +6,13 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, TransformedDistribution, kl_divergence
 from torch.distributions.kl import _KL_MEMOIZE, _dispatch_kl
 
-from ..estimators.heads import DistributionHeads, diagonal_gaussian
+from ..estimators.heads import DistributionHeads, PolicyDistribution, built, diagonal_gaussian
 
 
 class ActionHeads(DistributionHeads):
     """The heads of a policy's action, with their entropies and their divergence from another policy's."""
 
-    def like(self, dist: Distribution) -> "ActionHeads":
+    def like(self, dist: PolicyDistribution) -> "ActionHeads":
         """Those of another distribution over the same action."""
         return ActionHeads(dist, next(iter(self.heads)), self.batch_ndim)
 
@@ -33,13 +33,13 @@ class ActionHeads(DistributionHeads):
 
     def divergence_from(self, old: "ActionHeads", samples: int) -> Tensor:
         """KL[old | this], see `divergence`."""
-        pairs = [(old.heads[key], head) for key, head in self.heads.items()]
+        pairs = [(built(old.heads[key]), built(head)) for key, head in self.heads.items()]
         for pair in pairs:
             _look_up_divergence(*pair)
         return self.total([divergence(*pair, samples) for pair in pairs])
 
 
-def draw(dist: Distribution) -> tuple[Tensor, Tensor]:
+def draw(dist: PolicyDistribution) -> tuple[Tensor, Tensor]:
     """An action of ``dist`` and its log-probability, differentiable."""
     gaussian = diagonal_gaussian(dist)
     if gaussian is not None:
@@ -48,10 +48,13 @@ def draw(dist: Distribution) -> tuple[Tensor, Tensor]:
     return action, dist.log_prob(action)
 
 
-def entropy(dist: Distribution, samples: int) -> Tensor:
+def entropy(dist: PolicyDistribution, samples: int) -> Tensor:
     """Entropy in closed form; where there is none, the mean of −log p over ``samples`` draws."""
     gaussian = diagonal_gaussian(dist)
-    if gaussian is not None and gaussian.squash is not None:
+    if gaussian is not None:
+        found = gaussian.entropy()
+        if found is not None:
+            return found
         if samples == 1:
             return -gaussian.draw()[1]
         return -gaussian.draw(samples)[1].mean(0)

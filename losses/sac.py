@@ -7,8 +7,8 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
 from torch import Tensor
-from torch.distributions import Distribution
 
+from ..estimators.heads import PolicyDistribution
 from ..kernels import EnsembleLoss, Target
 from .functional.soft_actor_critic import soft_value
 from .soft_actor_critic import QNetworks, SoftActorCriticLoss
@@ -228,7 +228,7 @@ class SACLoss(SoftActorCriticLoss):
         return self._ensemble_loss(own_share(values).unsqueeze(0), value_target, tensordict)
 
     def _value_loss(
-        self, policy: Distribution, data: TensorDictBase, alpha: Tensor, tensordict: TensorDictBase
+        self, policy: PolicyDistribution, data: TensorDictBase, alpha: Tensor, tensordict: TensorDictBase
     ) -> Tensor:
         """Loss of the value network, reduced."""
         with torch.no_grad():

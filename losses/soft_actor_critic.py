@@ -10,9 +10,9 @@ from tensordict.nn import (
     set_interaction_type,
 )
 from torch import Tensor
-from torch.distributions import Distribution
 
 from ..estimators.calls import distribution
+from ..estimators.heads import PolicyDistribution
 from ..estimators.modules import check_distribution
 from ..kernels import soft_policy_loss
 from .action_value import ActionValueLoss
@@ -79,13 +79,13 @@ class SoftActorCriticLoss(TemperatureLoss, ActionValueLoss):
 
     # --- the policy ---------------------------------------------------------------------------------------------
 
-    def _policy(self, data: TensorDictBase, *, target: bool = False) -> Distribution:
+    def _policy(self, data: TensorDictBase, *, target: bool = False) -> PolicyDistribution:
         """π(·|s) of the observations in ``data``, which is left as it is."""
         with self._parameters_in("actor_network", target=target), set_interaction_type(InteractionType.RANDOM):
             return distribution(self.actor_network, data)
 
     def _draw(
-        self, policy: Distribution, data: TensorDictBase, tensordict: TensorDictBase
+        self, policy: PolicyDistribution, data: TensorDictBase, tensordict: TensorDictBase
     ) -> tuple[TensorDictBase, Tensor]:
         """A copy of ``data`` with an action from ``policy``, and log π(a|s), shape ``[*B]``; both differentiable.
 

@@ -7,8 +7,8 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.utils import unravel_key
 from torch import Tensor
-from torch.distributions import Distribution
 
+from ..estimators.heads import PolicyDistribution
 from .base import LossModule
 from .keys import NEXT_KEYS
 from .networks import keys_read
@@ -59,7 +59,7 @@ class SupervisedLoss(LossModule):
             out = getattr(self, network)(data.copy())
         return [out.get(key) for key in keys]
 
-    def _require_action_of(self, dist: Distribution, action: Tensor, key: NestedKey) -> None:
+    def _require_action_of(self, dist: PolicyDistribution, action: Tensor, key: NestedKey) -> None:
         """Refuse an ``action`` that the distribution would broadcast.
 
         Raises:
