@@ -28,6 +28,9 @@ TRITON_INTERPRETED = TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET", "0"
     "yes",
 )
 
+# Read once, too: to ask the operating system takes as long as to add two small tensors.
+_process_backend: str | None = os.environ.get(ENVIRONMENT_VARIABLE) or None
+
 # Of the process, not of the thread: a plain global is what the compiler can guard on, so that a compiled function
 # called in another block is compiled for that block's backend.
 _block_backend: str | None = None
@@ -62,11 +65,17 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def current_backend() -> str:
-    """The backend of this block, else that of the environment variable FUSEDRL_BACKEND, else ``"auto"``."""
+    """The backend of this block, else that of the environment variable FUSEDRL_BACKEND, else ``"auto"``.
+
+    The variable is read when the library is imported.
+
+    Raises:
+        ValueError: the variable doesn't name a backend.
+
+    """
     if _block_backend is not None:
         return _block_backend
-    name = os.environ.get(ENVIRONMENT_VARIABLE)
-    return check_backend(name, f"environment variable {ENVIRONMENT_VARIABLE}") or "auto" if name else "auto"
+    return check_backend(_process_backend, f"environment variable {ENVIRONMENT_VARIABLE}") or "auto"
 
 
 def resolve_backend(backend: str | None, tensor: Tensor) -> str:
@@ -98,4 +107,4 @@ def fastest_backend(tensor: Tensor) -> str:
 
 def triton_runs_on(tensor: Tensor) -> bool:
     """Whether the Triton kernels can run on ``tensor``."""
-    return TRITON_INSTALLED and (TRITON_INTERPRETED or tensor.device.type == "cuda")
+    return TRITON_INSTALLED and (TRITON_INTERPRETED or tensor.is_cuda)

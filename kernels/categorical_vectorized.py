@@ -124,7 +124,7 @@ def _largest(m: Tensor) -> int:
 
 def _adds_in_order(x: Tensor) -> bool:
     """Whether scatter_add_, which is faster than the hat function, is reproducible: elsewhere it runs on atomics."""
-    return x.device.type == "cpu"
+    return x.is_cpu
 
 
 def _of_action(x: Tensor, action: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """The clipped surrogate of PPO in few PyTorch calls, since they are what it costs: the ``torch`` backend.
 
 The advantage is negated, normalised and divided by the number of samples in one go, so that the loss is the sum of
-max(r Â', clip(p) (r/p) Â'). Where clipping makes the loss greater it has no gradient; elsewhere both terms are the same
-but for rounding, so that autograd only has to know the first.
+max(r Â', clip(p) (r/p) Â') = exp(x) Â'. Where clipping makes the loss greater, x is a constant; elsewhere it is log r.
 """
 
 import math
@@ -37,20 +36,18 @@ def compose(log_prob: Tensor, constants: PPOConstants) -> list[Tensor]:
         log_weight = log_weight - excess
     with torch.no_grad():
         ratio = log_weight.exp()
-        proximal_ratio = ratio if proximal_log_weight is log_weight else proximal_log_weight.exp()
         low, high = as_scalar(low, precise, device), as_scalar(high, precise, device)
-        clipped = _clamp(proximal_ratio, 1 - low, 1 + high)
-        outside = selected(clipped != proximal_ratio, padding)
-        if proximal_ratio is not ratio:
-            clipped.mul_((log_weight - proximal_log_weight).exp_())
+        step = proximal_log_weight.expm1()  # p − 1
+        clipped = _clamp(step, -low, high)
+        outside = selected(clipped != step, padding)
         divisor = count if reduction == "mean" and weights is None else 1
         gain = _negative_advantage(cast(advantage, precise), padding, count, normalize, divisor)
-        clipped.mul_(gain)
-        lost = clipped > ratio * gain
-        if proximal_ratio is not ratio:
-            lost.logical_and_(outside)
+        lost = clipped * gain > step * gain
+        log_clipped = clipped.log1p_()
+        if proximal_log_weight is not log_weight:
+            log_clipped.add_(log_weight - proximal_log_weight)
     # Selected before the exponential, which may overflow: its gradient would be 0 · ∞.
-    loss = torch.where(lost, clipped, log_weight.masked_fill(lost, 0).exp() * gain)
+    loss = torch.where(lost, log_clipped, log_weight).exp() * gain
     if weights is not None:
         loss = loss * factors(weights, padding, reduction, precise)
     loss = loss if reduction == "none" else loss.sum()

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 from fusedrl import kernels
+from fusedrl.kernels import backend as choice
 from fusedrl.kernels import vectorized
-from fusedrl.kernels.backend import ENVIRONMENT_VARIABLE
 from fusedrl.kernels.verify import VerificationError
 
 
@@ -28,7 +28,7 @@ def run_python(code: str, **environment: str | None) -> str:
 
 def test_the_nearest_choice_wins(monkeypatch) -> None:
     x = torch.zeros(2)
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "torch")
+    monkeypatch.setattr(choice, "_process_backend", "torch")
     assert kernels.resolve_backend(None, x) == "torch"
     with kernels.use_backend("reference"):
         assert kernels.resolve_backend(None, x) == "reference"
@@ -60,9 +60,15 @@ def test_an_unknown_backend_is_refused_wherever_it_is_named(monkeypatch, source)
         with pytest.raises(ValueError, match="backend is 'cuda'"), kernels.use_backend("cuda"):
             pass
     else:
-        monkeypatch.setenv(ENVIRONMENT_VARIABLE, "cuda")
+        monkeypatch.setattr(choice, "_process_backend", "cuda")
         with pytest.raises(ValueError, match="FUSEDRL_BACKEND is 'cuda'"):
             estimate()
+
+
+def test_the_environment_variable_chooses_for_the_process() -> None:
+    code = "import torch; from fusedrl import kernels; print(kernels.resolve_backend(None, torch.zeros(1)))"
+    assert run_python(code, TRITON_INTERPRET=None, FUSEDRL_BACKEND="reference") == "reference"
+    assert run_python(code, TRITON_INTERPRET=None, FUSEDRL_BACKEND="") == "torch"
 
 
 def test_auto_means_torch_on_a_cpu_and_triton_under_the_interpreter() -> None:

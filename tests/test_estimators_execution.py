@@ -83,7 +83,7 @@ def test_without_flags_the_fast_path_is_taken(name, monkeypatch):
     ran = []
     module = operators.backend_module
     monkeypatch.setattr(operators, "backend_module", lambda backend: ran.append(backend) or module(backend))
-    monkeypatch.delenv("FUSEDRL_BACKEND", raising=False)
+    monkeypatch.setattr("fusedrl.kernels.backend._process_backend", None)
     estimator(name, backend=None)(rollout())
     estimator(name, backend=None, vectorized=True)(rollout())
     assert set(ran) <= {"torch", "triton"}
@@ -105,7 +105,7 @@ def test_the_nearest_choice_of_backend_wins(monkeypatch):
     ran = []
     module = operators.backend_module
     monkeypatch.setattr(operators, "backend_module", lambda backend: ran.append(backend) or module(backend))
-    monkeypatch.setenv("FUSEDRL_BACKEND", "torch")
+    monkeypatch.setattr("fusedrl.kernels.backend._process_backend", "torch")
     with use_backend("reference"):
         estimator("GAE", backend=None)(rollout())
         estimator("GAE", backend="torch")(rollout())
