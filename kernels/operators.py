@@ -6,7 +6,7 @@ so that compile time doesn't depend on the length of time and nothing inside is 
 """
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -45,16 +45,15 @@ def solve(problem: Recurrence, time_dim: int, backend: str | None) -> Sequence[T
     problem, time_dim = checked(problem, time_dim)
     name = resolve_backend(backend, problem.reward)
     tensors = [x for x in problem if isinstance(x, Tensor)]
-    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    differentiated = torch.is_grad_enabled() and any(map(_requires_grad, tensors))
     # Forward-mode tangents don't show in requires_grad. _Solve has no rule for them and says so.
+    plainly = runs_plainly(tensors)
     if not differentiated and forward_ad._current_level < 0:
-        return _forward(name, time_dim, problem)
-    if runs_plainly(tensors):
-        return _solve_plainly(name, time_dim, *problem)
-    return _Solve.apply(name, time_dim, *problem)
+        return _solved(problem, name, time_dim) if plainly else _forward(name, time_dim, problem)
+    return (_solve_plainly if plainly else _Solve.apply)(name, time_dim, *problem)
 
 
-def runs_plainly(tensors: Iterable[Tensor]) -> bool:
+def runs_plainly(tensors: Collection[Tensor]) -> bool:
     """Whether an operator on these tensors would do nothing but call its implementation, unseen by anybody.
 
     That is so in eager mode, on tensors of no subclass (fake tensors are one), with no mode that intercepts functions
@@ -70,7 +69,6 @@ def runs_plainly(tensors: Iterable[Tensor]) -> bool:
         or _profiler()
     ):
         return False
-    tensors = list(tensors)
     return (
         _PLAIN.issuperset(map(type, tensors)) and not any(map(_is_meta, tensors)) and not any(map(_is_wrapped, tensors))
     )
@@ -78,6 +76,7 @@ def runs_plainly(tensors: Iterable[Tensor]) -> bool:
 
 # Looked up once, and mapped without a loop in Python: these are a fair part of what a call costs.
 _PLAIN = frozenset((Tensor, Parameter))
+_requires_grad = Tensor.requires_grad.__get__  # type: ignore[attr-defined]  # the getter of a property in C
 _is_meta = Tensor.is_meta.__get__  # type: ignore[attr-defined]  # likewise
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -155,8 +154,6 @@ _Solve.forward.__signature__ = inspect.signature(_Solve.forward)  # type: ignore
 
 
 def _forward(name: str, time_dim: int, problem: Recurrence) -> list[Tensor]:
-    if runs_plainly([x for x in problem if isinstance(x, Tensor)]):
-        return _solved(problem, name, time_dim)
     return torch.ops.fusedrl.recurrence(problem.kind, name, time_dim, *_flatten(problem))
 
 
