@@ -410,3 +410,36 @@ def test_a_masked_action_is_never_the_greedy_one(double_dqn):
     )
     torch.testing.assert_close(loss(data)["loss"].detach(), wanted)
     assert (wanted > 0).all()
+
+
+# --- TorchRL's networks ------------------------------------------------------------------------------------------
+
+
+def torchrl_loss():
+    modules = pytest.importorskip("torchrl.modules")
+    layer = nn.Sequential(nn.Linear(OBSERVATION, ATOMS * ACTIONS, **DOUBLE), nn.Unflatten(-1, (ATOMS, ACTIONS)))
+    network = TensorDictModule(layer, ["observation"], ["action_value"])
+    actor = modules.DistributionalQValueActor(
+        network, support=torch.linspace(-2, 3, ATOMS, **DOUBLE), action_space="categorical"
+    )
+    return DistributionalDQNLoss(actor, gamma=GAMMA)
+
+
+def test_the_log_softmax_that_torchrl_adds_is_not_called_as_a_module_and_gives_the_same(monkeypatch):
+    loss, data = torchrl_loss(), transitions(action="categorical")
+    softmax = loss.value_network[1]
+    called = []
+    monkeypatch.setattr(type(softmax), "forward", lambda self, tensordict: called.append(self))
+    found, _ = run(loss, data)
+    assert not called
+    monkeypatch.undo()
+    monkeypatch.setattr("fusedrl.estimators.calls._is_log_softmax", lambda network: False)
+    torch.testing.assert_close(found.to_dict(), run(loss, data)[0].to_dict(), rtol=0, atol=0)
+
+
+def test_a_log_softmax_that_somebody_looks_at_is_called():
+    loss, data = torchrl_loss(), transitions(action="categorical")
+    seen = []
+    loss.value_network[1].register_forward_hook(lambda *_: seen.append(1))
+    run(loss, data)
+    assert len(seen) == 3  # Q of the observations, of the next ones, and of the target network

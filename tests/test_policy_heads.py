@@ -5,13 +5,22 @@ from functools import partial
 
 import pytest
 import torch
-from fusedrl.estimators.heads import DistributionHeads, diagonal_gaussian, log_prob
-from fusedrl.losses import A2CLoss, SACLoss
+from fusedrl.estimators import heads
+from fusedrl.estimators.calls import distribution
+from fusedrl.estimators.heads import Deferred, DistributionHeads, built, diagonal_gaussian, log_prob
+from fusedrl.losses import A2CLoss, ClipPPOLoss, SACLoss
 from fusedrl.losses.policy import ActionHeads, draw, entropy
-from helpers_losses import ACTORS, collect, critic, diagonal_normal, gaussian_actor
+from helpers_losses import ACTORS, GaussianParameters, collect, critic, diagonal_normal, gaussian_actor
 from helpers_q import assert_compiles, qvalue_network, stochastic_actor, transitions
 from tensordict import TensorDict
-from tensordict.nn import CompositeDistribution
+from tensordict.nn import (
+    CompositeDistribution,
+    InteractionType,
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    set_interaction_type,
+)
 from torch import distributions as D
 from torch import nn
 
@@ -119,6 +128,132 @@ def tolerance_of(name, dtype):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+# --- policies whose distribution isn't built --------------------------------------------------------------------
+
+
+def bounded(**bounds):
+    return {key: torch.tensor(x, dtype=torch.float64) for key, x in bounds.items()}
+
+
+# Distribution and the arguments that a policy gives it beside loc and scale.
+DEFERRED = {
+    "tanh_normal": (TanhNormal, {}),
+    "tanh_normal_numbers": (TanhNormal, {"low": -2, "high": 3.0}),
+    "tanh_normal_tensors": (TanhNormal, bounded(low=[-1.0, -2.0], high=[1.0, 0.5])),
+    "independent_normal": (IndependentNormal, {}),
+}
+BUILT = {
+    "subclass": (OwnTanhNormal, {}),
+    "another_argument": (TanhNormal, {"tanh_loc": True}),
+    "one_bound_a_tensor": (TanhNormal, bounded(low=-1.0)),
+    "trained_bounds": (TanhNormal, {"low": torch.tensor(-2.0, requires_grad=True), "high": torch.tensor(1.0)}),
+    "independent_normal_with_an_argument": (IndependentNormal, {"tanh_loc": True}),
+    "of_torch": (diagonal_normal, {}),
+}
+
+
+def policy_of(name, **options):
+    kind, arguments = (DEFERRED | BUILT)[name]
+    return ProbabilisticTensorDictSequential(
+        TensorDictModule(GaussianParameters(), ["observation"], ["loc", "scale"]),
+        ProbabilisticTensorDictModule(
+            ["loc", "scale"], ["action"], distribution_class=kind, distribution_kwargs=arguments, **options
+        ),
+    )
+
+
+def of_policy(policy, data):
+    with set_interaction_type(InteractionType.RANDOM):
+        return distribution(policy, data)
+
+
+def observations():
+    return TensorDict({"observation": torch.randn(64, 4, dtype=torch.float64)}, [64])
+
+
+@pytest.mark.parametrize("name", DEFERRED)
+def test_what_is_asked_of_a_deferred_distribution_is_what_the_built_one_says(name):
+    policy, data = policy_of(name), observations()
+    action = policy.get_dist(data.copy()).rsample().detach()
+    results = []
+    for dist in (policy.get_dist(data.copy()), of_policy(policy, data)):
+        torch.manual_seed(1)
+        drawn, found = draw(dist)
+        values = (log_prob(dist, action), drawn, found, entropy(dist, 2), entropy(dist, 1))
+        results.append((*values, *torch.autograd.grad(sum(x.sum() for x in values), list(policy.parameters()))))
+    assert type(dist) is Deferred
+    assert "built" not in vars(dist)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", DEFERRED)
+def test_a_deferred_distribution_has_all_attributes_of_the_built_one(name):
+    policy, data = policy_of(name), observations()
+    dist, own = of_policy(policy, data), policy.get_dist(data.copy())
+    assert dist.has_rsample
+    assert dist.event_shape == own.event_shape
+    assert type(built(dist)) is type(own)
+    assert built(dist) is dist.built
+    assert built(own) is own
+    torch.testing.assert_close(dist.deterministic_sample, own.deterministic_sample)
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = dist.no_such_thing
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_a_distribution_that_is_not_known_entirely_is_built(name):
+    policy, data = policy_of(name), observations()
+    dist, own = of_policy(policy, data), policy.get_dist(data.copy())
+    assert type(dist) is type(own)
+    action = own.rsample().detach()
+    torch.testing.assert_close(log_prob(dist, action), own.log_prob(action), rtol=1e-6, atol=1e-6)
+
+
+class OneScaleForAll(GaussianParameters):
+    def forward(self, x):
+        loc, scale = super().forward(x)
+        return loc, scale[:1]
+
+
+def test_parameters_that_a_distribution_broadcasts_are_left_to_it():
+    policy, data = policy_of("tanh_normal"), observations()
+    policy.module[0].module = OneScaleForAll()
+    assert type(of_policy(policy, data)) is TanhNormal
+
+
+def test_bounds_the_wrong_way_round_are_still_refused():
+    policy = policy_of("tanh_normal_numbers")
+    policy.module[-1].distribution_kwargs = {"low": 1.0, "high": -1.0}
+    with pytest.raises(RuntimeError, match="strictly greater"):
+        of_policy(policy, observations())
+
+
+@pytest.mark.parametrize("name", DEFERRED)
+@pytest.mark.parametrize("loss_class", [A2CLoss, ClipPPOLoss])
+def test_a_loss_builds_no_distribution_and_has_the_numbers_that_it_would_have(name, loss_class, monkeypatch):
+    """To build one would wait for the device: its validation reads the parameters, and TorchRL the bounds."""
+    actor = policy_of(name, return_log_prob=True, default_interaction_type=InteractionType.RANDOM)
+    data = collect(actor)
+    loss = loss_class(actor, critic())
+
+    def run():
+        torch.manual_seed(2)
+        found = loss(data.copy())
+        total = sum(x for key, x in found.items() if key.startswith("loss_"))
+        return found.detach().to_dict(), torch.autograd.grad(total, list(loss.parameters()))
+
+    monkeypatch.setattr(heads, "_gaussian_of", lambda *_: None)
+    expected = run()
+    monkeypatch.undo()
+
+    def refuse(*_, **__):
+        raise AssertionError("a distribution was built")
+
+    kind = DEFERRED[name][0]
+    monkeypatch.setattr(kind, "__init__", refuse)
+    torch.testing.assert_close(run(), expected, rtol=1e-6, atol=1e-7)
 
 
 # --- recognised -----------------------------------------------------------------------------------------------------
