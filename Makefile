@@ -1,5 +1,5 @@
 # Every target sets up .venv by itself. PYTHON picks the interpreter, EXAMPLE what `make demo` runs, to which BACKEND
-# and SEED go, and SUITES what is benchmarked (all: scans projection losses).
+# and SEED go, and SUITES what is benchmarked (all: scans projection losses updates).
 PYTHON ?= python3
 EXAMPLE ?= ppo_cartpole
 VENV := .venv

@@ -9,8 +9,8 @@ Figures that are published come from the first, whose arms take turns, so that a
 pytest-benchmark finishes one arm before it starts the next; it is there to compare two states of this repository
 (``--benchmark-save``, ``--benchmark-compare``).
 
-`scans`, `projection` and `losses` hold the cases of the three suites, `cases` what a case is and how it is checked:
-none is timed before its results, gradients included, agree with a reference.
+`scans`, `projection`, `losses` and `updates` hold the cases of the four suites, `cases` what a case is and how it is
+checked: none is timed before its results, gradients included, agree with a reference.
 """
 
 import os

@@ -14,25 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from bench import losses, projection, scans, tables
+from bench import losses, projection, scans, tables, updates
 from bench.cases import Case, refuse_if_wrong
 from bench.measuring import describe, peak_bytes, rounded, seconds, seconds_per_call, write_results
 
-
-class Suite(NamedTuple):
-    """Its cases on a device, in how many rounds its arms take turns, and the CPU threads they may have."""
-
-    cases: Callable[[torch.device], Iterator[Case]]
-    rounds: int = 5
-    threads: int | None = None
-
-
-SUITES = {
-    "scans": Suite(scans.cases),
-    "projection": Suite(projection.cases),
-    # Microseconds of host work, which a busy machine disturbs most; no tensor is worth a second thread.
-    "losses": Suite(losses.cases, rounds=15, threads=1),
-}
 PROGRESS = Console(stderr=True)
 
 
@@ -86,11 +71,29 @@ def operations(name: str) -> dict[str, Any]:
     return {"dispatched": found}
 
 
+class Suite(NamedTuple):
+    """Its cases on a device, the rounds in which their arms take turns, the CPU threads, and what measures a case."""
+
+    cases: Callable[[torch.device], Iterator[Any]]
+    rounds: int = 5
+    threads: int | None = None
+    measure: Callable[[Any, torch.device, float, int], dict[str, Any]] = measure
+
+
+SUITES = {
+    "scans": Suite(scans.cases),
+    "projection": Suite(projection.cases),
+    # Microseconds of host work, which a busy machine disturbs most; no tensor is worth a second thread.
+    "losses": Suite(losses.cases, rounds=15, threads=1),
+    "updates": Suite(updates.cases, threads=1, measure=updates.measure),
+}
+
+
 def rows(suite: Suite, device: torch.device, budget: float) -> Iterator[dict[str, Any]]:
     absent: dict[str, None] = {}
     for case in suite.cases(device):
         PROGRESS.print(f"measuring {case}", style="dim")
-        yield measure(case, device, budget, suite.rounds)
+        yield suite.measure(case, device, budget, suite.rounds)
         absent |= {f"{arm}: {reason}": None for arm, reason in case.absent.items()}
     for line in absent:
         PROGRESS.print(f"not everywhere: {line}")

@@ -95,7 +95,7 @@ def gpu_targets() -> str:
 
 def gpus() -> set[str]:
     """The names of the GPUs that a suite was measured on."""
-    suites = ("scans", "projection", "losses")
+    suites = ("scans", "projection", "losses", "updates")
     return {p.stem.partition("_")[2] for s in suites for p in RESULTS.glob(f"{s}_*.json")} - {"cpu"}
 
 
@@ -135,6 +135,11 @@ def _categorical(machine: str) -> str | None:
     return ", ".join(f"{tables.speedup(r, 'torchrl'):.3g}×" for r in rows) or None
 
 
+def _update(machine: str) -> str | None:
+    rows = [r for r in (load(f"updates_{machine}") or {"rows": []})["rows"] if r["case"] == "ppo"]
+    return ", ".join(f"{tables.speedup(r, 'torchrl', arm='captured'):.3g}× at {r['B']}×{r['T']}" for r in rows) or None
+
+
 TARGETS: list[tuple[str, str, Callable[[str], str | None]]] = [
     (
         "GAE, TD(λ) and V-trace, device time, at least 16M elements, either layout",
@@ -144,12 +149,13 @@ TARGETS: list[tuple[str, str, Callable[[str], str | None]]] = [
     ("a call of GAE, eager, 4096×128", "at most 12 µs", _gae_call),
     ("GAE, short horizons, time-major", "80% of a copy's bandwidth, or launch-bound", _short_horizons),
     ("C51 loss, forward and backward, against TorchRL's, B = 4096", "20×", _categorical),
-    ("PPO update in a CUDA graph against TorchRL's eager one, 4096 environments", "6×", lambda _: None),
+    ("PPO update in a CUDA graph against TorchRL's eager one, 4096 environments", "6×", _update),
 ]
 PARTS = {
     "scans": of_suite("scans"),
     "projection": of_suite("projection"),
     "losses": of_suite("losses"),
+    "updates": of_suite("updates"),
     "host-cost": host_cost,
     "static": static_kernels,
     "gpu": gpu_targets,

@@ -24,6 +24,7 @@ def of(suite: str, results: dict[str, Any]) -> str:
         "scans": [scans, gae_by_shape, *([bandwidth] if on_gpu else [])],
         "projection": [projection, *([bandwidth] if on_gpu else [])],
         "losses": [losses],
+        "updates": [updates],
     }
     return "\n\n".join(build(results["rows"]) for build in builders[suite])
 
@@ -118,6 +119,22 @@ def losses(rows: list[Row]) -> str:
     lines.append(["geometric mean", f"**{time:.2f}**", f"**{count:.2f}**", ""])
     head = ["", "forward + backward: ms, TorchRL ms, share", "operations, TorchRL's, share", "host reads, TorchRL's"]
     return table(head, lines)
+
+
+def updates(rows: list[Row]) -> str:
+    """Whole updates, in one CUDA graph where there are any."""
+    names = {"captured": "in a CUDA graph", "fusedrl": "eager"}
+    there = {arm: words for arm, words in names.items() if any(arm in row["arms"] for row in rows)}
+    lines = []
+    for row in rows:
+        cells = [row["case"].upper(), _shape(row)]
+        for arm in there:
+            ours, theirs = row["arms"][arm]["both_ms"], row["arms"]["torchrl"]["both_ms"]
+            cells.append(f"{_ms(ours)}, {_ms(theirs)}, **{theirs / ours:.1f}**")
+        cells.append(", ".join(f"{row['arms'][arm]['peak_mib']:.3g}" for arm in (*there, "torchrl")))
+        lines.append(cells)
+    heads = [f"{words}: ms, TorchRL eager ms, ×" for words in there.values()]
+    return table(["update", "batch", *heads, f"peak MiB: {', '.join(there.values())}, TorchRL"], lines)
 
 
 def bandwidth(rows: list[Row]) -> str:

@@ -12,8 +12,8 @@ import torch
 
 pytest.importorskip("torchrl")
 
-from bench import cases, counting, losses, measuring, projection, readme, scans, tables  # after the check
-from bench.__main__ import measure
+from bench import cases, counting, losses, measuring, projection, readme, scans, tables, updates  # after the check
+from bench.__main__ import SUITES, measure
 from bench.profile.__main__ import main as profile
 
 ROOT = Path(__file__).parent.parent
@@ -110,6 +110,22 @@ def test_an_arm_whose_forward_alone_is_wrong_is_not_timed() -> None:
         measure(case, CPU, 0.01)
 
 
+@pytest.mark.parametrize("name", updates.UPDATES)
+def test_an_update_leads_where_torchrls_does_and_is_not_timed_if_it_leads_elsewhere(name, monkeypatch) -> None:
+    monkeypatch.setitem(updates.SIZES, "cpu", {"ppo": (8, 8), "sac": (32,)})
+    case = updates.UpdateCase(name, CPU)
+    updates.refuse_if_wrong(case)
+    assert set(case.arms) | set(case.absent) == {"fusedrl", "torchrl", "captured"}
+    update, run = case.arms["fusedrl"]
+    learning_rate = update.optimizer.param_groups[0]["lr"]
+    update.optimizer.param_groups[0]["lr"] = 1.05 * learning_rate
+    with pytest.raises(cases.WrongResult, match="off by"):
+        updates.measure(case, CPU, 0.01)
+    update.optimizer.param_groups[0]["lr"] = learning_rate
+    # The same again, although parameters and the optimiser's state have changed.
+    torch.testing.assert_close(update.moved_by_one(run), update.moved_by_one(run), rtol=0, atol=0)
+
+
 def test_what_a_call_dispatches_is_counted_by_kind() -> None:
     x = torch.arange(4.0)
 
@@ -158,10 +174,12 @@ def test_results_come_back_from_their_file_as_the_tables_that_were_printed(tmp_p
     built = {
         "scans": [scans.case("gae", 2, 8, CPU), scans.case("reverse_scan", 2, 8, CPU)],
         "projection": [projection.case(4, CPU)],
+        "updates": [updates.UpdateCase("sac", CPU)],
         "losses": [losses.case("DQNLoss", 4, CPU)],
     }
     for suite, some in built.items():
-        results = measuring.describe(CPU) | {"rows": [measure(case, CPU, 0.01, rounds=1) for case in some]}
+        measured_by = SUITES[suite].measure
+        results = measuring.describe(CPU) | {"rows": [measured_by(case, CPU, 0.01, 1) for case in some]}
         path = measuring.write_results(results, CPU, f"{suite}_")
         assert json.loads(path.read_text()) == results
         assert tables.of(suite, results) in readme.of_suite(suite)()
@@ -183,12 +201,16 @@ def test_a_gpus_results_fill_the_list_of_targets(tmp_path, monkeypatch) -> None:
         ]
     ]
     (tmp_path / "scans_some_gpu.json").write_text(json.dumps({"machine": "Some GPU", "rows": rows}))
+    arms = {"fusedrl": {"both_ms": 4.0}, "captured": {"both_ms": 1.0}, "torchrl": {"both_ms": 7.0}}
+    row = {"case": "ppo", "B": 4096, "T": 32, "arms": arms}
+    (tmp_path / "updates_some_gpu.json").write_text(json.dumps({"machine": "Some GPU", "rows": [row]}))
     table = readme.gpu_targets()
     assert "Some GPU" in table
+    assert "7× at 4096×32" in table
     assert "at least 90% forward (gae 8192×2048 [B, T]); at least 45% with backward" in table
     assert "9.5 µs [B, T]" in table
     assert "80% at 65536×32" in table
-    assert table.count("not measured yet") == len(readme.TARGETS) - 3
+    assert table.count("not measured yet") == len(readme.TARGETS) - 4
 
 
 def test_the_host_cost_table_has_a_row_for_each_function(tmp_path, monkeypatch) -> None:
