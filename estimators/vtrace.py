@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..kernels.vtrace import vtrace
 from .base import ValueEstimatorBase, as_hyperparameter
+from .calls import distribution
 from .functional import log_ratio
 from .heads import DistributionHeads, one_or_list
 from .modules import check_distribution, keys_read
@@ -119,7 +120,7 @@ class VTrace(BothValuesEstimatorBase):
         inputs = self.actor_network.in_keys
         data = without_padding(tensordict.select(*inputs, strict=False), steps, inputs)
         try:
-            dist = self.actor_network.get_dist(data)
+            dist = distribution(self.actor_network, data)
         except KeyError as error:
             for key in keys_read(self.actor_network):
                 if tensordict.get(key, None) is None:

@@ -9,6 +9,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, dispatch
 from torch import Tensor
 
+from ..estimators.calls import distribution
 from .functional.imitation import classification_loss
 from .policy import ActionHeads
 from .reduction import align
@@ -112,7 +113,7 @@ class BCLoss(SupervisedLoss):
 
     def _log_prob(self, data: TensorDictBase) -> Tensor:
         with self._parameters_in("actor_network"):
-            dist = self.actor_network.get_dist(data.copy())
+            dist = distribution(self.actor_network, data)
         heads = ActionHeads(dist, self._keys("action")[0], data.ndim)
         for key, head in heads.heads.items():
             self._require_action_of(head, data.get(key), key)

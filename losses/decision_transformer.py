@@ -7,6 +7,7 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, dispatch
 
+from ..estimators.calls import distribution
 from ..estimators.modules import check_distribution
 from .functional.soft_actor_critic import temperature_loss
 from .policy import ActionHeads
@@ -166,7 +167,7 @@ class OnlineDTLoss(SupervisedLoss, TemperatureLoss):
         key = self.tensor_keys.action_target
         target = data.get(key)
         with self._parameters_in("actor_network"):
-            dist = self.actor_network.get_dist(data.copy())
+            dist = distribution(self.actor_network, data)
         self._require_action_of(dist, target, key)
         heads = ActionHeads(dist, key, data.ndim)
         (entropy,) = heads.entropies(self.samples_mc_entropy).values()

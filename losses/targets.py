@@ -173,7 +173,8 @@ class HardUpdate(TargetNetUpdater):
     """Targets that stay as they are for a number of steps and are then copies of the parameters again.
 
     As in TorchRL, whose checkpoints hold the count of the steps since the last copy: ``value_network_update_interval``
-    steps leave the targets alone, and the one after them copies. With 0 every step does.
+    steps leave the targets alone, and the one after them copies. With 0 every step does. The host counts, so that a
+    CUDA graph would repeat what the step did that was captured: step outside of it.
 
     Args:
         loss_module: the loss whose target networks are updated.
