@@ -16,9 +16,9 @@ from .action_value_problem import (
     Bootstrap,
     Improvement,
     Regression,
-    compute_dtype,
     count_is_unknown,
 )
+from .dtypes import compute_dtype
 
 _WARPS = 8
 # Bytes of a tile's row in the dtype that is computed in: one 128-bit load per thread. A float32 batch of 1024 or less

@@ -26,10 +26,10 @@ from .action_value_problem import (
     check_bootstrap,
     check_improvement,
     check_regression,
-    compute_dtype,
     count_is_unknown,
 )
 from .backend import fastest_backend, resolve_backend
+from .dtypes import compute_dtype
 from .function import apply
 from .operators import as_input, number_or_tensor
 

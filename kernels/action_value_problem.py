@@ -21,11 +21,6 @@ SQUARE, ABS = PRIORITIES = ("square", "abs")
 NONE, MEAN, SUM = REDUCTIONS = ("none", "mean", "sum")
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that backends compute in: float64 for float64, otherwise float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 class Bootstrap(NamedTuple):
     """Target of a transition; γ is a number or broadcastable to ``[*B]``, α a number or a 0-d tensor."""
 

@@ -19,8 +19,8 @@ from .action_value_problem import (
     Bootstrap,
     Improvement,
     Regression,
-    compute_dtype,
 )
+from .dtypes import compute_dtype
 
 _DISTANCES: dict[str, Callable[..., Tensor]] = {L1: F.l1_loss, L2: F.mse_loss, SMOOTH_L1: F.smooth_l1_loss}
 

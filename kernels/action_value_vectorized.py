@@ -19,8 +19,8 @@ from .action_value_problem import (
     Bootstrap,
     Improvement,
     Regression,
-    compute_dtype,
 )
+from .dtypes import cast, compute_dtype
 
 # What `torch.nn.functional` calls once it has broadcast the target, which these do by themselves. The index in
 # REDUCTIONS is what they know a reduction by.
@@ -34,9 +34,9 @@ def bootstrap(problem: Bootstrap) -> tuple[Tensor, Tensor]:
     """Value target and next value, of constants."""
     next_values, reward, terminated, gamma, log_prob, alpha = problem
     dtype = compute_dtype(problem.dtype)
-    next_value, reward = _as(next_values.amin(0), dtype), _as(reward, dtype)
+    next_value, reward = cast(next_values.amin(0), dtype), cast(reward, dtype)
     if log_prob is not None:
-        log_prob = _as(log_prob, dtype)
+        log_prob = cast(log_prob, dtype)
         if isinstance(alpha, Tensor):
             next_value.addcmul_(log_prob, _beside(reward, alpha), value=-1)
         else:
@@ -48,13 +48,13 @@ def bootstrap(problem: Bootstrap) -> tuple[Tensor, Tensor]:
     # Selected: after a terminal step neither v' nor γ is read.
     terminated = terminated if terminated.dtype == torch.bool else terminated != 0
     value_target = torch.where(terminated, reward, value_target)
-    return _as(value_target, problem.dtype), _as(next_value, problem.dtype)
+    return cast(value_target, problem.dtype), cast(next_value, problem.dtype)
 
 
 def regression(problem: Regression) -> tuple[Tensor, Tensor]:
     """Loss and priority."""
     dtype = compute_dtype(problem.dtype)
-    values, target = _as(problem.values, dtype), _as(problem.target, dtype)
+    values, target = cast(problem.values, dtype), cast(problem.target, dtype)
     if problem.mask is not None:
         values, target = torch.where(problem.mask, values, 0), torch.where(problem.mask, target, 0)
     size = torch.sub(values, target).abs() if problem.loss_function == L1 else None
@@ -71,16 +71,16 @@ def regression(problem: Regression) -> tuple[Tensor, Tensor]:
     else:
         loss = _distance(problem.loss_function, values, target, size, NONE)
         loss = _reduced(loss if problem.per_member else loss.sum(0), coefficient, problem.reduction)
-    return _as(loss, problem.dtype), _as(priority, problem.dtype)
+    return cast(loss, problem.dtype), cast(priority, problem.dtype)
 
 
 def improvement(problem: Improvement) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, entropy and surprise."""
     dtype = compute_dtype(problem.dtype)
-    values, log_prob = problem.values, _as(problem.log_prob, dtype)
+    values, log_prob = problem.values, cast(problem.log_prob, dtype)
     if problem.mask is not None:  # before the minimum, whose gradient at a NaN is NaN
         values, log_prob = torch.where(problem.mask, values, 0), torch.where(problem.mask, log_prob, 0)
-    least = _as(values.amin(0), dtype)
+    least = cast(values.amin(0), dtype)
     coefficient = _coefficient(problem)
     alpha = _beside(least, problem.alpha) if isinstance(problem.alpha, Tensor) else problem.alpha
     loss = _reduced(log_prob * alpha - least, coefficient, problem.reduction)
@@ -92,7 +92,7 @@ def improvement(problem: Improvement) -> tuple[Tensor, Tensor, Tensor]:
         surprise = entropy
         if not problem.surprise_is_entropy:
             surprise = _reduced(log_prob.neg(), coefficient, problem.reduction)
-    return _as(loss, problem.dtype), _as(entropy, problem.dtype), _as(surprise, problem.dtype)
+    return cast(loss, problem.dtype), cast(entropy, problem.dtype), cast(surprise, problem.dtype)
 
 
 def _distance(loss_function: str, values: Tensor, target: Tensor, size: Tensor | None, reduction: str) -> Tensor:
@@ -123,7 +123,7 @@ def _coefficient(problem: Regression | Improvement) -> Tensor | None:
     if weights is None:
         coefficient = mask.to(dtype)
     else:
-        coefficient = _as(weights, dtype)
+        coefficient = cast(weights, dtype)
         coefficient = coefficient if mask is None else torch.where(mask, coefficient, 0)
     if problem.reduction != MEAN:
         return coefficient
@@ -138,7 +138,3 @@ def _beside(x: Tensor, scalar: Tensor) -> Tensor:
     if scalar.device == x.device and (scalar.ndim == 0 or scalar.dtype == x.dtype):
         return scalar
     return scalar.to(x.device, x.dtype, non_blocking=True)
-
-
-def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)

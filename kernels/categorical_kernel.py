@@ -15,7 +15,7 @@ Sums run in one fixed order and nothing is added by atomics: results are bitwise
 which minima and maxima would not do: clipping selects, and a NaN position takes the place of its mass.
 
 Distributions are passed as (pointer, batch stride, atom stride, action stride), members of the batch as (pointer, batch
-stride); a tensor that isn't there is None. γ is a number, or a tensor, with None for the stride of a 0-d tensor.
+stride); a tensor that isn't there is None. γ is a number, or a tensor, whose stride is 0 if it is a 0-d one.
 A sample's first element is found in 64 bits, what lies in the sample in INDEX.
 """
 
@@ -162,10 +162,7 @@ def _bellman(support, reward, terminated, gamma, gamma_tensor, sample, atoms, DT
     # The product with a float64 one makes a tensor of a number in the interpreter as well as in compiled code.
     discount = (gamma * tl.full((), 1.0, tl.float64)).to(DTYPE)
     if gamma_tensor is not None:
-        if gamma_tensor[1] is None:
-            discount = tl.load(gamma_tensor[0]).to(DTYPE)
-        else:
-            discount = tl.load(gamma_tensor[0] + sample * gamma_tensor[1]).to(DTYPE)
+        discount = tl.load(gamma_tensor[0] + sample * gamma_tensor[1]).to(DTYPE)
     v_min = tl.load(support[0]).to(DTYPE)
     v_max = tl.load(support[0] + (atoms - 1).to(INDEX) * support[1]).to(DTYPE)
     atoms_per_value = (atoms - 1).to(DTYPE) / (v_max - v_min)

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .categorical_kernel import gradient_kernel, loss_kernel, projection_kernel
-from .categorical_problem import Bellman, Transition, compute_dtype, new_gradient
+from .categorical_problem import Bellman, Transition, new_gradient
+from .dtypes import compute_dtype
 from .launching import launch
 
 # One warp, which keeps every exchange between lanes a shuffle or a read of shared memory without a barrier.

@@ -21,12 +21,12 @@ from .categorical_problem import (
     Transition,
     check_bellman,
     check_transition,
-    compute_dtype,
     flat,
     flat_bellman,
     flat_transition,
     new_gradient,
 )
+from .dtypes import compute_dtype
 from .function import apply
 from .operators import number_or_tensor, runs_plainly
 

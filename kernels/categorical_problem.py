@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .dtypes import compute_dtype as compute_dtype  # imported from here by its backends
 from .recurrence import broadcasts
 
 _INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -44,11 +45,6 @@ class Transition(NamedTuple):
     action: Any
     next_log_prob: Any
     next_online_log_prob: Any  # a tensor, or None
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that backends compute in: float64 for float64, otherwise float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check_transition(transition: Transition, bellman: Bellman) -> None:

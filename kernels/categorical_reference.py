@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from .categorical_problem import Bellman, Transition, compute_dtype
+from .categorical_problem import Bellman, Transition
+from .dtypes import compute_dtype
 
 
 def projected_distribution(

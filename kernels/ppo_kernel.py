@@ -19,11 +19,11 @@ from .samples_kernel import (
     MOMENTS,
     count_of_all,
     counted,
+    exponents_of_all,
     is_last_to_finish,
-    leave,
-    leave_moments,
-    left,
-    merge_exponents,
+    leave_counts,
+    leave_exponents,
+    leave_sum,
     moments_of_all,
     observe_exponent,
     read,
@@ -35,13 +35,11 @@ from .samples_kernel import (
     write_scalar,
 )
 
-# Rows of the workspace after those of `leave_moments`.
+# Rows of the workspace after those of `leave_counts`.
 LOSS = tl.constexpr(4)
 LOG_WEIGHT = tl.constexpr(5)
 OUTSIDE = tl.constexpr(6)
-GREATEST = tl.constexpr(7)
-FIRST = tl.constexpr(8)
-SECOND = tl.constexpr(9)
+EXPONENTS = tl.constexpr(7)  # and the next two rows
 ROWS = tl.constexpr(10)
 
 _SMALLEST_VARIANCE = tl.constexpr(SMALLEST_STD**2)
@@ -80,7 +78,7 @@ def clip_ppo_kernel(
 ):
     """Reads samples and scalars, writes the workspace; in the phase SURROGATE also slope, losses and ``logged``."""
     if COUNTS:
-        leave_moments(advantage, mask, weights, workspace, samples, tiles, NORMALIZE, ROWS, DTYPE, INDEX, BLOCK)
+        leave_counts(advantage, mask, weights, workspace, samples, tiles, NORMALIZE, ROWS, DTYPE, INDEX, BLOCK)
     if SURROGATE:
         if NORMALIZE:
             count, mean, square = moments_of_all(workspace, COUNT, MOMENTS, POWER)
@@ -136,13 +134,10 @@ def clip_ppo_kernel(
             count_outside += (valid & (inside == 0)).to(tl.int32)
             greatest, first, second = observe_exponent(log_weight, valid, greatest, first, second)
 
-        leave(workspace, LOSS, tl.sum(sum_of_losses, 0))
-        leave(workspace, LOG_WEIGHT, tl.sum(sum_of_log_weights, 0))
-        leave(workspace, OUTSIDE, tl.sum(count_outside, 0).to(DTYPE))
-        greatest, first, second = merge_exponents(greatest, first, second)
-        leave(workspace, GREATEST, greatest)
-        leave(workspace, FIRST, first)
-        leave(workspace, SECOND, second)
+        leave_sum(workspace, LOSS, sum_of_losses)
+        leave_sum(workspace, LOG_WEIGHT, sum_of_log_weights)
+        leave_sum(workspace, OUTSIDE, count_outside)
+        leave_exponents(workspace, EXPONENTS, greatest, first, second)
         if is_last_to_finish(workspace, ROWS):
             if loss is not None:
                 sum_of_all = total(workspace, LOSS, POWER)
@@ -158,11 +153,7 @@ def _write_logged(logged, workspace, mask, samples, POWER: tl.constexpr):
     divisor = tl.maximum(count, 1.0)
     write_scalar(kl_approx, -total(workspace, LOG_WEIGHT, POWER) / divisor)
     write_scalar(clip_fraction, total(workspace, OUTSIDE, POWER) / divisor)
-    greatest, first, second = merge_exponents(
-        left(workspace, GREATEST, float("-inf"), POWER),
-        left(workspace, FIRST, 0.0, POWER),
-        left(workspace, SECOND, 0.0, POWER),
-    )
+    greatest, first, second = exponents_of_all(workspace, EXPONENTS, POWER)
     write_scalar(ess, tl.where(count == 0.0, 0.0, first * first / second / divisor))
     # A maximum passes a NaN over, a sum doesn't; that of shares of an infinite ratio is one by itself.
     infinite = greatest == float("inf")

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .categorical_problem import compute_dtype
-from .samples import REDUCTIONS, check_choice, check_samples, check_scalars, new_outputs, result_dtype
+from .dtypes import compute_dtype, result_dtype
+from .samples import REDUCTIONS, check_choice, check_samples, check_scalars, new_outputs
 
 SMALLEST_STD = 1e-6  # a spread below this is rounding noise and is not blown up to 1
 

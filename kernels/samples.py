@@ -1,4 +1,4 @@
-"""What the fused losses over samples share: checks, dtypes, layout, and how they are differentiated.
+"""What the fused losses over samples share: checks, layout, and how they are differentiated.
 
 Such a loss is a function of one tensor x, one element per sample, and of constants. Its operator gives, besides the
 loss and what is logged, the loss's slope ∂L/∂x, so that the backward pass is the product of a gradient and the slope.
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backend import resolve_backend
+from .dtypes import cast
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -126,15 +127,6 @@ def _disagreement(name: str, x: Tensor, other: str, y: Tensor) -> str:
 # --- dtype and layout ---------------------------------------------------------------------------------------------
 
 
-def result_dtype(x: Tensor, *others: Tensor | None) -> torch.dtype:
-    """The dtype of the loss: that of all samples together."""
-    dtype = x.dtype
-    for y in others:
-        if y is not None and y.dtype != dtype:
-            dtype = torch.promote_types(dtype, y.dtype)
-    return dtype
-
-
 def as_scalar(x: float | Tensor, dtype: torch.dtype, device: torch.device) -> float | Tensor:
     """A number as it is; a 0-d tensor in the dtype and on the device that is computed in."""
     if not isinstance(x, Tensor) or (x.dtype == dtype and x.device == device):
@@ -145,7 +137,7 @@ def as_scalar(x: float | Tensor, dtype: torch.dtype, device: torch.device) -> fl
 def laid_out_like(y: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """``y`` in ``dtype``, with the strides of ``torch.empty_like(x)``, which is what the compiler is told."""
     if x.is_contiguous() and y.is_contiguous():
-        return y if y.dtype == dtype else y.to(dtype)
+        return cast(y, dtype)
     return torch.empty_like(x, dtype=dtype).copy_(y)
 
 

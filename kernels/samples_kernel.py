@@ -17,7 +17,7 @@ programs, rounded up to a power of two.
 import triton
 import triton.language as tl
 
-# The first rows of every workspace: what `leave_moments` leaves.
+# The first rows of every workspace: what `leave_counts` leaves.
 COUNT = tl.constexpr(0)
 WEIGHT = tl.constexpr(1)
 MOMENTS = tl.constexpr(2)  # mean and, in the next row, squared deviations
@@ -77,6 +77,12 @@ def leave(workspace, row: tl.constexpr, value):
 
 
 @triton.jit
+def leave_sum(workspace, row: tl.constexpr, x):
+    """`leave` the sum over lanes."""
+    leave(workspace, row, tl.sum(x, 0).to(workspace.dtype.element_ty))
+
+
+@triton.jit
 def left(workspace, row: tl.constexpr, other: tl.constexpr, POWER: tl.constexpr):
     """A row, read past the first-level cache, which doesn't see what other processors wrote."""
     program = tl.arange(0, POWER)
@@ -128,6 +134,14 @@ def merge_moments(count, mean, square):
 
 
 @triton.jit
+def leave_moments(workspace, row: tl.constexpr, count, mean, square):
+    """`leave` mean and, in the next row, squared deviations of what the lanes have seen."""
+    _, mean, square = merge_moments(count, mean, square)
+    leave(workspace, row, mean)
+    leave(workspace, row + 1, square)
+
+
+@triton.jit
 def moments_of_all(workspace, count: tl.constexpr, mean: tl.constexpr, POWER: tl.constexpr):
     """`merge_moments` of the rows ``count``, ``mean``, and the one after, of squared deviations."""
     return merge_moments(
@@ -136,7 +150,7 @@ def moments_of_all(workspace, count: tl.constexpr, mean: tl.constexpr, POWER: tl
 
 
 @triton.jit
-def leave_moments(
+def leave_counts(
     x,
     mask,
     weights,
@@ -163,13 +177,11 @@ def leave_moments(
             sum_of_weights += read(weights, i, samples, valid, DTYPE)
         if OF_X:
             mean, square = observe(read(x, i, samples, valid, DTYPE), valid, count, mean, square)
-    leave(workspace, COUNT, tl.sum(count, 0))
+    leave_sum(workspace, COUNT, count)
     if weights is not None:
-        leave(workspace, WEIGHT, tl.sum(sum_of_weights, 0))
+        leave_sum(workspace, WEIGHT, sum_of_weights)
     if OF_X:
-        _, mean, square = merge_moments(count, mean, square)
-        leave(workspace, MOMENTS, mean)
-        leave(workspace, MOMENTS + 1, square)
+        leave_moments(workspace, MOMENTS, count, mean, square)
     if tl.program_id(0) == 0:
         tl.store(count_of_finished(workspace, ROWS), 0)
     tl.debug_barrier()  # whatever follows may be in the same launch
@@ -214,3 +226,22 @@ def merge_exponents(greatest, first, second):
     of_all = tl.max(greatest, 0)
     share = tl.where(greatest == float("-inf"), 0.0, tl.exp(greatest - of_all))
     return of_all, tl.sum(first * share, 0), tl.sum(second * share * share, 0)
+
+
+@triton.jit
+def leave_exponents(workspace, row: tl.constexpr, greatest, first, second):
+    """`leave` what the lanes have seen, merged, in three rows."""
+    greatest, first, second = merge_exponents(greatest, first, second)
+    leave(workspace, row, greatest)
+    leave(workspace, row + 1, first)
+    leave(workspace, row + 2, second)
+
+
+@triton.jit
+def exponents_of_all(workspace, row: tl.constexpr, POWER: tl.constexpr):
+    """`merge_exponents` of three rows."""
+    return merge_exponents(
+        left(workspace, row, float("-inf"), POWER),
+        left(workspace, row + 1, 0.0, POWER),
+        left(workspace, row + 2, 0.0, POWER),
+    )

@@ -9,15 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dtypes import cast as cast  # imported from here by the backends
+
 
 def padding_and_count(mask: Tensor | None, samples: int, dtype: torch.dtype) -> tuple[Tensor | None, Any]:
     """The samples that don't count, and the number of those that do."""
     return (None, samples) if mask is None else (~mask, mask.sum(dtype=dtype).clamp_min_(1))
-
-
-def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` in ``dtype``: a call of `to` costs as much as an addition even if there is nothing to do."""
-    return x if x.dtype == dtype else x.to(dtype)
 
 
 def selected(fresh: Tensor, padding: Tensor | None) -> Tensor:

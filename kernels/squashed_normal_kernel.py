@@ -39,23 +39,11 @@ def log_prob_kernel(
     row = tl.program_id(0).to(INDEX) * ROWS + tl.arange(0, ROWS).to(INDEX)
     terms = tl.zeros((ROWS, COLUMNS), DTYPE)
     for first in range(0, columns, COLUMNS):
-        column = first + tl.arange(0, COLUMNS).to(INDEX)
-        mask = (row < rows)[:, None] & (column < columns)[None, :]
-        s = _load(scale, row, column, mask, 1.0, DTYPE)
-        a = _load(action, row, column, mask, 0.0, DTYPE)
-        mean = _load(loc, row, column, mask, 0.0, DTYPE)
-        if SQUASHED:
-            middle, width = _interval(low, high, center, half, row, column, mask, DTYPE)
-            y = _clamp((a - middle) / width, _number(limit, DTYPE))
-            z = (_atanh(y) - mean) / s
-            slope = (1.0 - y) * (1.0 + y) * width
-            term = 0.5 * z * z + tl.log(s * slope)
-        else:
-            z = (a - mean) / s
-            term = 0.5 * z * z + tl.log(s)
-        terms += tl.where(mask, term, 0.0)
-    value = -tl.sum(terms, 1) - _log_sqrt_2pi(columns, DTYPE)
-    tl.store(log_prob + row, value.to(log_prob.dtype.element_ty), mask=row < rows)
+        tile = _tile(row, first, rows, columns, COLUMNS, INDEX)
+        z, s, _, slope = _inverted(loc, scale, action, low, high, center, half, limit, tile, SQUASHED, DTYPE)
+        term = 0.5 * z * z + tl.log(s * slope if SQUASHED else s)
+        terms += tl.where(tile[2], term, 0.0)
+    _store_log_prob(log_prob, terms, row, rows, columns, DTYPE)
 
 
 @triton.jit
@@ -85,30 +73,14 @@ def log_prob_gradient_kernel(
     ``grad`` is passed as (pointer, row stride). The gradients that are None aren't written.
     """
     row = tl.program_id(0).to(INDEX) * ROWS + tl.arange(0, ROWS).to(INDEX)
-    incoming = tl.load(grad[0] + row * grad[1], mask=row < rows, other=0.0).to(DTYPE)[:, None]
+    incoming = _gradient_of_rows(grad, row, rows, DTYPE)
     for first in range(0, columns, COLUMNS):
-        column = first + tl.arange(0, COLUMNS).to(INDEX)
-        mask = (row < rows)[:, None] & (column < columns)[None, :]
-        s = _load(scale, row, column, mask, 1.0, DTYPE)
-        a = _load(action, row, column, mask, 0.0, DTYPE)
-        mean = _load(loc, row, column, mask, 0.0, DTYPE)
-        if SQUASHED:
-            middle, width = _interval(low, high, center, half, row, column, mask, DTYPE)
-            y = _clamp((a - middle) / width, _number(limit, DTYPE))
-            z = (_atanh(y) - mean) / s
-        else:
-            z = (a - mean) / s
+        tile = _tile(row, first, rows, columns, COLUMNS, INDEX)
+        z, s, y, slope = _inverted(loc, scale, action, low, high, center, half, limit, tile, SQUASHED, DTYPE)
         along_loc = incoming * z / s
-        if by_loc is not None:
-            _store(by_loc, row, column, mask, along_loc)
-        if by_scale is not None:
-            _store(by_scale, row, column, mask, incoming * (z * z - 1.0) / s)
-        if by_action is not None:
-            if SQUASHED:
-                slope = (1.0 - y) * (1.0 + y) * width
-                _store(by_action, row, column, mask, (2.0 * incoming * y - along_loc) / slope)
-            else:
-                _store(by_action, row, column, mask, -along_loc)
+        _store(by_loc, tile, along_loc)
+        _store(by_scale, tile, incoming * (z * z - 1.0) / s)
+        _store(by_action, tile, (2.0 * incoming * y - along_loc) / slope if SQUASHED else -along_loc)
 
 
 @triton.jit
@@ -135,13 +107,12 @@ def sample_kernel(
     row = tl.program_id(0).to(INDEX) * ROWS + tl.arange(0, ROWS).to(INDEX)
     terms = tl.zeros((ROWS, COLUMNS), DTYPE)
     for first in range(0, columns, COLUMNS):
-        column = first + tl.arange(0, COLUMNS).to(INDEX)
-        mask = (row < rows)[:, None] & (column < columns)[None, :]
-        s = _load(scale, row, column, mask, 1.0, DTYPE)
-        z = _load(noise, row, column, mask, 0.0, DTYPE)
-        x = _load(loc, row, column, mask, 0.0, DTYPE) + s * z
+        tile = _tile(row, first, rows, columns, COLUMNS, INDEX)
+        s = _load(scale, tile, 1.0, DTYPE)
+        z = _load(noise, tile, 0.0, DTYPE)
+        x = _load(loc, tile, 0.0, DTYPE) + s * z
         if SQUASHED:
-            middle, width = _interval(low, high, center, half, row, column, mask, DTYPE)
+            middle, width = _interval(low, high, center, half, tile, DTYPE)
             # exp(−2|x|): softplus(−2x) + x = log(1 + exp(−2|x|)) + |x|, which doesn't overflow.
             e = tl.exp(-2.0 * tl.abs(x))
             half_log_slope = 0.6931471805599453 - tl.abs(x) - tl.log(1.0 + e)
@@ -150,10 +121,9 @@ def sample_kernel(
         else:
             term = 0.5 * z * z + tl.log(s)
             drawn = x
-        _store(action, row, column, mask, drawn)
-        terms += tl.where(mask, term, 0.0)
-    value = -tl.sum(terms, 1) - _log_sqrt_2pi(columns, DTYPE)
-    tl.store(log_prob + row, value.to(log_prob.dtype.element_ty), mask=row < rows)
+        _store(action, tile, drawn)
+        terms += tl.where(tile[2], term, 0.0)
+    _store_log_prob(log_prob, terms, row, rows, columns, DTYPE)
 
 
 @triton.jit
@@ -183,44 +153,81 @@ def sample_gradient_kernel(
     ``grad_log_prob`` is passed as (pointer, row stride). The gradients that are None aren't written.
     """
     row = tl.program_id(0).to(INDEX) * ROWS + tl.arange(0, ROWS).to(INDEX)
-    incoming = tl.zeros((ROWS, 1), DTYPE)
-    if grad_log_prob is not None:
-        pointer = grad_log_prob[0] + row * grad_log_prob[1]
-        incoming = tl.load(pointer, mask=row < rows, other=0.0).to(DTYPE)[:, None]
+    incoming = _gradient_of_rows(grad_log_prob, row, rows, DTYPE)
     for first in range(0, columns, COLUMNS):
-        column = first + tl.arange(0, COLUMNS).to(INDEX)
-        mask = (row < rows)[:, None] & (column < columns)[None, :]
-        s = _load(scale, row, column, mask, 1.0, DTYPE)
-        z = _load(noise, row, column, mask, 0.0, DTYPE)
+        tile = _tile(row, first, rows, columns, COLUMNS, INDEX)
+        s = _load(scale, tile, 1.0, DTYPE)
+        z = _load(noise, tile, 0.0, DTYPE)
         along_x = tl.zeros((ROWS, COLUMNS), DTYPE)
         if grad_action is not None:
-            along_x = _load(grad_action, row, column, mask, 0.0, DTYPE)
+            along_x = _load(grad_action, tile, 0.0, DTYPE)
         if SQUASHED:
-            x = _load(loc, row, column, mask, 0.0, DTYPE) + s * z
+            x = _load(loc, tile, 0.0, DTYPE) + s * z
             t = _tanh(x, tl.exp(-2.0 * tl.abs(x)))
             if grad_action is not None:
-                _, width = _interval(low, high, center, half, row, column, mask, DTYPE)
+                _, width = _interval(low, high, center, half, tile, DTYPE)
                 y = _clamp(t, _number(limit, DTYPE))
                 along_x *= width * (1.0 - y) * (1.0 + y)
             along_x += 2.0 * incoming * t
-        if by_loc is not None:
-            _store(by_loc, row, column, mask, along_x)
-        if by_scale is not None:
-            _store(by_scale, row, column, mask, along_x * z - incoming / s)
+        _store(by_loc, tile, along_x)
+        _store(by_scale, tile, along_x * z - incoming / s)
 
 
 @triton.jit
-def _load(tensor, row, column, mask, other, DTYPE: tl.constexpr):
+def _tile(row, first, rows, columns, COLUMNS: tl.constexpr, INDEX: tl.constexpr):
+    """(rows, columns from the ``first`` on, which of the elements exist) of a tile."""
+    column = first + tl.arange(0, COLUMNS).to(INDEX)
+    return row, column, (row < rows)[:, None] & (column < columns)[None, :]
+
+
+@triton.jit
+def _load(tensor, tile, other, DTYPE: tl.constexpr):
+    """The elements of a tile, ``other`` where they don't exist."""
+    row, column, mask = tile
     pointer, row_stride, column_stride = tensor
     offset = row[:, None] * row_stride + column[None, :] * column_stride
     return tl.load(pointer + offset, mask=mask, other=other).to(DTYPE)
 
 
 @triton.jit
-def _store(tensor, row, column, mask, value):
-    pointer, row_stride, column_stride = tensor
-    offset = row[:, None] * row_stride + column[None, :] * column_stride
-    tl.store(pointer + offset, value.to(pointer.dtype.element_ty), mask=mask)
+def _store(tensor, tile, value):
+    """Store the elements of a tile, if there is a tensor for them."""
+    if tensor is not None:
+        row, column, mask = tile
+        pointer, row_stride, column_stride = tensor
+        offset = row[:, None] * row_stride + column[None, :] * column_stride
+        tl.store(pointer + offset, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_log_prob(log_prob, terms, row, rows, columns, DTYPE: tl.constexpr):
+    """Store −Σ terms of each row, less log √2π for each of its columns."""
+    value = -tl.sum(terms, 1) - columns.to(DTYPE) * 0.9189385332046727
+    tl.store(log_prob + row, value.to(log_prob.dtype.element_ty), mask=row < rows)
+
+
+@triton.jit
+def _gradient_of_rows(grad, row, rows, DTYPE: tl.constexpr):
+    """The gradient that comes in for each row, as a column; 0 if there is none."""
+    incoming = tl.zeros_like(row).to(DTYPE)
+    if grad is not None:
+        incoming = tl.load(grad[0] + row * grad[1], mask=row < rows, other=0.0).to(DTYPE)
+    return incoming[:, None]
+
+
+@triton.jit
+def _inverted(loc, scale, action, low, high, center, half, limit, tile, SQUASHED: tl.constexpr, DTYPE: tl.constexpr):
+    """z = (x − loc) / scale of the action's x, and scale; where the action is squashed, y = tanh x and da/dx, too."""
+    s = _load(scale, tile, 1.0, DTYPE)
+    a = _load(action, tile, 0.0, DTYPE)
+    mean = _load(loc, tile, 0.0, DTYPE)
+    if SQUASHED:
+        middle, width = _interval(low, high, center, half, tile, DTYPE)
+        y = _clamp((a - middle) / width, _number(limit, DTYPE))
+        x, slope = _atanh(y), (1.0 - y) * (1.0 + y) * width
+    else:
+        x, y, slope = a, a, a  # only x is used, but Triton 3.6 can't return None
+    return (x - mean) / s, s, y, slope
 
 
 @triton.jit
@@ -230,13 +237,13 @@ def _number(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _interval(low, high, center, half, row, column, mask, DTYPE: tl.constexpr):
+def _interval(low, high, center, half, tile, DTYPE: tl.constexpr):
     """Its center and half its width; of tensors computed in their own dtype, as a distribution does."""
     if low is None:
         middle, width = _number(center, DTYPE), _number(half, DTYPE)
     else:
-        lower = _load(low, row, column, mask, 0, low[0].dtype.element_ty)
-        upper = _load(high, row, column, mask, 2, high[0].dtype.element_ty)
+        lower = _load(low, tile, 0, low[0].dtype.element_ty)
+        upper = _load(high, tile, 2, high[0].dtype.element_ty)
         middle, width = ((lower + upper) * 0.5).to(DTYPE), ((upper - lower) * 0.5).to(DTYPE)
     return middle, width
 
@@ -270,8 +277,3 @@ def _tanh(x, e):
     near = size * (10395.0 + q * (1260.0 + q * 21.0)) / (10395.0 + q * (4725.0 + q * (210.0 + q)))
     value = tl.where(size < 0.25, near, (1.0 - e) / (1.0 + e))
     return tl.where(x < 0.0, -value, value)
-
-
-@triton.jit
-def _log_sqrt_2pi(columns, DTYPE: tl.constexpr):
-    return columns.to(DTYPE) * 0.9189385332046727

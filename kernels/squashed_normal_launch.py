@@ -8,13 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dtypes import compute_dtype, result_dtype
 from .squashed_normal_kernel import (
     log_prob_gradient_kernel,
     log_prob_kernel,
     sample_gradient_kernel,
     sample_kernel,
 )
-from .squashed_normal_problem import Squash, compute_dtype, result_dtype
+from .squashed_normal_problem import Squash
 
 # Elements of a tile and its warps: four elements per thread, one 128-bit access of each float32 tensor where columns
 # are as many, so that small batches still make several programs.
@@ -127,7 +128,7 @@ def _launch(
             rows=rows,
             columns=columns,
             SQUASHED=squash is not None,
-            DTYPE=_TRITON_DTYPE[compute_dtype(*inputs)],
+            DTYPE=_TRITON_DTYPE[compute_dtype(result_dtype(*inputs))],
             INDEX=tl.int64 if reach >= 1 << 31 else tl.int32,
             ROWS=tile_rows,
             COLUMNS=tile_columns,

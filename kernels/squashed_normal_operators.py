@@ -17,10 +17,11 @@ from torch.autograd import forward_ad
 from . import squashed_normal_reference as reference
 from . import squashed_normal_vectorized as vectorized
 from .backend import resolve_backend
+from .dtypes import cast, result_dtype
 from .function import apply
 from .operators import number_or_tensor
 from .recurrence import broadcasts
-from .squashed_normal_problem import Bounds, Squash, result_dtype
+from .squashed_normal_problem import Bounds, Squash
 
 _COMPOSITIONS: dict[str, Any] = {"torch": vectorized, "reference": reference}
 # Where the functions of the others live; imported at the first use, since Triton may be absent.
@@ -51,7 +52,7 @@ def log_prob(
     name = resolve_backend(backend, loc)
     composition = _composition(name)
     if composition is not None:
-        return _as(result_dtype(loc, scale, action), composition.log_prob(loc, scale, action, interval))
+        return cast(composition.log_prob(loc, scale, action, interval), result_dtype(loc, scale, action))
     if torch.is_grad_enabled() and (loc.requires_grad or scale.requires_grad or action.requires_grad):
         return apply(_LogProb, name, loc, scale, action, interval)
     return _LogProb.forward(name, loc, scale, action, interval)
@@ -72,7 +73,7 @@ def sample(
     if composition is not None:
         action, found = composition.sample(loc, scale, noise, interval)
         dtype = result_dtype(loc, scale, noise)
-        return _as(dtype, action), _as(dtype, found)
+        return cast(action, dtype), cast(found, dtype)
     if torch.is_grad_enabled() and (loc.requires_grad or scale.requires_grad):
         return apply(_Sample, name, loc, scale, noise, interval)
     return _Sample.forward(name, loc, scale, noise, interval)
@@ -258,10 +259,6 @@ def _sample_fake(name: str, loc: Tensor, scale: Tensor, noise: Tensor, *_: Any) 
 
 def _backward_fake(name: str, loc: Tensor, scale: Tensor, third: Tensor, *rest: Any) -> list[Tensor]:
     return [x.new_empty(x.shape) for x, need in zip((loc, scale, third), rest[-1], strict=True) if need]
-
-
-def _as(dtype: torch.dtype, x: Tensor) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)
 
 
 for _name, _fake in (

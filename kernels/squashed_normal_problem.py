@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .dtypes import cast, compute_dtype, result_dtype
+
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 # From where log(1 + eˣ) is x, in float64 too.
 SOFTPLUS_THRESHOLD = 40
@@ -30,7 +32,7 @@ class Squash(NamedTuple):
 
     def limit_of_inverse(self, *tensors: Tensor) -> float:
         """The greatest |tanh x| that is inverted, of loc, scale and action: less than 1, whose inverse is infinite."""
-        return 1 - max(self._margin(tensors[2].dtype), _LAST_STEP[compute_dtype(*tensors)])
+        return 1 - max(self._margin(tensors[2].dtype), _LAST_STEP[compute_dtype(result_dtype(*tensors))])
 
     def _margin(self, dtype: torch.dtype) -> float:
         return torch.finfo(dtype).resolution if self.margin is None else self.margin
@@ -51,21 +53,7 @@ def keep_within(y: Tensor, limit: float) -> Tensor:
     return y
 
 
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype that backends compute in: float64 where it is among those of ``tensors``, otherwise float32."""
-    return torch.float64 if result_dtype(*tensors) == torch.float64 else torch.float32
-
-
 def wide(*tensors: Tensor) -> list[Tensor]:
     """``tensors`` in the dtype that they are computed in."""
-    dtype = compute_dtype(*tensors)
-    return [x if x.dtype == dtype else x.to(dtype) for x in tensors]
-
-
-def result_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype that the tensors have in common."""
-    dtype = tensors[0].dtype
-    for x in tensors[1:]:
-        if x.dtype != dtype:
-            dtype = torch.promote_types(dtype, x.dtype)
-    return dtype
+    dtype = compute_dtype(result_dtype(*tensors))
+    return [cast(x, dtype) for x in tensors]

@@ -12,8 +12,9 @@ from torch import Tensor
 from . import squashed_normal_reference as reference
 from . import squashed_normal_vectorized as vectorized
 from .backend import fastest_backend
+from .dtypes import compute_dtype, result_dtype
 from .squashed_normal_operators import backend_module, gradients
-from .squashed_normal_problem import Squash, compute_dtype, result_dtype
+from .squashed_normal_problem import Squash
 from .verify import compare
 
 
@@ -120,7 +121,7 @@ def _compare(
         magnitudes[2] = magnitudes[2] + abs(squash.low) + abs(squash.high)
         limit = squash.limit_of_inverse(*tensors) if inverse else squash.limit_of_draw(*tensors)
         # As the backend rounds it: what is left of 1 decides.
-        squash = squash._replace(margin=1 - torch.tensor(limit, dtype=compute_dtype(*tensors)).item())
+        squash = squash._replace(margin=1 - torch.tensor(limit, dtype=compute_dtype(result_dtype(*tensors))).item())
     leaves = [x.detach().double().requires_grad_() for x in tensors]
     with torch.enable_grad():
         expected = function(*leaves, squash)

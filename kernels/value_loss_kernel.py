@@ -16,9 +16,9 @@ import triton.language as tl
 from .samples_kernel import (
     counted,
     is_last_to_finish,
-    leave,
+    leave_counts,
     leave_moments,
-    merge_moments,
+    leave_sum,
     moments_of_all,
     observe,
     read,
@@ -30,7 +30,7 @@ from .samples_kernel import (
     write_scalar,
 )
 
-# Rows of the workspace after those of `leave_moments`.
+# Rows of the workspace after those of `leave_counts`.
 LOSS = tl.constexpr(4)
 CLIPPED = tl.constexpr(5)
 SEEN = tl.constexpr(6)  # the samples that count
@@ -70,7 +70,7 @@ def value_loss_kernel(
 ):
     """Reads samples and scalars, writes the workspace; in the phase LOSSES also slope, losses and what is logged."""
     if COUNTS:
-        leave_moments(value, mask, weights, workspace, samples, tiles, False, ROWS, DTYPE, INDEX, BLOCK)
+        leave_counts(value, mask, weights, workspace, samples, tiles, False, ROWS, DTYPE, INDEX, BLOCK)
     if LOSSES:
         factor = scalar(coefficient, coefficient_tensor).to(DTYPE)
         if MEAN:
@@ -110,17 +110,13 @@ def value_loss_kernel(
                 target_mean, target_square = observe(target, valid, count, target_mean, target_square)
                 error_mean, error_square = observe(now - target, valid, count, error_mean, error_square)
 
-        leave(workspace, LOSS, tl.sum(sum_of_losses, 0))
-        leave(workspace, SEEN, tl.sum(count, 0))
+        leave_sum(workspace, LOSS, sum_of_losses)
+        leave_sum(workspace, SEEN, count)
         if old_value is not None:
-            leave(workspace, CLIPPED, tl.sum(count_clipped, 0).to(DTYPE))
+            leave_sum(workspace, CLIPPED, count_clipped)
         if explained_variance is not None:
-            _, target_mean, target_square = merge_moments(count, target_mean, target_square)
-            _, error_mean, error_square = merge_moments(count, error_mean, error_square)
-            leave(workspace, TARGET, target_mean)
-            leave(workspace, TARGET + 1, target_square)
-            leave(workspace, ERROR, error_mean)
-            leave(workspace, ERROR + 1, error_square)
+            leave_moments(workspace, TARGET, count, target_mean, target_square)
+            leave_moments(workspace, ERROR, count, error_mean, error_square)
         if is_last_to_finish(workspace, ROWS):
             if loss is not None:
                 write_scalar(loss, total(workspace, LOSS, POWER))

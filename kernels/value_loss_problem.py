@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .categorical_problem import compute_dtype
-from .samples import REDUCTIONS, check_choice, check_samples, check_scalars, new_outputs, result_dtype
+from .dtypes import compute_dtype, result_dtype
+from .samples import REDUCTIONS, check_choice, check_samples, check_scalars, new_outputs
 
 LOSS_FUNCTIONS = ("l1", "l2", "smooth_l1")
 

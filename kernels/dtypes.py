@@ -1,0 +1,23 @@
+"""The dtype that backends compute in, and the one that their results have."""
+
+import torch
+from torch import Tensor
+
+
+def result_dtype(x: Tensor, *others: Tensor | None) -> torch.dtype:
+    """The dtype that all tensors together have in common."""
+    dtype = x.dtype
+    for y in others:
+        if y is not None and y.dtype != dtype:
+            dtype = torch.promote_types(dtype, y.dtype)
+    return dtype
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that backends compute in: float64 for float64, otherwise float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in ``dtype``: a call of `to` costs as much as an addition even if there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
