@@ -100,7 +100,8 @@ class Deferred:
     """A `DiagonalGaussian` and the distribution that it is of, which is built once it is asked for something.
 
     Any attribute is that of the distribution. To build one takes as long as its log-probability, and on a GPU it waits
-    for the device: for the validation of the parameters, which is left out with it, and for the bounds.
+    for the device: TorchRL reads the bounds, and PyTorch the parameters unless their validation is turned off, as
+    importing TorchRL and compiling do.
     """
 
     def __init__(self, gaussian: DiagonalGaussian, module: ProbabilisticTensorDictModule) -> None:

@@ -11,6 +11,9 @@ if not CUDA:
     # everywhere, so the tests that don't name a backend get the one that `auto` means on a CPU.
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ.setdefault("FUSEDRL_BACKEND", "torch")
+# The compiler turns this off for the process when it is first used, and can't trace distributions where it is on: a
+# test that put back what it found would decide for those that follow.
+torch.distributions.Distribution.set_default_validate_args(False)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_compile import traced_once
 from helpers_losses import DOUBLE, OBSERVATION, diagonal_normal
 from tensordict import TensorDict
 from tensordict.nn import (
@@ -170,7 +171,7 @@ def assert_compiles(make: Callable[[], Any], data, *, backend="aot_eager", **tol
     """`torch.compile(fullgraph=True)` gives the eager outputs, gradients and priorities."""
     tolerance = tolerance or CLOSE
     torch._dynamo.reset()
-    eager = make()
+    eager = traced_once(make())
     compiled = copy.deepcopy(eager)
     graph = torch.compile(compiled, fullgraph=True, backend=backend)
     (a, seen_a), (b, seen_b) = run(eager, data), run(graph, data)

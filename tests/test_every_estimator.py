@@ -13,7 +13,7 @@ import pytest
 import torch
 from fusedrl import estimators, kernels
 from fusedrl.estimators import functional
-from helpers_compile import assert_compiles_once_more_at_most, gradient
+from helpers_compile import assert_compiles_once_more_at_most, gradient, traced_once
 from helpers_estimators import OBSERVATION, WRITTEN, critic, no_host_sync, policy, rollout, signals
 from tensordict import TensorDict
 from tensordict.nn import set_composite_lp_aggregate
@@ -138,7 +138,7 @@ def test_a_compiled_estimator_gives_the_eager_numbers_and_serves_every_discount_
 
 @every_case
 def test_a_compiled_value_estimate_gives_the_eager_numbers_and_serves_every_discount(name, device):
-    e = CASES[name].make().to(device)
+    e = traced_once(CASES[name].make().to(device))
     compiled = torch.compile(e.value_estimate, fullgraph=True, backend="aot_eager")
     assert_compiles_once_more_at_most(
         lambda size: value_estimate(e.value_estimate, leaves(CASES[name].data(size), device)),

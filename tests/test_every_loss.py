@@ -11,7 +11,7 @@ import pytest
 import torch
 from fusedrl import losses
 from fusedrl.estimators import ValueEstimatorBase
-from helpers_compile import assert_compiles_once_more_at_most, gradient
+from helpers_compile import assert_compiles_once_more_at_most, gradient, traced_once
 from helpers_dreamer import Imagination, actor_model, imagined, sequences, value_model, world_model
 from helpers_dreamer_v3 import BINS, Env, experience
 from helpers_dreamer_v3 import world_model as discrete_world_model
@@ -220,7 +220,7 @@ def change_numbers(loss):
 @every_loss
 def test_compiled_whole_it_gives_the_eager_numbers_and_serves_every_coefficient_and_size(name):
     case = CASES[name]
-    eager = case.make()
+    eager = traced_once(case.make())
     compiled = copy.deepcopy(eager)
     graph = torch.compile(compiled, fullgraph=True, backend="aot_eager")
     both = (eager, compiled)

@@ -1,6 +1,7 @@
 """Gradients of every backend, through the real kernels: first and second order, all inputs, all layouts of γ and λ."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -27,8 +28,15 @@ def inputs(scalar_shape: tuple[int, ...], device: torch.device) -> tuple[torch.T
     return (*leaves, *masks)
 
 
-@pytest.mark.parametrize("estimator", CASES)
-@pytest.mark.parametrize("scalar_shape", SHAPES)
+@pytest.mark.parametrize(
+    ("backend", "estimator", "scalar_shape"),
+    # At a fixed discount the backward pass is composed of scans: the interpreter takes half a minute for each shape.
+    [
+        (b, e, s)
+        for b, e, s in product(("torch", "triton"), CASES, SHAPES)
+        if (b, e) != ("triton", "fixed") or s == "per step"
+    ],
+)
 def test_gradcheck(backend, device, estimator, scalar_shape) -> None:
     *leaves, done, terminated = inputs(SHAPES[scalar_shape], device)
     assert torch.autograd.gradcheck(

@@ -233,7 +233,7 @@ def test_bounds_the_wrong_way_round_are_still_refused():
 @pytest.mark.parametrize("name", DEFERRED)
 @pytest.mark.parametrize("loss_class", [A2CLoss, ClipPPOLoss])
 def test_a_loss_builds_no_distribution_and_has_the_numbers_that_it_would_have(name, loss_class, monkeypatch):
-    """To build one would wait for the device: its validation reads the parameters, and TorchRL the bounds."""
+    """To build one would wait for the device: TorchRL reads the bounds."""
     actor = policy_of(name, return_log_prob=True, default_interaction_type=InteractionType.RANDOM)
     data = collect(actor)
     loss = loss_class(actor, critic())

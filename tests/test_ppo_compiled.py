@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fusedrl.losses.ppo import ClipPPOLoss, KLPENPPOLoss, PPOLoss
+from helpers_compile import traced_once
 from helpers_losses import (
     ACTORS,
     collect,
@@ -47,7 +48,7 @@ def losses_and_gradients(loss, call, data):
 
 def assert_compiles(cls, actor, data, backend="aot_eager", **options):
     value = critic()
-    eager, compiled = (cls(actor, value, **options).make_value_estimator() for _ in range(2))
+    eager, compiled = (traced_once(cls(actor, value, **options).make_value_estimator()) for _ in range(2))
     graph = torch.compile(compiled, fullgraph=True, backend=backend)
     for _ in range(2):  # the second call sees the β that the first one left
         torch.testing.assert_close(
