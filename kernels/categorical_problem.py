@@ -94,7 +94,7 @@ def check_bellman(bellman: Bellman, shape: torch.Size, device: torch.device) -> 
 def flat_transition(transition: Transition) -> Transition:
     """``transition`` with one batch dimension; a copy is made only of what no single stride walks."""
     log_prob, action, next_log_prob, next_online_log_prob = transition
-    return Transition(flat(log_prob, 2), action.reshape(-1), flat(next_log_prob, 2), flat(next_online_log_prob, 2))
+    return Transition(flat(log_prob, 2), flat(action, 0), flat(next_log_prob, 2), flat(next_online_log_prob, 2))
 
 
 def flat_bellman(bellman: Bellman) -> Bellman:
@@ -102,12 +102,12 @@ def flat_bellman(bellman: Bellman) -> Bellman:
     support, reward, terminated, gamma = bellman
     if isinstance(gamma, Tensor) and gamma.ndim:
         gamma = gamma.expand_as(reward).reshape(-1)
-    return Bellman(support, reward.reshape(-1), terminated.reshape(-1), gamma)
+    return Bellman(support, flat(reward, 0), flat(terminated, 0), gamma)
 
 
 def flat(x: Any, trailing: int) -> Any:
     """``x`` with the dimensions before the ``trailing`` last ones made one."""
-    return x if x is None or x.ndim == trailing + 1 else x.reshape(-1, *x.shape[-trailing:])
+    return x if x is None or x.ndim == trailing + 1 else x.reshape(-1, *x.shape[x.ndim - trailing :])
 
 
 def new_gradient(log_prob: Tensor) -> Tensor:

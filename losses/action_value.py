@@ -97,18 +97,20 @@ class ActionValueLoss(LossModule):
         if next_data.batch_size != tensordict.batch_size:
             next_data.batch_size = tensordict.batch_size
 
-        terminal = any_right(terminated if terminated.dtype == torch.bool else terminated != 0, tensordict.ndim)
+        terminal = terminated if terminated.dtype == torch.bool else terminated != 0
+        if terminal.ndim != tensordict.ndim + 1 or terminal.shape[-1] != 1:
+            terminal = any_right(terminal, tensordict.ndim).unsqueeze(-1)
         for key in next_keys:
             x = next_data.get(key)
             if x.is_floating_point():
-                next_data.set(key, torch.where(widened_right(terminal, x), x.nan_to_num(0.0, 0.0, 0.0), x))
+                next_data.set(key, torch.where(_beside(terminal, x), x.nan_to_num(0.0, 0.0, 0.0), x))
         valid = self._mask(tensordict, terminal)
         if valid is not None:
             for part, keys in ((data, current_keys), (next_data, next_keys)):
                 for key in keys:
                     x = part.get(key)
                     if x.is_floating_point():
-                        part.set(key, torch.where(widened_right(valid, x), x, 0))
+                        part.set(key, torch.where(_beside(valid, x), x, 0))
         return data, next_data
 
     def _inputs(
@@ -293,3 +295,8 @@ class ActionValueLoss(LossModule):
         priority = self._only_valid(td_error.detach(), tensordict)
         # A locked TensorDict takes no other tensor; elsewhere a stale priority may have another shape or dtype.
         tensordict.set(self.tensor_keys.priority, priority, inplace=tensordict.is_locked)
+
+
+def _beside(column: Tensor, x: Tensor) -> Tensor:
+    """A value per sample, shape ``[*B, 1]``, with as many dimensions as ``x``, with which it then broadcasts."""
+    return column if x.ndim == column.ndim else widened_right(column.squeeze(-1), x)

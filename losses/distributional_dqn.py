@@ -157,7 +157,7 @@ class DistributionalDQNLoss(QLearningLoss):
             next_online_log_prob=next_online_log_prob,
             backend=self.backend,
         )
-        loss = self._reduce_loss(per_sample.unsqueeze(-1), tensordict)
+        loss = self._reduce_loss(per_sample, tensordict)
         self._write_priority(tensordict, priority.unsqueeze(-1))
         return TensorDict({"loss": loss})
 
