@@ -104,6 +104,8 @@ class Deferred:
     importing TorchRL and compiling do.
     """
 
+    has_rsample = True  # of every Gaussian: what losses ask before they draw
+
     def __init__(self, gaussian: DiagonalGaussian, module: ProbabilisticTensorDictModule) -> None:
         self.gaussian = gaussian
         self._module = module

@@ -8,7 +8,7 @@ import torch
 from fusedrl.estimators import heads
 from fusedrl.estimators.calls import distribution
 from fusedrl.estimators.heads import Deferred, DistributionHeads, built, diagonal_gaussian, log_prob
-from fusedrl.losses import A2CLoss, ClipPPOLoss, SACLoss
+from fusedrl.losses import A2CLoss, ClipPPOLoss, REDQLoss, SACLoss
 from fusedrl.losses.policy import ActionHeads, draw, entropy
 from helpers_losses import ACTORS, GaussianParameters, collect, critic, diagonal_normal, gaussian_actor
 from helpers_q import assert_compiles, qvalue_network, stochastic_actor, transitions
@@ -254,6 +254,17 @@ def test_a_loss_builds_no_distribution_and_has_the_numbers_that_it_would_have(na
     kind = DEFERRED[name][0]
     monkeypatch.setattr(kind, "__init__", refuse)
     torch.testing.assert_close(run(), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss_class", [SACLoss, REDQLoss])
+def test_a_soft_actor_critic_builds_no_distribution(loss_class, monkeypatch):
+    loss = loss_class(stochastic_actor(TanhNormal), qvalue_network(), target_entropy=-2.0)
+
+    def refuse(*_, **__):
+        raise AssertionError("a distribution was built")
+
+    monkeypatch.setattr(TanhNormal, "__init__", refuse)
+    assert all(x.isfinite().all() for x in loss(transitions()).values())
 
 
 # --- recognised -----------------------------------------------------------------------------------------------------
