@@ -83,9 +83,11 @@ def checked(problem: Recurrence, time_dim: int) -> tuple[Recurrence, int]:
     if not -len(shape) <= time_dim < len(shape):
         raise IndexError(f"time_dim is {time_dim}, but reward has shape {tuple(shape)}")
     # One mask for both means what None means; the compiler refuses a function of one tensor twice.
-    masks = _as_mask(done), None if terminated is done else _as_mask(terminated)
-    if masks[0] is not done or masks[1] is not terminated:
-        problem = problem._replace(done=masks[0], terminated=masks[1])
+    if terminated is not None and terminated is done:
+        problem = problem._replace(terminated=None)
+    for name, mask in (("done", done), ("terminated", problem.terminated)):
+        if mask is not None and mask.dtype != torch.bool:  # non-zero means true
+            problem = problem._replace(**{name: mask != 0})
     return problem, time_dim % len(shape)
 
 
@@ -119,11 +121,6 @@ def fit(gradient: Tensor, x: Tensor) -> Tensor:
     if gradient.shape != x.shape:
         gradient = gradient.sum_to_size(x.shape)
     return gradient if gradient.dtype == x.dtype else gradient.to(x.dtype)
-
-
-def _as_mask(mask: Tensor | None) -> Tensor | None:
-    """Non-zero means true, whatever the dtype."""
-    return mask if mask is None or mask.dtype == torch.bool else mask != 0
 
 
 def broadcasts(shape: torch.Size, to: torch.Size) -> bool:

@@ -370,7 +370,6 @@ def test_unknown_key_is_refused():
 @pytest.mark.parametrize(
     ("heads", "estimated", "options"),
     [
-        ("discrete", True, {}),
         ("discrete", False, {}),
         (
             "nested_heads",
@@ -378,7 +377,7 @@ def test_unknown_key_is_refused():
             {"clip_value": 0.1, "reduction": "sum", "loss_critic_type": "l2", "separate_losses": True},
         ),
     ],
-    ids=["plain", "estimated", "everything"],
+    ids=["estimated", "everything"],
 )
 def test_compiles_as_one_graph_with_the_numbers_of_eager(heads, estimated, options):
     actor, value = ACTORS[heads](), critic()
@@ -396,18 +395,6 @@ def test_compiles_as_one_graph_with_the_numbers_of_eager(heads, estimated, optio
         for terms in (out, expected)
     ]
     torch.testing.assert_close(*gradients, **CLOSE)
-
-
-def test_neither_a_second_call_nor_a_new_coefficient_recompiles():
-    actor, value = discrete_actor(), critic()
-    data = collect(actor, estimated=False)
-    loss = A2CLoss(actor, value)
-    compiled = torch.compile(loss, fullgraph=True, backend="eager")
-    compiled(data)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        loss.entropy_coeff = HALF
-        out = compiled(data)
-    torch.testing.assert_close(out["loss_entropy"], -HALF * out["entropy"], **CLOSE)
 
 
 @pytest.mark.parametrize("estimated", [True, False])

@@ -431,17 +431,6 @@ def test_an_estimator_that_needs_values_of_the_present_is_refused():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_compiled_whole_it_gives_the_eager_numbers(name):
-    torch._dynamo.reset()
-    eager, data = made(name, **({"imagination_horizon": 2} if name == "actor" else {}))
-    compiled = copy.deepcopy(eager)
-    graph = torch.compile(compiled, fullgraph=True, backend="aot_eager")
-    (losses, found), (wanted, also) = run(graph, data), run(eager, data)
-    assert_same(compiled, losses, eager, wanted)
-    torch.testing.assert_close(found.to_dict(), also.to_dict(), **CLOSE)
-
-
-@pytest.mark.parametrize("name", LOSSES)
 def test_nothing_waits_for_the_device(name, monkeypatch):
     monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", False)
     loss, data = made(name)

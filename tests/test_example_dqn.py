@@ -35,7 +35,7 @@ def small(example, monkeypatch):
 
 
 def test_the_same_seed_gives_the_same_curves_and_another_seed_does_not(small):
-    curves = [small.train(seed=seed, backend=None, budget=640) for seed in (1, 1, 2)]
+    curves = [small.train(seed=seed, backend=None, budget=384) for seed in (1, 1, 2)]
     assert curves[0] == curves[1]
     assert curves[0] != curves[2]
 
