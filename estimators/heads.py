@@ -104,7 +104,10 @@ class Deferred:
     importing TorchRL and compiling do.
     """
 
-    has_rsample = True  # of every Gaussian: what losses ask before they draw
+    # What losses ask before they draw or judge an action, of which none is built.
+    has_rsample = True
+    batch_shape = property(lambda self: self.gaussian.loc.shape[:-1])
+    event_shape = property(lambda self: self.gaussian.loc.shape[-1:])
 
     def __init__(self, gaussian: DiagonalGaussian, module: ProbabilisticTensorDictModule) -> None:
         self.gaussian = gaussian
@@ -159,10 +162,9 @@ def _gaussian_of(module: ProbabilisticTensorDictModule, entries: Any) -> Diagona
         return DiagonalGaussian(loc, scale, None, None)
     bounds = {**defaults, **module.distribution_kwargs}
     low, high = bounds["low"], bounds["high"]
-    if isinstance(low, Tensor) and isinstance(high, Tensor):
-        usable = all(x.device == loc.device and _is_constant_for(loc, x) for x in (low, high))
-    else:
-        usable = all(isinstance(x, (int, float)) for x in (low, high)) and low < high
+    if isinstance(low, (int, float)) and isinstance(high, (int, float)):
+        return DiagonalGaussian(loc, scale, (float(low), float(high)), None) if low < high else None
+    usable = all(isinstance(x, Tensor) and x.device == loc.device and _is_constant_for(loc, x) for x in (low, high))
     return DiagonalGaussian(loc, scale, (low, high), None) if usable else None
 
 

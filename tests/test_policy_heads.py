@@ -192,8 +192,8 @@ def test_what_is_asked_of_a_deferred_distribution_is_what_the_built_one_says(nam
 def test_a_deferred_distribution_has_all_attributes_of_the_built_one(name):
     policy, data = policy_of(name), observations()
     dist, own = of_policy(policy, data), policy.get_dist(data.copy())
-    assert dist.has_rsample
-    assert dist.event_shape == own.event_shape
+    assert (dist.has_rsample, dist.batch_shape, dist.event_shape) == (True, own.batch_shape, own.event_shape)
+    assert "built" not in vars(dist)
     assert type(built(dist)) is type(own)
     assert built(dist) is dist.built
     assert built(own) is own
