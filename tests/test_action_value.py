@@ -222,6 +222,24 @@ def test_what_follows_a_terminal_step_reaches_no_other_sample():
     assert out["loss_qvalue"].isfinite()
 
 
+@pytest.mark.parametrize("features", [(), (1,), (5,), (5, 2), (5, 5, 2)], ids=str)
+def test_inputs_of_any_shape_are_made_finite_where_they_do_not_count(features):
+    data = transitions()  # batch size [3, 5]: features that broadcast against it by accident show
+    valid = data["collector", "mask"] = torch.rand(data.shape) < 0.7
+    terminal = data["next", "terminated"].squeeze(-1)
+    assert terminal.any()
+    clean = {}
+    for prefix, ignored in (((), ~valid), (("next",), ~valid | terminal)):
+        x = torch.randn(*data.shape, *features)
+        key = (*prefix, "observation")
+        data[key] = x.clone()
+        data[key][ignored] = torch.nan
+        clean[key] = torch.where(ignored.view(*ignored.shape, *(1 for _ in features)), 0, x)
+    found = make()._transitions(data, ["qvalue_network"], ["actor_network", "qvalue_network"])
+    for part, wanted in zip(found, clean.values(), strict=True):
+        assert torch.equal(part["observation"], wanted)
+
+
 @pytest.mark.parametrize("stale", [torch.zeros(3, 5, 1), torch.zeros(3, 5).long(), torch.zeros(1).expand(3, 5)])
 def test_a_stale_priority_of_any_form_is_replaced(stale):
     data, loss = transitions(), make()
