@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from bench import losses, projection, scans, tables, updates
+from bench import launches, losses, projection, scans, tables, updates
 from bench.cases import Case, refuse_if_wrong
 from bench.measuring import describe, peak_bytes, rounded, seconds, seconds_per_call, write_results
 
@@ -62,12 +62,16 @@ def measure(case: Case, device: torch.device, budget: float, rounds: int = 5) ->
 
 
 def operations(name: str) -> dict[str, Any]:
-    """What a loss dispatches forward without networks and distributions, and what it waits for with them."""
+    """What a loss dispatches and would launch, without networks and distributions, and what it waits for with them."""
     found = {}
     for library in losses.LIBRARIES:
         counted = losses.operations(name, library)
         waits = losses.operations(name, library, everything=True).waits
-        found[library] = {"operations": counted.operations.total(), "waits": waits.total()}
+        found[library] = {
+            "operations": counted.operations.total(),
+            "launches": launches.counted()[name][library],
+            "waits": waits.total(),
+        }
     return {"dispatched": found}
 
 

@@ -72,12 +72,15 @@ class Dispatched(TorchDispatchMode):
             self._hidden -= 1
 
 
-def count(run: Callable[[], Any], hide: Iterable[tuple[Any, str]] = ()) -> Dispatched:
+def count(
+    run: Callable[[], Any], hide: Iterable[tuple[Any, str]] = (), kernels: Iterable[tuple[Any, str]] = ()
+) -> Dispatched:
     """What one call of ``run`` dispatches, but for what happens inside the functions to hide.
 
     Args:
         run: called twice, and counted the second time: what is set up once isn't the call's.
         hide: pairs of an owner (a class or a module) and the name of a function or property of its own.
+        kernels: likewise, functions that count as one operation each, whatever happens inside of them.
 
     """
     run()
@@ -94,9 +97,21 @@ def count(run: Callable[[], Any], hide: Iterable[tuple[Any, str]] = ()) -> Dispa
 
         return hidden
 
+    def launching(member: Any) -> Any:
+        @functools.wraps(member)
+        def launched(*args: Any, **kwargs: Any) -> Any:
+            if not counter._hidden:
+                counter.operations["kernel"] += 1
+            with counter.hidden():
+                return member(*args, **kwargs)
+
+        return launched
+
     with ExitStack() as patches:
         for owner, name in hide:
             patches.enter_context(mock.patch.object(owner, name, hiding(vars(owner)[name])))
+        for owner, name in kernels:
+            patches.enter_context(mock.patch.object(owner, name, launching(vars(owner)[name])))
         with counter:
             run()
     return counter

@@ -12,7 +12,18 @@ import torch
 
 pytest.importorskip("torchrl")
 
-from bench import cases, counting, losses, measuring, projection, readme, scans, tables, updates  # after the check
+from bench import (  # after the check
+    cases,
+    counting,
+    launches,
+    losses,
+    measuring,
+    projection,
+    readme,
+    scans,
+    tables,
+    updates,
+)
 from bench.__main__ import SUITES, measure
 from bench.profile.__main__ import main as profile
 
@@ -124,6 +135,40 @@ def test_an_update_leads_where_torchrls_does_and_is_not_timed_if_it_leads_elsewh
     update.optimizer.param_groups[0]["lr"] = learning_rate
     # The same again, although parameters and the optimiser's state have changed.
     torch.testing.assert_close(update.moved_by_one(run), update.moved_by_one(run), rtol=0, atol=0)
+
+
+# What the forward of each may launch on a GPU beside networks and distributions. Fewer are welcome.
+LAUNCHES = {
+    "ClipPPOLoss": 7,
+    "A2CLoss": 9,
+    "DQNLoss": 7,
+    "DistributionalDQNLoss": 7,
+    "SACLoss": 8,
+    "TD3Loss": 11,
+    "REDQLoss": 23,
+    "IQLLoss": 20,
+}
+
+
+def test_no_loss_launches_more_on_a_gpu_than_it_has_to() -> None:
+    found = {name: x["fusedrl"] for name, x in launches.counted().items()}
+    assert found.keys() == LAUNCHES.keys()
+    assert {name: n for name, n in found.items() if n > LAUNCHES[name]} == {}
+
+
+def test_a_kernel_counts_as_one_operation_and_none_where_it_is_hidden() -> None:
+    class Kernels:
+        def launch(self) -> torch.Tensor:
+            return torch.ones(2) + 1
+
+        def distribution(self) -> torch.Tensor:
+            return self.launch()
+
+    kernels = Kernels()
+    counted = counting.count(
+        lambda: (kernels.launch() * 2, kernels.distribution()), [(Kernels, "distribution")], [(Kernels, "launch")]
+    )
+    assert counted.operations == {"kernel": 1, "mul": 1}
 
 
 def test_what_a_call_dispatches_is_counted_by_kind() -> None:
