@@ -4,7 +4,7 @@ Both are built from the same functions, hold the same parameters and see the sam
 loss and every gradient. `operations` counts what each dispatches, networks and distributions excluded.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -40,11 +40,15 @@ def layers(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
 
 def policy() -> ProbabilisticActor:
     """A squashed Gaussian whose draws are actions, for PPO, A2C, SAC, REDQ and IQL."""
-    network = nn.Sequential(*layers(OBSERVATION, 2 * ACTION), NormalParamExtractor())
+    return gaussian_policy(layers(OBSERVATION, 2 * ACTION), TanhNormal)
+
+
+def gaussian_policy(network: Iterable[nn.Module], distribution: type) -> ProbabilisticActor:
+    """A policy whose layers give two numbers for each dimension of the action."""
     return ProbabilisticActor(
-        TensorDictModule(network, ["observation"], ["loc", "scale"]),
+        TensorDictModule(nn.Sequential(*network, NormalParamExtractor()), ["observation"], ["loc", "scale"]),
         in_keys=["loc", "scale"],
-        distribution_class=TanhNormal,
+        distribution_class=distribution,
         return_log_prob=True,
         default_interaction_type="random",
     )

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from fusedrl import estimators
 from tensordict import TensorDict
-from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import Tensor, nn
-from torchrl.modules import MLP, IndependentNormal, ProbabilisticActor, TanhNormal, ValueOperator
+from torchrl.modules import MLP, IndependentNormal, TanhNormal, ValueOperator
 from torchrl.objectives import SoftUpdate as TheirSoftUpdate
 from torchrl.objectives.value import GAE as THEIR_GAE
 
 from bench.cases import WrongResult
-from bench.losses import LIBRARIES
+from bench.losses import LIBRARIES, gaussian_policy
 from bench.measuring import Run, peak_bytes, rounded, seconds_per_call
 
 OBSERVATION, ACTION, HIDDEN = 17, 6, (64, 64)  # those of HalfCheetah, and a small network
@@ -63,17 +62,6 @@ def network(inputs: int, outputs: int) -> MLP:
     return MLP(inputs, outputs, num_cells=HIDDEN, activation_class=nn.Tanh)
 
 
-def gaussian_policy(distribution: type) -> ProbabilisticActor:
-    net = nn.Sequential(network(OBSERVATION, 2 * ACTION), NormalParamExtractor())
-    return ProbabilisticActor(
-        TensorDictModule(net, ["observation"], ["loc", "scale"]),
-        in_keys=["loc", "scale"],
-        distribution_class=distribution,
-        return_log_prob=True,
-        default_interaction_type="random",
-    )
-
-
 def adam(parameters: Iterator[nn.Parameter], device: torch.device) -> torch.optim.Adam:
     cuda = device.type == "cuda"
     return torch.optim.Adam(parameters, lr=3e-4, eps=1e-5, fused=True, capturable=cuda)
@@ -94,7 +82,7 @@ def steps(*batch: int, device: torch.device) -> TensorDict:
 def ppo(library: str, device: torch.device, environments: int, length: int) -> Update:
     """Train a Gaussian policy and a critic on a rollout."""
     torch.manual_seed(0)
-    actor = gaussian_policy(IndependentNormal).to(device)
+    actor = gaussian_policy([network(OBSERVATION, 2 * ACTION)], IndependentNormal).to(device)
     critic = ValueOperator(network(OBSERVATION, 1), in_keys=["observation"]).to(device)
     kind = {"fusedrl": estimators.GAE, "torchrl": THEIR_GAE}[library]
     advantages = kind(gamma=0.99, lmbda=0.95, value_network=critic, device=device)
@@ -124,7 +112,7 @@ def ppo(library: str, device: torch.device, environments: int, length: int) -> U
 def sac(library: str, device: torch.device, batch: int) -> Update:
     """Train a squashed Gaussian policy, two critics and the temperature on a batch of transitions."""
     torch.manual_seed(0)
-    actor = gaussian_policy(TanhNormal).to(device)
+    actor = gaussian_policy([network(OBSERVATION, 2 * ACTION)], TanhNormal).to(device)
     qvalue = ValueOperator(network(OBSERVATION + ACTION, 1), in_keys=["observation", "action"]).to(device)
     loss = LIBRARIES[library].SACLoss(actor, qvalue, target_entropy=-float(ACTION)).to(device)
     if library != "fusedrl":  # the members of the ensemble are drawn otherwise

@@ -20,6 +20,7 @@ from tensordict.nn.probabilistic import interaction_type
 from torch import Tensor, nn
 
 from .heads import PolicyDistribution, distribution_of
+from .modules import is_of_torchrl
 
 
 def call(network: Any, tensordict: TensorDictBase) -> TensorDictBase:
@@ -141,10 +142,8 @@ def _plain_modules(networks: Iterable[Any]) -> list[Any] | None:
 
 def _is_log_softmax(network: Any) -> bool:
     """Whether ``network`` is TorchRL's last layer of a distributional network, and no more than that."""
-    kind = type(network)
     return (
-        kind.__name__ == "DistributionalDQNnet"
-        and kind.__module__ == "torchrl.modules.tensordict_module.common"
+        is_of_torchrl(type(network), "DistributionalDQNnet", "modules.tensordict_module.common")
         and "forward" not in network.__dict__
         and not _is_watched(network)
     )

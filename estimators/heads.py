@@ -21,6 +21,9 @@ from torch.distributions import Distribution, Independent, Normal, TanhTransform
 from torch.distributions.utils import _standard_normal
 
 from ..kernels import normal_log_prob, normal_sample
+from .modules import is_of_torchrl
+
+_DISTRIBUTIONS = "modules.distributions.continuous"
 
 
 def one_or_list(keys: Iterable[NestedKey]) -> NestedKey | list[NestedKey]:
@@ -145,7 +148,7 @@ def _gaussian_of(module: ProbabilisticTensorDictModule, entries: Any) -> Diagona
     defaults = _DEFERRABLE.get(getattr(kind, "__name__", ""))
     if (
         defaults is None
-        or not _is_of_torchrl(kind, kind.__name__)
+        or not is_of_torchrl(kind, kind.__name__, _DISTRIBUTIONS)
         or type(module).get_dist is not ProbabilisticTensorDictModule.get_dist
         or tuple(module.dist_keys) not in _LOC_AND_SCALE
         or not module.distribution_kwargs.keys() <= defaults.keys()
@@ -198,7 +201,7 @@ def diagonal_gaussian(dist: Any) -> DiagonalGaussian | None:
         return dist.gaussian
     squash, margin = None, None
     independent = dist
-    if kind is TransformedDistribution or _is_of_torchrl(kind, "TanhNormal"):
+    if kind is TransformedDistribution or is_of_torchrl(kind, "TanhNormal", _DISTRIBUTIONS):
         found = _squash_of(dist)
         if found is None:
             return None
@@ -206,7 +209,7 @@ def diagonal_gaussian(dist: Any) -> DiagonalGaussian | None:
         independent = dist.base_dist
         if type(independent) is not Independent:
             return None
-    elif kind is not Independent and not _is_of_torchrl(kind, "IndependentNormal"):
+    elif kind is not Independent and not is_of_torchrl(kind, "IndependentNormal", _DISTRIBUTIONS):
         return None
     normal = independent.base_dist
     if independent.reinterpreted_batch_ndims != 1 or type(normal) is not Normal or dist.__dict__.get("_validate_args"):
@@ -223,21 +226,16 @@ def _squash_of(dist: Any) -> tuple[tuple[Any, Any], float | None] | None:
         return None
     (transform,) = dist.transforms
     squash = (-1.0, 1.0)
-    if _is_of_torchrl(type(transform), "_PatchedComposeTransform") and len(transform.parts) == 2:
+    if is_of_torchrl(type(transform), "_PatchedComposeTransform", _DISTRIBUTIONS) and len(transform.parts) == 2:
         transform, stretch = transform.parts
-        if not _is_of_torchrl(type(stretch), "_PatchedAffineTransform"):
+        if not is_of_torchrl(type(stretch), "_PatchedAffineTransform", _DISTRIBUTIONS):
             return None
         squash = (dist.low, dist.high)
     if transform._cache_size:
         return None
-    if _is_of_torchrl(type(transform), "SafeTanhTransform"):
+    if is_of_torchrl(type(transform), "SafeTanhTransform", _DISTRIBUTIONS):
         return squash, None
     return (squash, 0.0) if type(transform) is TanhTransform else None
-
-
-def _is_of_torchrl(kind: type, name: str) -> bool:
-    """Whether ``kind`` is that class of TorchRL, which isn't imported for it."""
-    return kind.__name__ == name and kind.__module__ == "torchrl.modules.distributions.continuous"
 
 
 def _is_constant_for(loc: Tensor, bound: float | Tensor) -> bool:

@@ -68,3 +68,8 @@ def keys_read(network: nn.Module) -> list[NestedKey]:
 
 def _as_tuple(key: NestedKey) -> tuple[str, ...]:
     return (key,) if isinstance(key, str) else tuple(unravel_key(key))
+
+
+def is_of_torchrl(kind: type, name: str, module: str) -> bool:
+    """Whether ``kind`` is the class ``name`` of ``torchrl.<module>``, which isn't imported for it."""
+    return kind.__name__ == name and kind.__module__ == f"torchrl.{module}"
