@@ -110,7 +110,8 @@ class FunctionalModule(TensorDictModuleBase):
 
     def _network_names(self) -> list[str]:
         """The names of the networks, taken apart or not."""
-        registered = [name for name, m in self.named_children() if name.endswith("_network")]
+        # Not `named_children`, which makes a set of the modules: the compiler of PyTorch 2.11 refuses to.
+        registered = [name for name, m in self._modules.items() if m is not None and name.endswith("_network")]
         return list(self._functional_networks) + registered
 
     def _parameters_in(self, name: str, *, target: bool = False, detach: bool = False) -> AbstractContextManager[Any]:
