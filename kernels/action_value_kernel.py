@@ -21,8 +21,8 @@ A NaN is carried on, which minima and maxima would not do: comparisons select. A
 it meets anything else.
 
 Values are passed as (pointer, member stride, sample stride), other tensors as (pointer, sample stride); those written
-are contiguous. A tensor that isn't there is None. γ and α are numbers, or a tensor, with None for the stride of a 0-d
-tensor. The place of a sample in a row is computed in INDEX; from row to row goes the pointer.
+are contiguous. A tensor that isn't there is None. γ and α are numbers, or a tensor, without a stride if it is a 0-d
+one. The place of a sample in a row is computed in INDEX; from row to row goes the pointer.
 """
 
 import triton
@@ -273,7 +273,7 @@ def _coefficient(number, tensor, b, inside, DTYPE: tl.constexpr):
     """γ or α: the number, or what the tensor holds."""
     if tensor is None:
         return _number(number, DTYPE)
-    elif tensor[1] is None:
+    elif len(tensor) == 1:
         return tl.load(tensor[0]).to(DTYPE)
     else:
         return _load(tensor, b, inside, DTYPE)

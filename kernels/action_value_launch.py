@@ -188,7 +188,7 @@ def _coefficient(x: float | Tensor | None, device: torch.device) -> tuple[float,
     """γ or α as a number and a tensor, of which one counts."""
     if not isinstance(x, Tensor):
         return x or 0.0, None
-    return 0.0, _row(x) if x.ndim else (x.to(device, non_blocking=True), None)
+    return 0.0, _row(x) if x.ndim else (x.to(device, non_blocking=True),)
 
 
 def _rows(values: Tensor) -> tuple[Any, ...]:

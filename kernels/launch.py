@@ -36,8 +36,9 @@ def tiling(rows: int, steps: int, itemsize: int, *, time_is_contiguous: bool, pr
     With contiguous time a tile has rows of 128 steps, so that the lanes of a row are the threads of a warp. Otherwise
     it has a cache line (128 bytes) of adjacent rows, or the 32 bytes that memory moves at least where lines would make
     fewer than 4 programs per processor, by as many steps as make a tile. Shorter time is made up by more rows and
-    the other way round. Rows are split where there is less than one program per processor; a share is two tiles or
-    more, and a program holds the compositions of all shares of its rows in registers, hence at most 1024.
+    the other way round, at least until every thread has a lane, be it of a row that isn't there (Triton 3.6 fails to
+    compile some smaller tiles). Rows are split where there is less than one program per processor; a share is two tiles
+    or more, and a program holds the compositions of all shares of its rows in registers, hence at most 1024.
     """
     tile = min(_TILE, _TILE_BYTES // itemsize) // STEPS_PER_LANE
     lanes_of_row = triton.next_power_of_2(triton.cdiv(steps, STEPS_PER_LANE))
@@ -46,6 +47,7 @@ def tiling(rows: int, steps: int, itemsize: int, *, time_is_contiguous: bool, pr
     if not time_is_contiguous and triton.cdiv(rows, tile_rows) < 4 * processors:
         tile_rows = min(tile_rows, 32 // itemsize)
     lanes = min(tile // tile_rows, lanes_of_row)
+    tile_rows = max(tile_rows, 32 // lanes)
     programs = triton.cdiv(rows, tile_rows)
     split = 1
     if programs < processors:

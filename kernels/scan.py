@@ -82,9 +82,7 @@ def scan_kernel(
     """Recurrence: reads reward … terminated, writes y and target. Adjoint: also reads grad_y, grad_target and y."""
     inputs = (reward, value, next_value, done, terminated, y, grad_y, grad_target)
     outputs = (y, target, grad_gamma, grad_lmbda, grad_reward, grad_value, grad_next_value)
-    # The product with a float64 one makes a tensor of a number in the interpreter as well as in compiled code.
-    one = tl.full((), 1.0, tl.float64)
-    scalars = ((gamma * one).to(DTYPE), gamma_tensor, (lmbda * one).to(DTYPE), lmbda_tensor)
+    scalars = (_number(gamma, gamma_tensor, DTYPE), gamma_tensor, _number(lmbda, lmbda_tensor, DTYPE), lmbda_tensor)
     TILE: tl.constexpr = TILE_LANES * _STEPS
     AXIS: tl.constexpr = 1 if TIME_IS_CONTIGUOUS else 0
 
@@ -172,8 +170,8 @@ def _read(inputs, outputs, scalars, at, K: tl.constexpr, KIND: tl.constexpr, ADJ
         _load(y, at, K, 1) if scalar_gradients else nothing,
         nothing if grad_y is None else _load(grad_y, at, K),
         nothing if grad_target is None else _load(grad_target, at, K),
-        nothing if scalars[1] is None else _load_scalar(scalars[1], at, K),
-        nothing if scalars[3] is None else _load_scalar(scalars[3], at, K),
+        _load(scalars[1], at, K) if _is_per_step(scalars[1]) else nothing,
+        _load(scalars[3], at, K) if _is_per_step(scalars[3]) else nothing,
     )
 
 
@@ -183,8 +181,8 @@ def _prologue(
 ):
     """c and d of some steps, and what the epilogue will need of their inputs."""
     reward, v, next_v, done, terminated, y_next, g_y, g_target, gamma, lmbda = read
-    gamma = scalars[0] if scalars[1] is None else gamma.to(DTYPE)
-    lmbda = scalars[2] if scalars[3] is None else lmbda.to(DTYPE)
+    gamma = gamma.to(DTYPE) if _is_per_step(scalars[1]) else scalars[0]
+    lmbda = lmbda.to(DTYPE) if _is_per_step(scalars[3]) else scalars[2]
     v = v.to(DTYPE)
     next_v = next_v.to(DTYPE)
     trace = y_next.to(DTYPE)
@@ -398,12 +396,19 @@ def _compose_if(condition, a_first, b_first, a_second, b_second):
 
 
 @triton.jit
-def _load_scalar(tensor, at, K: tl.constexpr):
-    """γ or λ at some steps."""
-    if len(tensor) == 2:
-        return tl.load(tensor[0])
-    else:
-        return _load(tensor, at, K)
+def _number(number, tensor, DTYPE: tl.constexpr):
+    """γ or λ: a number, or what a 0-d tensor holds."""
+    # The product with a float64 one makes a tensor of a number in the interpreter as well as in compiled code.
+    x = number * tl.full((), 1.0, tl.float64)
+    if tensor is not None and len(tensor) == 2:
+        x = tl.load(tensor[0]).to(tl.float64)
+    return x.to(DTYPE)
+
+
+@triton.constexpr_function
+def _is_per_step(tensor):
+    """Whether γ or λ is a tensor that has to be read at each step."""
+    return tensor is not None and len(tensor) != 2
 
 
 @triton.jit

@@ -202,7 +202,8 @@ def _store(tensor, tile, value):
 @triton.jit
 def _store_log_prob(log_prob, terms, row, rows, columns, DTYPE: tl.constexpr):
     """Store −Σ terms of each row, less log √2π for each of its columns."""
-    value = -tl.sum(terms, 1) - columns.to(DTYPE) * 0.9189385332046727
+    # The constant is made a tensor, since a single column is none: Triton compiles an argument of 1 in.
+    value = -tl.sum(terms, 1) - columns * tl.full((), 0.9189385332046727, DTYPE)
     tl.store(log_prob + row, value.to(log_prob.dtype.element_ty), mask=row < rows)
 
 

@@ -106,7 +106,7 @@ class FunctionalModule(TensorDictModuleBase):
     @property
     def functional(self) -> bool:
         """Whether the networks are called with parameters that the loss holds; else they are used as they are."""
-        return bool(self._functional_networks)
+        return len(self._functional_networks) > 0
 
     def _network_names(self) -> list[str]:
         """The names of the networks, taken apart or not."""

@@ -97,6 +97,6 @@ def gradient(outputs: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor]) ->
     differentiable = [x for x in outputs if x.requires_grad]
     if not inputs or not differentiable:
         return ()
-    total = sum((i + 1.25) * (x * torch.arange(x.numel()).view(x.shape).add(1).to(x.dtype).sqrt()).sum()
-                for i, x in enumerate(differentiable))  # fmt: skip
+    weights = [torch.arange(1, x.numel() + 1, device=x.device).view(x.shape).to(x.dtype).sqrt() for x in differentiable]
+    total = sum((i + 1.25) * (x * w).sum() for i, (x, w) in enumerate(zip(differentiable, weights, strict=True)))
     return torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)

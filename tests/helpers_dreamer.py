@@ -13,6 +13,8 @@ from torch import nn
 
 STATE, BELIEF, ACTION = 3, 4, 2
 IMAGE = (2, 3, 3)
+# What runs where the world model is, on the CPU: kernels in the interpreter, of which a CUDA machine makes no use.
+BACKENDS = ["torch", "reference", "verify", *([] if torch.cuda.is_available() else ["triton"])]
 
 
 class Gaussian(nn.Linear):

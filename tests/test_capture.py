@@ -181,7 +181,7 @@ def test_a_replayed_loss_gives_the_eager_numbers_for_new_data(name):
         loss = case.make()
     loss, static, new = loss.to("cuda"), moved(case.data(), "cuda"), moved(case.data(), "cuda")
     # What the loss adapts when it is called, such as a moving average, starts from the same in each call.
-    start = {name: x.clone() for name, x in tensors_of(loss).items()}
+    start = {name: x.detach().clone() for name, x in tensors_of(loss).items()}
 
     def restart():
         with torch.no_grad():
@@ -281,7 +281,7 @@ def ppo():
 def test_replayed_updates_leave_the_parameters_that_eager_ones_leave(make, data):
     batches = [moved(data(), "cuda") for _ in range(4)]
     (loss, update), (captured, captured_update) = make(), make()
-    start = {name: x.clone() for name, x in tensors_of(loss).items()}
+    start = {name: x.detach().clone() for name, x in tensors_of(loss).items()}
 
     torch.cuda.manual_seed(0)
     for _ in range(WARM_UPS):

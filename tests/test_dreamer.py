@@ -12,6 +12,7 @@ from fusedrl.kernels import use_backend
 from fusedrl.losses import ValueEstimators
 from fusedrl.losses.dreamer import DreamerActorLoss, DreamerModelLoss, DreamerValueLoss
 from helpers_dreamer import (
+    BACKENDS,
     BELIEF,
     DOUBLE,
     Imagination,
@@ -112,7 +113,7 @@ def objective_by_loop(loss, data, lmbda):
     return value, returns, torch.autograd.grad(value, list(loss.actor_model.parameters()))
 
 
-@pytest.mark.parametrize("which", ["torch", "triton", "reference", "verify"])
+@pytest.mark.parametrize("which", BACKENDS)
 @pytest.mark.parametrize(("value_type", "lmbda"), [("TD0", 0.0), ("TD1", 1.0), ("TDLambda", LMBDA)])
 def test_the_policy_gets_the_gradient_of_the_returns_through_the_scan(value_type, lmbda, which):
     loss, data = actor_loss(value_type=value_type, lmbda=value_type == "TDLambda"), states()

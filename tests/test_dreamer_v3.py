@@ -13,7 +13,7 @@ from fusedrl.losses.dreamer_v3 import DreamerV3ActorLoss, DreamerV3Loss, Dreamer
 from fusedrl.losses.functional.discrete_regression import symlog
 from fusedrl.losses.functional.imagination import discount_weight, quantile
 from fusedrl.losses.targets import SoftUpdate
-from helpers_dreamer import ACTION, STATE, Gaussian, actor_model, imagined
+from helpers_dreamer import ACTION, BACKENDS, STATE, Gaussian, actor_model, imagined
 from helpers_dreamer_v3 import BINS, FEATURES, Env, continuation_model, critic, experience, world_model
 from helpers_q import CLOSE, NoHostSync
 from tensordict.nn import (
@@ -142,8 +142,7 @@ def objective_by_loop(loss, start, lmbda):
 
 @pytest.mark.parametrize(
     ("value_type", "lmbda", "which"),
-    [("TD0", 0.0, "torch"), ("TD1", 1.0, "torch")]
-    + [("TDLambda", LMBDA, which) for which in ("torch", "triton", "reference", "verify")],
+    [("TD0", 0.0, "torch"), ("TD1", 1.0, "torch")] + [("TDLambda", LMBDA, which) for which in BACKENDS],
 )
 @pytest.mark.parametrize("continues", [False, True])
 def test_the_policy_gets_the_gradient_of_the_returns_through_the_scan(value_type, lmbda, continues, which):

@@ -53,20 +53,20 @@ def test_loss_priority_and_gradient_are_those_of_torchrl(backend, device, gamma,
             },
         },
         batch_size=batch,
-    )
+    ).cpu()  # where the peer projects, whatever the data's device
     network = DistributionalQValueActor(
         TensorDictModule(Stored(), in_keys=["log_prob", "stored"], out_keys=["action_value"]),
-        support=arguments["support"],
+        support=arguments["support"].cpu(),
         action_space="categorical",
         make_log_softmax=False,
-    ).to(device)
+    )
     module = DistributionalDQNLoss(network, gamma=gamma, reduction="none")
     module.target_value_network_params["module", "0", "module", "online"].zero_()
-    expected = module(data)["loss"].reshape(batch)
+    expected = module(data)["loss"].reshape(batch).to(device)
 
     loss, priority = categorical_q_loss(**arguments, backend=backend)
     assert torch.allclose(loss, expected, **CLOSE)
-    assert torch.allclose(priority, data["td_error"].reshape(batch), **CLOSE)
+    assert torch.allclose(priority, data["td_error"].reshape(batch).to(device), **CLOSE)
     weight = torch.arange(8.0, device=device)
     found, wanted = (torch.autograd.grad((weight * x).sum(), arguments["log_prob"])[0] for x in (loss, expected))
     assert torch.allclose(found, wanted, **CLOSE)

@@ -38,9 +38,9 @@ def _seed():
         yield
 
 
-def weighted(shape=(2, 9, 1), seed=0):
+def weighted(shape=(2, 9, 1), seed=0, device="cpu"):
     """The arguments of the kernel function, by name."""
-    x = signals(shape, seed)
+    x = {key: x.to(device) for key, x in signals(shape, seed).items()}
     return {
         "log_weight": 2 * (x["log_pi"] - x["log_mu"]),
         "value": x["state_value"],
@@ -91,11 +91,11 @@ def by_sums(gamma, log_weight, value, next_value, reward, done, terminated, rho_
 
 @every_backend
 @pytest.mark.parametrize(("rho_thresh", "c_thresh"), [(1.0, 1.0), (2.0, 0.7), (0.5, 3.0), (0.0, 1.0)])
-def test_value_target_and_advantage_are_the_sums_of_the_paper(backend, rho_thresh, c_thresh):
-    inputs = weighted()
+def test_value_target_and_advantage_are_the_sums_of_the_paper(backend, device, rho_thresh, c_thresh):
+    inputs = weighted(device=device)
     assert (inputs["done"] & ~inputs["terminated"]).any()
     expected = by_sums(GAMMA, **inputs, rho_thresh=rho_thresh, c_thresh=c_thresh)
-    for convert in (float, torch.tensor, lambda x: torch.full((2, 1, 1), x)):
+    for convert in (float, torch.tensor, lambda x: torch.full((2, 1, 1), x, device=device)):
         thresholds = {"rho_thresh": convert(rho_thresh), "c_thresh": convert(c_thresh)}
         for a, e in zip(vtrace(GAMMA, **inputs, **thresholds, time_dim=1, backend=backend), expected, strict=True):
             assert_close(a, e, rtol=1e-7, atol=1e-7)  # log 0.7 and 0.7 in float32
@@ -125,8 +125,8 @@ def test_gradients_of_all_inputs_agree_with_finite_differences(backend):
 
 
 @every_backend
-def test_a_weight_that_overflows_is_clipped_and_has_a_gradient_of_zero(backend):
-    inputs = weighted()
+def test_a_weight_that_overflows_is_clipped_and_has_a_gradient_of_zero(backend, device):
+    inputs = weighted(device=device)
     inputs["log_weight"][0, 3] = 1e4
     inputs["log_weight"][1, 2] = -torch.inf
     inputs["log_weight"].requires_grad_()
