@@ -6,6 +6,7 @@
     pytest bench                            the same cases under pytest-benchmark: every arm and direction on its own
 
 Figures that are published come from the first, whose arms take turns, so that a busy machine slows all of them alike.
+They are wall times of a call in a row of them; on a GPU there is also the device's time, of our own arms alone.
 pytest-benchmark finishes one arm before it starts the next; it is there to compare two states of this repository
 (``--benchmark-save``, ``--benchmark-compare``).
 

@@ -59,7 +59,7 @@ class Case:
         shape: the sizes that identify it, such as ``{"B": 16, "T": 128}``.
         arms: the implementations, ours first.
         shown: outputs and gradients of an arm → the tensors that are compared, by name.
-        expected: the same tensors, from a reference.
+        expected: the same tensors, from a reference, on whichever device it ran.
         bytes_moved: per direction (``"forward"``, ``"both"``), what has to be moved at least: every input read once
             and every output written once.
         absent: peers that can't run here, and why.
@@ -117,7 +117,7 @@ def _compare(what: str, found: dict[str, Tensor], wanted: dict[str, Tensor], tol
             raise WrongResult(f"{key} of {what} has shape {tuple(result.shape)}, not {tuple(expected.shape)}")
         if not expected.numel():
             continue
-        error = (result.double() - expected.double()).abs().max().item()
+        error = (result.to(expected.device).double() - expected.double()).abs().max().item()
         if not error <= tolerance * max(1.0, expected.abs().max().item()):
             raise WrongResult(f"{key} of {what} is wrong by {error:.3g}: not timed")
 

@@ -4,6 +4,7 @@ import json
 import math
 import platform
 import statistics
+import timeit
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,36 +13,68 @@ import torch
 import torchrl
 import triton
 from fusedrl import kernels
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark import timer
 
 RESULTS = Path(__file__).parent / "results"
+
+ROW = 5e-3  # seconds of calls between two looks at the clock, for which the host waits for a GPU
+SLOW = 2.0  # seconds of a call from which on there is only one
+WARM_UPS = 3  # calls before a capture: they compile kernels and make an optimizer's state
 
 Run = Callable[[], Any]
 
 
-def seconds(arms: dict[str, Run], device: torch.device, budget: float, rounds: int = 5) -> dict[str, float]:
-    """Median seconds of each arm, on a CPU those of a call, on a GPU those that the device takes.
+def seconds(arms: dict[str, Run], budget: float, rounds: int = 5) -> dict[str, float]:
+    """Median wall seconds of a call in a row of them, a GPU's work included: what a user waits.
 
-    On a CPU the arms take turns, so that a busy machine slows all of them; each gets ``budget`` seconds in ``rounds``.
+    Each arm has been called before. They take turns, so that a busy machine slows all of them; each gets ``budget``
+    seconds in ``rounds``, or a single call if that takes more than `SLOW` seconds.
     """
-    if device.type == "cuda":
-        return {arm: triton.testing.do_bench(run, return_mode="median") / 1e3 for arm, run in arms.items()}
-    return seconds_per_call(arms, budget, rounds)
-
-
-def seconds_per_call(arms: dict[str, Run], budget: float, rounds: int = 5) -> dict[str, float]:
-    """Median wall seconds of a call in a row of them, the device's work included; the arms take turns."""
-    times: dict[str, list[float]] = {arm: [] for arm in arms}
+    times = {arm: [timeit.timeit(run, timer=timer, number=1)] for arm, run in arms.items()}
+    fast = {arm: run for arm, run in arms.items() if times[arm][0] <= SLOW}
+    # The first call may have allocated, so that it tells nothing about how many make a row.
+    once = {arm: min(timeit.repeat(run, timer=timer, repeat=3, number=1)) for arm, run in fast.items()}
+    times |= {arm: [] for arm in fast}
     for _ in range(rounds):
-        for arm, run in arms.items():
-            timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-            times[arm].append(timer.blocked_autorange(min_run_time=budget / rounds).median)
+        for arm, run in fast.items():
+            times[arm] += _rows(run, math.ceil(ROW / once[arm]), budget / rounds)
     return {arm: statistics.median(found) for arm, found in times.items()}
 
 
+def _rows(run: Run, calls: int, budget: float) -> list[float]:
+    """Seconds of a call in each row of ``calls``: one row, and those that begin within ``budget`` seconds."""
+    found: list[float] = []
+    while not found or sum(found) * calls < budget:
+        found.append(timeit.timeit(run, timer=timer, number=calls) / calls)
+    return found
+
+
+def device_seconds(run: Run) -> float:
+    """Median seconds that a GPU takes for what ``run`` launches, its L2 cache flushed before.
+
+    If the host launches more slowly than the GPU works, that's what is measured: see `captured`.
+    """
+    return triton.testing.do_bench(run, return_mode="median") / 1e3
+
+
+def captured(run: Run) -> Run:
+    """``run`` as one CUDA graph, whose memory is kept as long as what is returned."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        run()
+    return graph.replay
+
+
 def peak_bytes(run: Run, device: torch.device) -> int:
-    """The most memory that a call has allocated at once, counted from what there is before it."""
-    run()
+    """The most memory that a call has allocated at once, counted from what there is before it.
+
+    It has been called before, and what its first calls keep isn't counted.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -49,6 +82,7 @@ def peak_bytes(run: Run, device: torch.device) -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    run()  # the profiler can't tell the size of what a call frees of the one before, unless that was like it
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -50,7 +50,9 @@ def transitions(batch: int, device: torch.device) -> TensorDict:
         "terminated": ended,
     }
     action = torch.randint(ACTIONS, (batch,), generator=generator, device=device)
-    return TensorDict({"observation": log_prob().requires_grad_(), "action": action, "next": following}, [batch])
+    current = {"observation": log_prob().requires_grad_(), "action": action}
+    # The device, which the nested TensorDict inherits, is where TorchRL's loss moves its support.
+    return TensorDict(current | {"next": following}, [batch], device=device)
 
 
 class Stored(TensorDictModuleBase):

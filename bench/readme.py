@@ -122,7 +122,7 @@ def _large_scans(machine: str) -> str | None:
 
 def _gae_call(machine: str) -> str | None:
     rows = [r for r in _scan_rows(machine, "gae") if (r["B"], r["T"]) == (4096, 128)]
-    return ", ".join(f"{r['arms']['fusedrl']['forward_call_us']:.3g} µs {r['layout']}" for r in rows) or None
+    return ", ".join(f"{r['arms']['fusedrl']['forward_ms'] * 1e3:.3g} µs {r['layout']}" for r in rows) or None
 
 
 def _short_horizons(machine: str) -> str | None:

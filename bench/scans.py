@@ -30,9 +30,14 @@ BATCH_MAJOR, TIME_MAJOR = "[B, T]", "[T, B]"
 LAYOUTS = (BATCH_MAJOR, TIME_MAJOR)
 
 GAMMA, LMBDA = 0.99, 0.95
-COMPILED_STEPS = 32  # the compiler unrolls the loop: seconds here, minutes at a few hundred steps
-LOOPED_STEPS = 4096  # TorchRL's V-trace is a loop over time
-CHECKED_ROWS, CHECKED_STEPS = 64, 4096  # what of a large result is compared with the loop
+# The compiler unrolls the loop: seconds at a few steps, half a minute at 32 on a GPU, minutes at a few hundred.
+COMPILED_STEPS = {"cuda": 8, "cpu": 32}
+COMPILED_ON_CUDA = ("gae", "td_lambda", "reward_to_go", "reverse_scan")  # TD(1)'s loop is TD(λ)'s
+LOOPED_STEPS = {"cuda": 128, "cpu": 4096}  # TorchRL's V-trace is a loop over time
+# What of a large result is compared with the loop, which runs on the CPU, for seconds. Most results of a GPU are large,
+# and where they have more than LONG steps, less of each is compared, in tenths of a second.
+CHECKED_ROWS, CHECKED_STEPS = 64, 4096
+LONG, LONG_ROWS = 1024, 8
 
 Function = Callable[..., Any]
 
@@ -145,6 +150,11 @@ def inputs(
     return tuple((made[n] if layout == BATCH_MAJOR else made[n].t()).unsqueeze(-1) for n in names)
 
 
+def checked(steps: int, device: torch.device) -> tuple[int, int]:
+    """How many rows and steps at most are compared with the loop, of a result with ``steps`` steps."""
+    return (LONG_ROWS, LONG) if device.type == "cuda" and steps > LONG else (CHECKED_ROWS, CHECKED_STEPS)
+
+
 def case(
     name: str,
     rows: int,
@@ -158,6 +168,7 @@ def case(
     """``name`` on ``rows`` environments for ``steps`` steps; without ``peers`` the arm of ours alone."""
     operator = OPERATORS[name]
     data = inputs(operator.inputs, rows, steps, device, layout, dtype)
+    part = checked(steps, device)
     outputs = as_tuple(operator.fusedrl(*data))
     leaves = [x for x in data if x.is_floating_point()]
     saved = [x for n, x in zip(operator.inputs, data, strict=True) if n in operator.saved]
@@ -167,8 +178,8 @@ def case(
         name,
         {"B": rows, "T": steps},
         {"fusedrl": _arm(operator.fusedrl, data)},
-        shown=partial(_shown, operator),
-        expected=partial(_expected, operator, data),
+        shown=partial(_shown, operator, part),
+        expected=partial(_expected, operator, part, data),
         # Backward reads the gradient of the first output and what it can't do without, and writes a gradient per input.
         bytes_moved={"forward": forward, "both": forward + nbytes((outputs[0], *saved, *kept, *leaves))},
         layout=layout,
@@ -201,15 +212,17 @@ def _arm(function: Function, data: Sequence[Tensor]) -> Arm:
 
 
 def _add_peers(found: Case, operator: Operator, data: Sequence[Tensor]) -> None:
-    steps = found.shape["T"]
+    steps, kind = found.shape["T"], data[0].device.type
     if operator.torchrl is None:
         found.absent["torchrl"] = "TorchRL has no such function"
-    elif found.name == "vtrace" and steps > LOOPED_STEPS:
-        found.absent["torchrl"] = f"a loop over more than {LOOPED_STEPS} steps"
+    elif found.name == "vtrace" and steps > LOOPED_STEPS[kind]:
+        found.absent["torchrl"] = f"a loop over more than {LOOPED_STEPS[kind]} steps"
     else:
         found.arms["torchrl"] = _arm(operator.torchrl, data)
-    if steps > COMPILED_STEPS:
-        found.absent["compiled_loop"] = f"compiling a loop of more than {COMPILED_STEPS} steps takes too long"
+    if steps > COMPILED_STEPS[kind]:
+        found.absent["compiled_loop"] = f"compiling a loop of more than {COMPILED_STEPS[kind]} steps takes too long"
+    elif kind == "cuda" and found.name not in COMPILED_ON_CUDA:
+        found.absent["compiled_loop"] = f"on a GPU only the loops of {', '.join(COMPILED_ON_CUDA)} are compiled"
     else:
         torch._dynamo.reset()  # what was compiled for other shapes counts towards the limit of recompilations
         found.arms["compiled_loop"] = _arm(torch.compile(operator.loop, dynamic=False, fullgraph=True), data)
@@ -242,28 +255,33 @@ def _accelerated_scan(implementation: str, data: Sequence[Tensor]) -> Arm:
     return replace(_arm(scan, turned), restored=lambda x: x.transpose(1, 2).flip(1))
 
 
-def _shown(operator: Operator, outputs: Outputs, gradients: Gradients) -> dict[str, Tensor]:
+def _shown(operator: Operator, part: tuple[int, int], outputs: Outputs, gradients: Gradients) -> dict[str, Tensor]:
     """The end of the outputs, which depends on no other steps, and the start of the gradients.
 
     Of the steps whose gradients are expected only the first half are shown: what a gradient owes to steps that were
     cut off has died away there.
     """
     names = [n for n in operator.inputs if n not in ("done", "terminated")]
-    shown = {f"output {i}": x[:CHECKED_ROWS, -CHECKED_STEPS:] for i, x in enumerate(outputs)}
+    rows, steps = part
+    shown = {f"output {i}": x[:rows, -steps:] for i, x in enumerate(outputs)}
     for name, gradient in zip(names, gradients, strict=True):
         if gradient is not None:
-            shown[f"the gradient of {name}"] = gradient[:CHECKED_ROWS, : CHECKED_STEPS // 2]
+            shown[f"the gradient of {name}"] = gradient[:rows, : steps // 2]
     return shown
 
 
-def _expected(operator: Operator, data: Sequence[Tensor]) -> dict[str, Tensor]:
-    def precise(part: slice) -> list[Tensor]:
-        few = [x.detach()[:CHECKED_ROWS, part] for x in data]
+def _expected(operator: Operator, part: tuple[int, int], data: Sequence[Tensor]) -> dict[str, Tensor]:
+    rows, steps = part
+
+    def precise(when: slice) -> list[Tensor]:
+        few = [x.detach()[:rows, when].cpu() for x in data]
         return [x.double().requires_grad_() if x.is_floating_point() else x for x in few]
 
     with torch.no_grad():
-        outputs = as_tuple(operator.loop(*precise(slice(-CHECKED_STEPS, None))))
-    arguments = precise(slice(CHECKED_STEPS))
+        outputs = as_tuple(operator.loop(*precise(slice(-steps, None))))
+    arguments = precise(slice(steps))
     first = as_tuple(operator.loop(*arguments))[0]
     leaves = [x for x in arguments if x.requires_grad]
-    return _shown(operator, outputs, torch.autograd.grad(first, leaves, torch.ones_like(first), allow_unused=True))
+    return _shown(
+        operator, part, outputs, torch.autograd.grad(first, leaves, torch.ones_like(first), allow_unused=True)
+    )

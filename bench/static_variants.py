@@ -166,9 +166,10 @@ class Scan(NamedTuple):
             "COMPOSE": self.phase == "compose",
             "SPLIT": tile.split,
             "SPLIT_POWER": launch.split_power(tile),
+            "BLOCKS": tile.blocks,
         }
-        compiled = compile_as_launched(scan_kernel, arguments, target, launch._WARPS)
-        return compiled, tile.rows * tile.lanes * STEPS_PER_LANE / (launch._WARPS * target.warp_size)
+        compiled = compile_as_launched(scan_kernel, arguments, target, tile.warps)
+        return compiled, tile.rows * tile.lanes * STEPS_PER_LANE / (tile.warps * target.warp_size)
 
 
 def _scan_variants() -> Iterable[Scan]:

@@ -40,7 +40,7 @@ def scans(rows: list[Row]) -> str:
                 cells += [NONE, NONE]
                 continue
             for direction in ("forward", "both"):
-                ratios = {_shape(row): speedup(row, peer, direction) for row in both}
+                ratios = {_place(row): speedup(row, peer, direction) for row in both}
                 least = min(ratios, key=lambda shape: ratios[shape])
                 mean = geometric_mean(ratios.values())
                 cells.append(f"**{mean:.1f}** ({ratios[least]:.2g} at {least})" if len(both) > 1 else f"**{mean:.1f}**")
@@ -56,10 +56,10 @@ def gae_by_shape(rows: list[Row]) -> str:
     lines = []
     for row in rows:
         if row["case"] == "gae" and "torchrl" in row["arms"]:
-            cells = [_shape(row)]
+            cells = [_place(row)]
             for direction in ("forward", "both"):
                 ours, theirs = (row["arms"][arm][f"{direction}_ms"] for arm in ("fusedrl", "torchrl"))
-                cells.append(f"{_ms(ours)}, {_ms(theirs)}, **{theirs / ours:.1f}**")
+                cells.append(f"{_digits(ours)}, {_digits(theirs)}, **{theirs / ours:.1f}**")
             cells.append("{:.3g}, {:.3g}".format(*(row["arms"][arm]["peak_mib"] for arm in ("fusedrl", "torchrl"))))
             lines.append(cells)
     return table(
@@ -72,7 +72,7 @@ def projection(rows: list[Row]) -> str:
     everyone = ("fusedrl", "operator", "torchrl", "compiled_textbook")
     lines = []
     for row in rows:
-        ms = {arm: _ms(row["arms"][arm]["both_ms"]) for arm in everyone}
+        ms = {arm: _digits(row["arms"][arm]["both_ms"]) for arm in everyone}
         lines.append(
             [
                 str(row["B"]),
@@ -98,21 +98,22 @@ def projection(rows: list[Row]) -> str:
 
 
 def losses(rows: list[Row]) -> str:
-    """What the libraries' own work takes, as the share of TorchRL's that ours is."""
+    """What the libraries' own work takes, as the share of TorchRL's that ours is; launches only where counted."""
     lines = []
     for row in rows:
         ours, theirs = (row["arms"][arm]["both_ms"] for arm in ("fusedrl", "torchrl"))
         counted = [row["dispatched"][library] for library in ("fusedrl", "torchrl")]
-        cells = [f"`{row['case']}`", f"{_ms(ours)}, {_ms(theirs)}, **{ours / theirs:.2f}**"]
+        cells = [f"`{row['case']}`", f"{_digits(ours)}, {_digits(theirs)}, **{ours / theirs:.2f}**"]
         for kind in ("operations", "launches"):
             mine, peers = (x[kind] for x in counted)
-            cells.append(f"{mine}, {peers}, **{mine / peers:.2f}**")
+            cells.append(NONE if mine is None or peers is None else f"{mine}, {peers}, **{mine / peers:.2f}**")
         lines.append([*cells, ", ".join(str(x["waits"]) for x in counted)])
-    means = [geometric_mean(1 / speedup(row, "torchrl") for row in rows)]
+    means = [f"**{geometric_mean(1 / speedup(row, 'torchrl') for row in rows):.2f}**"]
     for kind in ("operations", "launches"):
         both = [[row["dispatched"][library][kind] for library in ("fusedrl", "torchrl")] for row in rows]
-        means.append(geometric_mean(mine / peers for mine, peers in both))
-    lines.append(["geometric mean", *(f"**{mean:.2f}**" for mean in means), ""])
+        shares = [mine / peers for mine, peers in both if None not in (mine, peers)]
+        means.append(f"**{geometric_mean(shares):.2f}**" if shares else NONE)
+    lines.append(["geometric mean", *means, ""])
     head = [
         "",
         "forward + backward: ms, TorchRL ms, share",
@@ -124,7 +125,7 @@ def losses(rows: list[Row]) -> str:
 
 
 def updates(rows: list[Row]) -> str:
-    """Whole updates, in one CUDA graph where there are any."""
+    """Whole updates, in one CUDA graph where there are any, whose memory isn't measured."""
     names = {"captured": "in a CUDA graph", "fusedrl": "eager"}
     there = {arm: words for arm, words in names.items() if any(arm in row["arms"] for row in rows)}
     lines = []
@@ -132,27 +133,33 @@ def updates(rows: list[Row]) -> str:
         cells = [row["case"].upper(), _shape(row)]
         for arm in there:
             ours, theirs = row["arms"][arm]["both_ms"], row["arms"]["torchrl"]["both_ms"]
-            cells.append(f"{_ms(ours)}, {_ms(theirs)}, **{theirs / ours:.1f}**")
-        cells.append(", ".join(f"{row['arms'][arm]['peak_mib']:.3g}" for arm in (*there, "torchrl")))
+            cells.append(f"{_digits(ours)}, {_digits(theirs)}, **{theirs / ours:.1f}**")
+        peaks = [row["arms"][arm].get("peak_mib") for arm in (*there, "torchrl")]
+        cells.append(", ".join(NONE if peak is None else f"{peak:.3g}" for peak in peaks))
         lines.append(cells)
     heads = [f"{words}: ms, TorchRL eager ms, ×" for words in there.values()]
     return table(["update", "batch", *heads, f"peak MiB: {', '.join(there.values())}, TorchRL"], lines)
 
 
 def bandwidth(rows: list[Row]) -> str:
-    """How near each case is to a copy of as many bytes, on a GPU."""
+    """What each case takes on the device, and how near that is to a copy of as many bytes."""
     lines = [
         [
             TITLES.get(row["case"], row["case"]),
             _shape(row),
             row.get("layout", NONE),
-            f"{next(iter(row['arms'].values()))['forward_ms']:.3g}",
-            f"{row['fraction_of_copy_forward']:.0%}",
-            f"{row['fraction_of_copy_both']:.0%}",
+            *(f"{_digits(row[f'{d}_device_us'])}, **{row[f'fraction_of_copy_{d}']:.0%}**" for d in ("forward", "both")),
         ]
         for row in rows
     ]
-    return table(["", "shape", "memory", "device ms", "of the copy's bandwidth, forward", "with backward"], lines)
+    head = [
+        "",
+        "shape",
+        "memory",
+        "forward: device µs, of the copy's bandwidth",
+        "with backward: device µs, of the copy's",
+    ]
+    return table(head, lines)
 
 
 def speedup(row: Row, peer: str, direction: str = "both", arm: str = "fusedrl") -> float:
@@ -170,13 +177,18 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _ms(time: float) -> str:
+def _digits(time: float) -> str:
     """Three digits, and all before the point."""
     return f"{time:.3g}" if time < 1000 else f"{time:.0f}"
 
 
 def _shape(row: Row) -> str:
     return "×".join(str(row[size]) for size in ("B", "T") if size in row)
+
+
+def _place(row: Row) -> str:
+    """The shape, and the layout if it isn't the usual one."""
+    return f"{_shape(row)} [T, B]" if row.get("layout") == "[T, B]" else _shape(row)
 
 
 def _without_empty_columns(head: list[str], lines: list[list[str]]) -> tuple[list[str], list[list[str]]]:

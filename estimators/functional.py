@@ -415,7 +415,7 @@ def vtrace_advantage_estimate(
     _check_shapes(reward, **shapes, done=done, terminated=terminated)
     return vtrace(
         gamma,
-        log_ratio(log_pi, log_mu),
+        log_pi,
         state_value,
         next_state_value,
         reward,
@@ -423,6 +423,7 @@ def vtrace_advantage_estimate(
         terminated,
         rho_thresh,
         c_thresh,
+        log_mu=log_mu,
         time_dim=time_dim,
         backend=backend,
     )

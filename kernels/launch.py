@@ -15,45 +15,73 @@ from .launching import ADDRESS, NUMBER, Launch
 from .recurrence import FIXED_DISCOUNT, Recurrence
 from .scan import STEPS_PER_LANE, scan_kernel
 
-# A program is one warp, which keeps every exchange between lanes a shuffle. 2048 bytes of a tensor are four 128-bit
-# loads per thread, all of them in flight. Narrow dtypes are computed in float32, for more of which registers are few.
-_TILE_BYTES = 2048
-_TILE = 512
-_WARPS = 1
+# Bytes of a tensor that a warp has in flight: four 128-bit loads per thread. Narrow dtypes are computed in float32, for
+# more of which registers are few.
+_WARP_BYTES = 2048
+_WARP_STEPS = 512
+_LINE = 128  # bytes of a cache line
+_MOST_WARPS = 8
 
 
 class Tiling(NamedTuple):
-    """The shape of a tile, and the number of programs that share a row."""
+    """The shape of a tile, the programs that share a row, a program's warps, and how many blocks of rows it has."""
 
     rows: int
     lanes: int
     split: int
+    warps: int
+    blocks: int = 1
 
 
-def tiling(rows: int, steps: int, itemsize: int, *, time_is_contiguous: bool, processors: int) -> Tiling:
-    """Choose a tile of 512 elements (256 in float64) and as many programs as keep the device busy.
+def tiling(
+    rows: int,
+    steps: int,
+    itemsize: int,
+    *,
+    time_is_contiguous: bool,
+    processors: int,
+    warp_bytes: int = _WARP_BYTES,
+) -> Tiling:
+    """Choose the tile, and as many programs as keep the device busy; the numbers were measured on an H200.
 
-    With contiguous time a tile has rows of 128 steps, so that the lanes of a row are the threads of a warp. Otherwise
-    it has a cache line (128 bytes) of adjacent rows, or the 32 bytes that memory moves at least where lines would make
-    fewer than 4 programs per processor, by as many steps as make a tile. Shorter time is made up by more rows and
-    the other way round, at least until every thread has a lane, be it of a row that isn't there (Triton 3.6 fails to
-    compile some smaller tiles). Rows are split where there is less than one program per processor; a share is two tiles
-    or more, and a program holds the compositions of all shares of its rows in registers, hence at most 1024.
+    With contiguous time a program is one warp, which keeps every exchange between lanes a shuffle. Its threads have a
+    lane each, a row has up to 32, and many small programs hide each other's waiting; fewer rows, and those that are
+    split, get up to 4 lanes per thread. Of many short rows a program has four times as many: programs don't start
+    faster than three in two nanoseconds.
+
+    Otherwise a tile has a cache line of adjacent rows, of which a warp takes 4 lanes, one 128-bit load per step and
+    thread; and four lines with four warps where that leaves programs enough. Few rows get up to 8 warps, one after the
+    other in time.
+
+    Rows are split where there are less than 4 warps per processor; a share is two tiles or more. A program holds the
+    compositions of all shares of its rows, hence the limit on their number.
     """
-    tile = min(_TILE, _TILE_BYTES // itemsize) // STEPS_PER_LANE
+    most_lanes = min(_WARP_STEPS, warp_bytes // itemsize) // STEPS_PER_LANE  # of a warp
     lanes_of_row = triton.next_power_of_2(triton.cdiv(steps, STEPS_PER_LANE))
-    lanes = min(32 if time_is_contiguous else tile * itemsize // 128, lanes_of_row)
-    tile_rows = min(tile // lanes, triton.next_power_of_2(rows))
-    if not time_is_contiguous and triton.cdiv(rows, tile_rows) < 4 * processors:
-        tile_rows = min(tile_rows, 32 // itemsize)
-    lanes = min(tile // tile_rows, lanes_of_row)
-    tile_rows = max(tile_rows, 32 // lanes)
-    programs = triton.cdiv(rows, tile_rows)
+    if time_is_contiguous:
+        tile_rows = max(1, 32 // lanes_of_row)
+        programs = triton.cdiv(rows, tile_rows)
+        each = 1 if programs >= 32 * processors else 2 if programs >= 16 * processors else 4
+        lanes, warps = min(32 * each, most_lanes, lanes_of_row), 1
+        blocks = 4 if lanes == lanes_of_row and programs >= 64 * processors else 1
+    else:
+        line = _LINE // itemsize
+        tile_rows = 4 * line if triton.cdiv(rows, 4 * line) >= 16 * processors else line
+        tile_rows = min(tile_rows, max(line // 4, triton.next_power_of_2(rows)))  # memory moves 32 bytes at least
+        programs = triton.cdiv(rows, tile_rows)
+        wanted = triton.next_power_of_2(triton.cdiv(9 * processors, programs))
+        warps = min(max(wanted, tile_rows // line), _MOST_WARPS)
+        lanes = min(most_lanes * warps // tile_rows, lanes_of_row)
+        tile_rows = max(tile_rows, 32 // lanes)  # Triton 3.6 fails to compile some tiles of fewer elements than threads
+        warps, blocks = max(1, tile_rows * lanes // most_lanes), 1
     split = 1
-    if programs < processors:
+    if programs * warps < 4 * processors:
+        if not time_is_contiguous:
+            tile_rows = min(tile_rows, 32)
         tiles = triton.cdiv(steps, lanes * STEPS_PER_LANE)
-        split = max(1, min(tiles // 2, triton.cdiv(8 * processors, programs), 1024 // tile_rows))
-    return Tiling(tile_rows, lanes, split)
+        most = max(1024 // tile_rows, 128)
+        split = max(1, min(tiles // 2, triton.cdiv(8 * processors, programs * warps), most))
+    return Tiling(tile_rows, lanes, split, warps, blocks)
 
 
 def split_power(tile: Tiling) -> int:
@@ -189,7 +217,7 @@ def _prepare(problem: Recurrence, time_dim: int, tensors: Sequence[Tensor | None
     plan = _plan(reward.shape, time_dim, strides, problem.dtype.itemsize, _processors(reward.device))
     if plan is None:
         return _Prepared(())
-    rows, lanes, split = plan.tiling
+    rows, lanes, split, warps, repeated = plan.tiling
     *arguments, gamma, lmbda = (
         None if s is None else (ADDRESS,) if s == plan.layout else (ADDRESS, *s) for s in plan.strides
     )
@@ -197,7 +225,7 @@ def _prepare(problem: Recurrence, time_dim: int, tensors: Sequence[Tensor | None
     launches = tuple(
         Launch(
             scan_kernel,
-            blocks * split,
+            triton.cdiv(blocks, repeated) * split,
             [
                 *arguments,
                 *_scalar_arguments(problem.gamma, gamma),
@@ -218,7 +246,8 @@ def _prepare(problem: Recurrence, time_dim: int, tensors: Sequence[Tensor | None
             COMPOSE=compose,
             SPLIT=split,
             SPLIT_POWER=places,
-            num_warps=_WARPS,
+            BLOCKS=repeated,
+            num_warps=warps,
         )
         for compose in ((True, False) if split > 1 else (False,))
     )
@@ -248,7 +277,12 @@ class Plan(NamedTuple):
 
 
 def _plan(
-    shape: Sequence[int], time_dim: int, strides: tuple[tuple[int, ...] | None, ...], itemsize: int, processors: int
+    shape: Sequence[int],
+    time_dim: int,
+    strides: tuple[tuple[int, ...] | None, ...],
+    itemsize: int,
+    processors: int,
+    warp_bytes: int = _WARP_BYTES,
 ) -> Plan | None:
     """Merge the dimensions that aren't time into two, outer and inner; None if strides don't allow it."""
     present = [s for s in strides if s is not None]
@@ -274,7 +308,14 @@ def _plan(
     layout = Counter(filter(None, found)).most_common(1)[0][0]
     time_is_contiguous = steps > 1 and layout[2] == 1
     furthest = max((outer[0] - 1) * o + (inner[0] - 1) * i + (steps - 1) * t for o, i, t in filter(None, found))
-    tile = tiling(rows, steps, itemsize, time_is_contiguous=time_is_contiguous, processors=processors)
+    tile = tiling(
+        rows,
+        steps,
+        itemsize,
+        time_is_contiguous=time_is_contiguous,
+        processors=processors,
+        warp_bytes=warp_bytes,
+    )
     reach = furthest + tile.lanes * STEPS_PER_LANE * max(t for _, _, t in filter(None, found))
     index = tl.int64 if reach >= 1 << 31 else tl.int32
     return Plan(rows, inner[0], steps, found, layout, time_is_contiguous, index, tile)

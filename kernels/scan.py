@@ -20,6 +20,9 @@ A tile is loaded as a whole before anything is computed from it, so that it wait
 compiler saves registers by computing as soon as it can, and waits up to 9 times. Therefore what follows the loads is a
 block of its own, under a condition that always holds.
 
+A program has BLOCKS times TILE_ROWS rows: more than one block where rows are so many and so short that programs would
+take longer to start than to run.
+
 Few long rows are split over SPLIT programs each, in two launches. The first (COMPOSE) reduces every share of a row to
 its composition, the pair (a, b) with x_out = b + a·x_in. The second composes the shares before its own to the state
 that enters it, and solves its share. There are no atomics: results are bitwise reproducible.
@@ -78,6 +81,7 @@ def scan_kernel(
     COMPOSE: tl.constexpr,
     SPLIT: tl.constexpr,
     SPLIT_POWER: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     """Recurrence: reads reward … terminated, writes y and target. Adjoint: also reads grad_y, grad_target and y."""
     inputs = (reward, value, next_value, done, terminated, y, grad_y, grad_target)
@@ -87,71 +91,72 @@ def scan_kernel(
     AXIS: tl.constexpr = 1 if TIME_IS_CONTIGUOUS else 0
 
     share = tl.program_id(0) % SPLIT
-    row = (tl.program_id(0) // SPLIT * TILE_ROWS + tl.arange(0, TILE_ROWS)).to(INDEX)
     tiles = tl.cdiv(steps, TILE)
     tiles_per_share = tl.cdiv(tiles, SPLIT)
     first = share * tiles_per_share
     last = tl.minimum(first + tiles_per_share, tiles)
 
-    a = tl.full((TILE_ROWS,), 1.0, DTYPE)  # the composition of the steps walked so far, needed in COMPOSE only
-    x = tl.full((TILE_ROWS,), 0.0, DTYPE)
-    if SPLIT > 1 and not COMPOSE:
-        # All compositions at once, except where the gradients of γ and λ leave time-major tiles no room for it in their
-        # budget of instructions: there a launch waits for the L2 cache up to four times instead of once.
-        AT_ONCE: tl.constexpr = 8 if grad_gamma is not None and not TIME_IS_CONTIGUOUS else SPLIT_POWER
-        x = _entering_state(compositions, row, share, TILE_ROWS, SPLIT_POWER, AT_ONCE, DTYPE)
-
     lane = tl.arange(0, TILE_LANES).to(INDEX)
     position = lane if ADJOINT else TILE_LANES - 1 - lane
-    start = (first if ADJOINT else tiles - 1 - first) * TILE
-    for _ in range(first, last):
-        if TIME_IS_CONTIGUOUS:
-            step = tl.arange(0, _STEPS)[None, None, :]
-            t = start + position[None, :, None] * _STEPS + step
-            at = (row[:, None, None], t, (row < rows)[:, None, None], inner, steps, layout)
-            read = _read(inputs, outputs, scalars, at, 0, KIND, ADJOINT)
-        else:
-            t = start + position[:, None] * _STEPS
-            at = (row[None, :], t, (row < rows)[None, :], inner, steps, layout)
-            read0 = _read(inputs, outputs, scalars, at, 0, KIND, ADJOINT)
-            read1 = _read(inputs, outputs, scalars, at, 1, KIND, ADJOINT)
-            read2 = _read(inputs, outputs, scalars, at, 2, KIND, ADJOINT)
-            read3 = _read(inputs, outputs, scalars, at, 3, KIND, ADJOINT)
-        if start < steps:  # always; see above
+    for block in range(tl.program_id(0) // SPLIT * BLOCKS, tl.program_id(0) // SPLIT * BLOCKS + BLOCKS):
+        row = (block * TILE_ROWS + tl.arange(0, TILE_ROWS)).to(INDEX)
+        a = tl.full((TILE_ROWS,), 1.0, DTYPE)  # the composition of the steps walked so far, needed in COMPOSE only
+        x = tl.full((TILE_ROWS,), 0.0, DTYPE)
+        if SPLIT > 1 and not COMPOSE:
+            # 32 compositions of a thread at once, except where the gradients of γ and λ leave time-major tiles no room
+            # for it in their budget of instructions: there a launch waits for the L2 cache 8 times as often.
+            AT_ONCE: tl.constexpr = 4 if grad_gamma is not None and not TIME_IS_CONTIGUOUS else 32
+            x = _entering_state(compositions, row, share, TILE_ROWS, SPLIT_POWER, AT_ONCE, DTYPE)
+
+        start = (first if ADJOINT else tiles - 1 - first) * TILE
+        for _ in range(first, last):
             if TIME_IS_CONTIGUOUS:
-                c, d, kept = _prologue(read, inputs, scalars, at, 0, KIND, ADJOINT, DTYPE)
-                c0, c1, c2, c3 = _split4(c)
-                d0, d1, d2, d3 = _split4(d)
+                step = tl.arange(0, _STEPS)[None, None, :]
+                t = start + position[None, :, None] * _STEPS + step
+                at = (row[:, None, None], t, (row < rows)[:, None, None], inner, steps, layout)
+                read = _read(inputs, outputs, scalars, at, 0, KIND, ADJOINT)
             else:
-                c0, d0, kept0 = _prologue(read0, inputs, scalars, at, 0, KIND, ADJOINT, DTYPE)
-                c1, d1, kept1 = _prologue(read1, inputs, scalars, at, 1, KIND, ADJOINT, DTYPE)
-                c2, d2, kept2 = _prologue(read2, inputs, scalars, at, 2, KIND, ADJOINT, DTYPE)
-                c3, d3, kept3 = _prologue(read3, inputs, scalars, at, 3, KIND, ADJOINT, DTYPE)
-            # Within a lane the recurrence visits its steps from the last to the first.
-            if ADJOINT:
-                lane_a, lane_b = _compose_lane(c0, c1, c2, c3, d0, d1, d2, d3, ADJOINT)
-            else:
-                lane_a, lane_b = _compose_lane(c3, c2, c1, c0, d3, d2, d1, d0, ADJOINT)
-            if COMPOSE:
-                a, x = _append(a, x, lane_a, lane_b, lane, AXIS)
-            else:
-                entering, x = _enter_lanes(lane_a, lane_b, x, lane, AXIS)
-                if ADJOINT:
-                    o0, o1, o2, o3 = _replay_lane(c0, c1, c2, c3, d0, d1, d2, d3, entering, ADJOINT)
-                else:
-                    o3, o2, o1, o0 = _replay_lane(c3, c2, c1, c0, d3, d2, d1, d0, entering, ADJOINT)
+                t = start + position[:, None] * _STEPS
+                at = (row[None, :], t, (row < rows)[None, :], inner, steps, layout)
+                read0 = _read(inputs, outputs, scalars, at, 0, KIND, ADJOINT)
+                read1 = _read(inputs, outputs, scalars, at, 1, KIND, ADJOINT)
+                read2 = _read(inputs, outputs, scalars, at, 2, KIND, ADJOINT)
+                read3 = _read(inputs, outputs, scalars, at, 3, KIND, ADJOINT)
+            if start < steps:  # always; see above
                 if TIME_IS_CONTIGUOUS:
-                    _epilogue(inputs, outputs, at, 0, _join4(o0, o1, o2, o3), kept, KIND, ADJOINT)
+                    c, d, kept = _prologue(read, inputs, scalars, at, 0, KIND, ADJOINT, DTYPE)
+                    c0, c1, c2, c3 = _split4(c)
+                    d0, d1, d2, d3 = _split4(d)
                 else:
-                    _epilogue(inputs, outputs, at, 0, o0, kept0, KIND, ADJOINT)
-                    _epilogue(inputs, outputs, at, 1, o1, kept1, KIND, ADJOINT)
-                    _epilogue(inputs, outputs, at, 2, o2, kept2, KIND, ADJOINT)
-                    _epilogue(inputs, outputs, at, 3, o3, kept3, KIND, ADJOINT)
-        start += TILE if ADJOINT else -TILE
-    if COMPOSE:
-        place = compositions + row * (2 * SPLIT_POWER) + _place(share, TILE_ROWS, SPLIT_POWER)
-        tl.store(place, a)
-        tl.store(place + SPLIT_POWER, x)
+                    c0, d0, kept0 = _prologue(read0, inputs, scalars, at, 0, KIND, ADJOINT, DTYPE)
+                    c1, d1, kept1 = _prologue(read1, inputs, scalars, at, 1, KIND, ADJOINT, DTYPE)
+                    c2, d2, kept2 = _prologue(read2, inputs, scalars, at, 2, KIND, ADJOINT, DTYPE)
+                    c3, d3, kept3 = _prologue(read3, inputs, scalars, at, 3, KIND, ADJOINT, DTYPE)
+                # Within a lane the recurrence visits its steps from the last to the first.
+                if ADJOINT:
+                    lane_a, lane_b = _compose_lane(c0, c1, c2, c3, d0, d1, d2, d3, ADJOINT)
+                else:
+                    lane_a, lane_b = _compose_lane(c3, c2, c1, c0, d3, d2, d1, d0, ADJOINT)
+                if COMPOSE:
+                    a, x = _append(a, x, lane_a, lane_b, lane, AXIS)
+                else:
+                    entering, x = _enter_lanes(lane_a, lane_b, x, lane, AXIS)
+                    if ADJOINT:
+                        o0, o1, o2, o3 = _replay_lane(c0, c1, c2, c3, d0, d1, d2, d3, entering, ADJOINT)
+                    else:
+                        o3, o2, o1, o0 = _replay_lane(c3, c2, c1, c0, d3, d2, d1, d0, entering, ADJOINT)
+                    if TIME_IS_CONTIGUOUS:
+                        _epilogue(inputs, outputs, at, 0, _join4(o0, o1, o2, o3), kept, KIND, ADJOINT)
+                    else:
+                        _epilogue(inputs, outputs, at, 0, o0, kept0, KIND, ADJOINT)
+                        _epilogue(inputs, outputs, at, 1, o1, kept1, KIND, ADJOINT)
+                        _epilogue(inputs, outputs, at, 2, o2, kept2, KIND, ADJOINT)
+                        _epilogue(inputs, outputs, at, 3, o3, kept3, KIND, ADJOINT)
+            start += TILE if ADJOINT else -TILE
+        if COMPOSE:
+            place = compositions + row * (2 * SPLIT_POWER) + _place(share, TILE_ROWS, SPLIT_POWER)
+            tl.store(place, a)
+            tl.store(place + SPLIT_POWER, x)
 
 
 @triton.jit

@@ -1,16 +1,18 @@
 """V-trace: returns of one policy from the steps of another, by importance weights that are clipped.
 
-The recurrence runs on the backend in force; what makes its inputs, and the advantage of its result, is elementwise.
+One kernel solves it where Triton runs; elsewhere, and where γ or a threshold wants a gradient, the recurrence runs on
+the backend in force between elementwise operations (`vtrace_composed`).
 """
-
-import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from .operators import as_input
+from .backend import fastest_backend, resolve_backend
 from .recurrence import GAE, Recurrence, broadcasts, checked
-from .returns import reward_to_go
+from .vtrace_composed import composed
+from .vtrace_operators import solve
+from .vtrace_problem import VTrace
 
 Scalar = float | Tensor
 
@@ -26,6 +28,7 @@ def vtrace(
     rho_thresh: Scalar = 1.0,
     c_thresh: Scalar = 1.0,
     *,
+    log_mu: Tensor | None = None,
     time_dim: int = -1,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -42,7 +45,7 @@ def vtrace(
 
     Args:
         gamma: discount γ.
-        log_weight: log w_t, for the policy π that is learned and the policy μ that acted.
+        log_weight: log w_t, for the policy π that is learned and the policy μ that acted; or, with ``log_mu``, log π.
         value: v_t, the value of the step's observation.
         next_value: v'_t, the value of the observation that the step led to.
         reward: r_t; integers are computed in the default floating dtype.
@@ -51,6 +54,7 @@ def vtrace(
             Defaults to ``done``. A terminated step also ends its trajectory.
         rho_thresh: ρ̄, which sets whose value function is learned: π's if it is infinite, μ's if it is near 0.
         c_thresh: c̄, which sets how far back an error reaches, and with it the variance.
+        log_mu: log μ(a_t|s_t), which is subtracted from ``log_weight``.
         time_dim: the dimension of time.
         backend: which implementation runs; None for the block's or the process's choice.
 
@@ -70,42 +74,31 @@ def vtrace(
     See Espeholt et al. 2018, IMPALA (arXiv:1802.01561), equations 1 and 4.
 
     """
-    problem, dim = checked(Recurrence(GAE, gamma, None, reward, value, next_value, done, terminated), time_dim)
+    recurrence, dim = checked(Recurrence(GAE, gamma, None, reward, value, next_value, done, terminated), time_dim)
     _check("log_weight", log_weight, reward, same=True)
+    if log_mu is not None:
+        _check("log_mu", log_mu, reward, same=True)
     for name, threshold in (("rho_thresh", rho_thresh), ("c_thresh", c_thresh)):
         _check(name, threshold, reward)
-    dtype, compute = problem.dtype, problem.compute_dtype
-    terminated = problem.done if problem.terminated is None else problem.terminated
-    ends = problem.done | terminated
-    log_weight, value, next_value, reward = (x.to(compute) for x in (log_weight, value, next_value, reward))
-    if isinstance(gamma, Tensor):
-        gamma = gamma.to(compute)
-
-    rho, c = _clipped(log_weight, rho_thresh), _clipped(log_weight, c_thresh)
-    # Selected before the products, so that a terminal NaN stays out of the gradients of γ and the weights as well.
-    bootstrap = torch.where(terminated, 0, next_value)
-    delta = rho * (reward + gamma * bootstrap - value)
-    value_target = value + reward_to_go(gamma * c, delta, ends, time_dim=dim, backend=backend)
-
-    next_target = torch.where(ends | _last_step(ends, dim), bootstrap, value_target.roll(-1, dim))
-    advantage = rho * (reward + gamma * next_target - value)
-    return advantage.to(dtype), value_target.to(dtype)
+    masks = recurrence.done, recurrence.terminated
+    problem = VTrace(log_weight, log_mu, value, next_value, reward, *masks, gamma, rho_thresh, c_thresh)
+    name = resolve_backend(backend, reward)
+    if _is_fused(problem, name):
+        advantage, value_target = solve(problem, dim, name)
+        return advantage, value_target
+    return composed(problem, dim, name)
 
 
-def _clipped(log_weight: Tensor, threshold: Scalar) -> Tensor:
-    """min(w, threshold). Clipped as a logarithm: the exponential of a large one is infinite, and its gradient NaN."""
-    threshold = as_input(threshold, log_weight)
-    if isinstance(threshold, Tensor):
-        return torch.minimum(log_weight, threshold.to(log_weight.dtype).log()).exp()
-    return log_weight.clamp_max(math.log(threshold) if threshold > 0 else -math.inf).exp()
-
-
-def _last_step(like: Tensor, dim: int) -> Tensor:
-    """A mask of the last step, which broadcasts to ``like``."""
-    steps = like.shape[dim]
-    shape = [1] * like.ndim
-    shape[dim] = steps
-    return (torch.arange(steps, device=like.device) == steps - 1).view(shape)
+def _is_fused(problem: VTrace, backend: str) -> bool:
+    """Whether one kernel does it all, which takes constants that are numbers or 0-d and that want no gradient."""
+    if backend != "triton" and not (backend == "verify" and fastest_backend(problem.reward) == "triton"):
+        return False
+    scalars = [x for x in (problem.gamma, problem.rho, problem.c) if isinstance(x, Tensor)]
+    if any(x.ndim or (x.requires_grad and torch.is_grad_enabled()) for x in scalars):
+        return False
+    if problem.log_weight_dtype != problem.compute_dtype or problem.dtype != problem.compute_dtype:
+        return False  # a kernel computes in one precision from end to end
+    return forward_ad._current_level < 0
 
 
 def _check(name: str, x: Scalar, reward: Tensor, *, same: bool = False) -> None:

@@ -95,6 +95,19 @@ def test_offsets_beyond_32_bits_are_computed_in_64() -> None:
     assert index((1, 1 << 21)) == "int64"
 
 
+def test_of_many_short_rows_a_program_has_several_blocks(device) -> None:
+    rows, steps = (1030, 20) if device.type == "cpu" else (40_030, 20)
+    assert tiling(rows, steps, 4, time_is_contiguous=True, processors=4 if device.type == "cpu" else 132).blocks > 1
+    value, next_value, reward = torch.randn(3, rows, steps, device=device)
+    done = reward > 1
+    for fast, exact in zip(
+        kernels.gae(0.9, 0.8, value, next_value, reward, done, backend="triton"),
+        kernels.gae(0.9, 0.8, value, next_value, reward, done, backend="reference"),
+        strict=True,
+    ):
+        assert torch.allclose(fast, exact, atol=1e-5)
+
+
 def test_few_long_rows_are_split_and_many_rows_are_not() -> None:
     def split(rows: int, steps: int) -> int:
         return tiling(rows, steps, 4, time_is_contiguous=True, processors=132).split

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.cases import Case
 from bench.counting import count
-from bench.measuring import seconds_per_call
+from bench.measuring import seconds
 
 CALLS = 20  # of which times and launches on a GPU are averages
 TRACED_CALLS = 3
@@ -73,7 +73,7 @@ def measure(case: Case, arm: str, direction: str, device: torch.device, budget: 
         busy, launches = _on_device(run)
         copied, _ = _on_device(copy)
     else:
-        times = seconds_per_call({"run": run, "copy": copy}, budget)
+        times = seconds({"run": run, "copy": copy}, budget)
         host, copied = times["run"], times["copy"]
         busy, launches = None, counted.operations.total()
     return Measurement(

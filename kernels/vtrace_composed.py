@@ -1,0 +1,51 @@
+"""V-trace of any backend's recurrence, and elementwise operations of PyTorch around it."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .operators import as_input
+from .returns import reward_to_go
+from .vtrace_problem import VTrace
+
+
+def composed(problem: VTrace, time_dim: int, backend: str) -> tuple[Tensor, Tensor]:
+    """Advantage and value target, differentiable in all that is a tensor, γ and the thresholds included."""
+    dtype, compute = problem.dtype, problem.compute_dtype
+    log_pi, log_mu, value, next_value, reward, done, terminated, gamma, rho_thresh, c_thresh = problem
+    terminated = done if terminated is None else terminated
+    ends = done | terminated
+    log_weight = log_pi.to(problem.log_weight_dtype)
+    if log_mu is not None:
+        log_weight = log_weight - log_mu
+    log_weight, value, next_value, reward = (x.to(compute) for x in (log_weight, value, next_value, reward))
+    if isinstance(gamma, Tensor):
+        gamma = gamma.to(compute)
+
+    rho, c = _clipped(log_weight, rho_thresh), _clipped(log_weight, c_thresh)
+    # Selected before the products, so that a terminal NaN stays out of the gradients of γ and the weights as well.
+    bootstrap = torch.where(terminated, 0, next_value)
+    delta = rho * (reward + gamma * bootstrap - value)
+    value_target = value + reward_to_go(gamma * c, delta, ends, time_dim=time_dim, backend=backend)
+
+    next_target = torch.where(ends | _last_step(ends, time_dim), bootstrap, value_target.roll(-1, time_dim))
+    advantage = rho * (reward + gamma * next_target - value)
+    return advantage.to(dtype), value_target.to(dtype)
+
+
+def _clipped(log_weight: Tensor, threshold: Any) -> Tensor:
+    """min(w, threshold). Clipped as a logarithm: the exponential of a large one is infinite, and its gradient NaN."""
+    threshold = as_input(threshold, log_weight)
+    if isinstance(threshold, Tensor):
+        return torch.minimum(log_weight, threshold.to(log_weight.dtype).log()).exp()
+    return log_weight.clamp_max(math.log(threshold) if threshold > 0 else -math.inf).exp()
+
+
+def _last_step(like: Tensor, dim: int) -> Tensor:
+    """A mask of the last step, which broadcasts to ``like``."""
+    steps = like.shape[dim]
+    shape = [1] * like.ndim
+    shape[dim] = steps
+    return (torch.arange(steps, device=like.device) == steps - 1).view(shape)

@@ -1,0 +1,302 @@
+"""The Triton kernel of V-trace: the scan of `fusedrl.kernels.scan` between what makes its inputs and the advantage.
+
+Tiles, lanes and split rows are those of `scan_kernel`, whose functions this one calls. The recurrence runs backwards in
+time on x' = d + c·x with d = ρ(r + γ(1−term)v' − v) and c = γ·c̄-clipped weight; x is the value target less v. Its
+adjoint runs forwards in time: a step adds the gradient d of its value target to the state, o = d + x, and passes on
+x' = c·o + e, where e = γρ·∂L/∂A goes from the advantage to the next step's value target.
+
+What a step needs of its neighbours is read from memory again, where it is in a cache: v and the value target of the
+next step, and, in the adjoint, the e of the one before.
+
+Tensors are passed as to `scan_kernel`. γ and the thresholds are numbers, or 0-d tensors by their address.
+"""
+
+import triton
+import triton.language as tl
+
+from .scan import (
+    _STEPS,
+    _append,
+    _enter_lanes,
+    _entering_state,
+    _join4,
+    _load,
+    _place,
+    _split4,
+    _store,
+)
+
+
+@triton.jit
+def vtrace_kernel(
+    log_pi,
+    log_mu,
+    value,
+    next_value,
+    reward,
+    done,
+    terminated,
+    advantage,
+    target,
+    grad_advantage,
+    grad_target,
+    grad_log_pi,
+    grad_log_mu,
+    grad_value,
+    grad_next_value,
+    grad_reward,
+    gamma: "fp64",  # type: ignore[name-defined]  # noqa: F821  # Triton's type: a bare float would be single precision
+    gamma_tensor,
+    rho: "fp64",  # type: ignore[name-defined]  # noqa: F821  # likewise
+    rho_tensor,
+    c: "fp64",  # type: ignore[name-defined]  # noqa: F821  # likewise
+    c_tensor,
+    compositions,
+    layout,
+    rows,
+    inner,
+    steps,
+    ADJOINT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    INDEX: tl.constexpr,
+    TIME_IS_CONTIGUOUS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_LANES: tl.constexpr,
+    COMPOSE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SPLIT_POWER: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Recurrence: reads log_pi … terminated, writes advantage and target. Adjoint: reads all of these, writes grads."""
+    inputs = (log_pi, log_mu, value, next_value, reward, done, terminated, target, grad_advantage, grad_target)
+    outputs = (advantage, target, grad_log_pi, grad_log_mu, grad_value, grad_next_value, grad_reward)
+    # The thresholds as logarithms: the exponential of a large log-weight is infinite, and its gradient NaN.
+    scalars = (
+        _number(gamma, gamma_tensor).to(DTYPE),
+        tl.log(_number(rho, rho_tensor)).to(DTYPE),
+        tl.log(_number(c, c_tensor)).to(DTYPE),
+    )
+    TILE: tl.constexpr = TILE_LANES * _STEPS
+    AXIS: tl.constexpr = 1 if TIME_IS_CONTIGUOUS else 0
+
+    share = tl.program_id(0) % SPLIT
+    tiles = tl.cdiv(steps, TILE)
+    tiles_per_share = tl.cdiv(tiles, SPLIT)
+    first = share * tiles_per_share
+    last = tl.minimum(first + tiles_per_share, tiles)
+
+    lane = tl.arange(0, TILE_LANES).to(INDEX)
+    position = lane if ADJOINT else TILE_LANES - 1 - lane
+    for block in range(tl.program_id(0) // SPLIT * BLOCKS, tl.program_id(0) // SPLIT * BLOCKS + BLOCKS):
+        row = (block * TILE_ROWS + tl.arange(0, TILE_ROWS)).to(INDEX)
+        a = tl.full((TILE_ROWS,), 1.0, DTYPE)
+        x = tl.full((TILE_ROWS,), 0.0, DTYPE)
+        if SPLIT > 1 and not COMPOSE:
+            x = _entering_state(compositions, row, share, TILE_ROWS, SPLIT_POWER, 32, DTYPE)
+
+        start = (first if ADJOINT else tiles - 1 - first) * TILE
+        for _ in range(first, last):
+            if TIME_IS_CONTIGUOUS:
+                step = tl.arange(0, _STEPS)[None, None, :]
+                t = start + position[None, :, None] * _STEPS + step
+                at = (row[:, None, None], t, (row < rows)[:, None, None], inner, steps, layout)
+                read = _read(inputs, at, 0, ADJOINT, COMPOSE)
+            else:
+                t = start + position[:, None] * _STEPS
+                at = (row[None, :], t, (row < rows)[None, :], inner, steps, layout)
+                read0 = _read(inputs, at, 0, ADJOINT, COMPOSE)
+                read1 = _read(inputs, at, 1, ADJOINT, COMPOSE)
+                read2 = _read(inputs, at, 2, ADJOINT, COMPOSE)
+                read3 = _read(inputs, at, 3, ADJOINT, COMPOSE)
+            if start < steps:  # always; see the text of `fusedrl.kernels.scan`
+                if TIME_IS_CONTIGUOUS:
+                    c_all, d_all, e_all = _prologue(read, inputs, scalars, at, 0, ADJOINT, DTYPE)
+                    c0, c1, c2, c3 = _split4(c_all)
+                    d0, d1, d2, d3 = _split4(d_all)
+                    e0, e1, e2, e3 = _split4(e_all)
+                else:
+                    c0, d0, e0 = _prologue(read0, inputs, scalars, at, 0, ADJOINT, DTYPE)
+                    c1, d1, e1 = _prologue(read1, inputs, scalars, at, 1, ADJOINT, DTYPE)
+                    c2, d2, e2 = _prologue(read2, inputs, scalars, at, 2, ADJOINT, DTYPE)
+                    c3, d3, e3 = _prologue(read3, inputs, scalars, at, 3, ADJOINT, DTYPE)
+                lane_a = c0 * c1 * (c2 * c3)
+                if ADJOINT:
+                    lane_b = c3 * (d3 + c2 * (d2 + c1 * (d1 + c0 * d0 + e0) + e1) + e2) + e3
+                else:
+                    lane_b = d0 + c0 * (d1 + c1 * (d2 + c2 * d3))
+                if COMPOSE:
+                    a, x = _append(a, x, lane_a, lane_b, lane, AXIS)
+                else:
+                    entering, x = _enter_lanes(lane_a, lane_b, x, lane, AXIS)
+                    # o, and the state that entered the step.
+                    if ADJOINT:
+                        x0 = entering
+                        x1 = c0 * (d0 + x0) + e0
+                        x2 = c1 * (d1 + x1) + e1
+                        x3 = c2 * (d2 + x2) + e2
+                        o0, o1, o2, o3 = d0 + x0, d1 + x1, d2 + x2, d3 + x3
+                    else:
+                        x3 = entering
+                        o3 = d3 + c3 * x3
+                        x2 = o3
+                        o2 = d2 + c2 * x2
+                        x1 = o2
+                        o1 = d1 + c1 * x1
+                        x0 = o1
+                        o0 = d0 + c0 * x0
+                    if TIME_IS_CONTIGUOUS:
+                        o = _join4(o0, o1, o2, o3)
+                        entered = _join4(x0, x1, x2, x3)
+                        _epilogue(read, inputs, outputs, scalars, at, 0, o, entered, ADJOINT, DTYPE)
+                    else:
+                        _epilogue(read0, inputs, outputs, scalars, at, 0, o0, x0, ADJOINT, DTYPE)
+                        _epilogue(read1, inputs, outputs, scalars, at, 1, o1, x1, ADJOINT, DTYPE)
+                        _epilogue(read2, inputs, outputs, scalars, at, 2, o2, x2, ADJOINT, DTYPE)
+                        _epilogue(read3, inputs, outputs, scalars, at, 3, o3, x3, ADJOINT, DTYPE)
+            start += TILE if ADJOINT else -TILE
+        if COMPOSE:
+            place = compositions + row * (2 * SPLIT_POWER) + _place(share, TILE_ROWS, SPLIT_POWER)
+            tl.store(place, a)
+            tl.store(place + SPLIT_POWER, x)
+
+
+@triton.jit
+def _number(number, tensor):
+    """A number, or what a 0-d tensor holds, in float64."""
+    # The product with a float64 one makes a tensor of a number in the interpreter as well as in compiled code.
+    x = number * tl.full((), 1.0, tl.float64)
+    if tensor is not None:
+        x = tl.load(tensor).to(tl.float64)
+    return x
+
+
+@triton.jit
+def _read(inputs, at, K: tl.constexpr, ADJOINT: tl.constexpr, COMPOSE: tl.constexpr):
+    """All that some steps need from memory, loaded before anything is computed."""
+    log_pi, log_mu, value, next_value, reward, done, terminated, target, grad_advantage, grad_target = inputs
+    nothing = at[1]  # in the place of what isn't needed, since a tuple of a function has no None in Triton 3.6
+    only_state: tl.constexpr = ADJOINT and COMPOSE
+    weighted: tl.constexpr = ADJOINT and grad_advantage is not None
+    before: tl.constexpr = weighted and not COMPOSE
+    return (
+        _load(log_pi, at, K),
+        nothing if log_mu is None else _load(log_mu, at, K),
+        nothing if only_state else _load(value, at, K),
+        nothing if only_state else _load(next_value, at, K),
+        nothing if only_state else _load(reward, at, K),
+        _load(done, at, K),
+        nothing if terminated is None else _load(terminated, at, K),
+        nothing if COMPOSE else _load(value, at, K, 1),
+        _load(target, at, K, 1) if ADJOINT and not COMPOSE else nothing,
+        _load(grad_advantage, at, K) if weighted else nothing,
+        nothing if grad_target is None else _load(grad_target, at, K),
+        _load_before(log_pi, at, K) if before else nothing,
+        _load_before(log_mu, at, K) if before and log_mu is not None else nothing,
+        _load_before(done, at, K) if before else nothing,
+        _load_before(terminated, at, K) if before and terminated is not None else nothing,
+        _load_before(grad_advantage, at, K) if before else nothing,
+    )
+
+
+@triton.jit
+def _load_before(tensor, at, K: tl.constexpr):
+    """Elements of the steps before those ``at``; zero before the first step."""
+    if K > 0:
+        return _load(tensor, at, K - 1)
+    else:
+        return _load(tensor, (at[0], at[1] - 1, at[2] & (at[1] > 0), at[3], at[4], at[5]), 0)
+
+
+@triton.jit
+def _weights(log_pi, log_mu, has_log_mu: tl.constexpr, scalars, DTYPE: tl.constexpr):
+    """log w, ρ and c. A NaN is carried on, which a minimum would not do."""
+    log_weight = log_pi.to(DTYPE)
+    if has_log_mu:
+        log_weight -= log_mu.to(DTYPE)
+    rho = tl.exp(tl.where(log_weight > scalars[1], scalars[1], log_weight))
+    c = tl.exp(tl.where(log_weight > scalars[2], scalars[2], log_weight))
+    return log_weight, rho, c
+
+
+@triton.jit
+def _masks(done, terminated, has_terminated: tl.constexpr):
+    """Where the trajectory ends, and where its last value isn't looked at."""
+    ends = done != 0
+    terminal = ends
+    if has_terminated:
+        terminal = terminated != 0
+        ends = ends | terminal
+    return ends, terminal
+
+
+@triton.jit
+def _prologue(read, inputs, scalars, at, K: tl.constexpr, ADJOINT: tl.constexpr, DTYPE: tl.constexpr):
+    """c, d and e of some steps."""
+    log_pi, log_mu, v, next_v, r, done, terminated, _, _, g_advantage, g_target, _, _, _, _, _ = read
+    gamma = scalars[0]
+    _, rho, c = _weights(log_pi, log_mu, inputs[1] is not None, scalars, DTYPE)
+    ends, terminal = _masks(done, terminated, inputs[6] is not None)
+    zero = tl.zeros_like(rho)
+    c = tl.where(ends, 0.0, gamma * c)
+    if ADJOINT:
+        d = zero
+        e = zero
+        if inputs[9] is not None:
+            d = g_target.to(DTYPE)
+        if inputs[8] is not None:
+            e = tl.where(ends, 0.0, gamma * rho * g_advantage.to(DTYPE))
+    else:
+        bootstrap = tl.where(terminal, 0.0, next_v.to(DTYPE))
+        d = rho * (r.to(DTYPE) + gamma * bootstrap - v.to(DTYPE))
+        e = zero
+    return c, d, e
+
+
+@triton.jit
+def _epilogue(
+    read, inputs, outputs, scalars, at, K: tl.constexpr, o, entered, ADJOINT: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Stores what follows from the value target less v (recurrence) or from the gradient of it (adjoint)."""
+    log_pi, log_mu, v, next_v, r, done, terminated, v_after, target_after, g_advantage, g_target, _, _, _, _, _ = read
+    advantage, target, grad_log_pi, grad_log_mu, grad_value, grad_next_value, grad_reward = outputs
+    gamma = scalars[0]
+    log_weight, rho, c = _weights(log_pi, log_mu, inputs[1] is not None, scalars, DTYPE)
+    ends, terminal = _masks(done, terminated, inputs[6] is not None)
+    ends = ends | (at[1] == at[4] - 1 - K)
+    bootstrap = tl.where(terminal, 0.0, next_v.to(DTYPE))
+    v = v.to(DTYPE)
+    rest = r.to(DTYPE) - v
+    if not ADJOINT:
+        following = tl.where(ends, bootstrap, v_after.to(DTYPE) + entered)
+        _store(target, at, K, v + o)
+        _store(advantage, at, K, rho * (rest + gamma * following))
+    else:
+        total = o  # the gradient of r + γv' − v, as far as ρ times it is
+        direct = tl.zeros_like(o)  # of v, by way of value targets that hold it
+        along_rho = o * (rest + gamma * bootstrap)
+        at_end = o
+        following = tl.where(ends, bootstrap, target_after.to(DTYPE))
+        if inputs[9] is not None:
+            direct = g_target.to(DTYPE)
+        if inputs[8] is not None:
+            g = g_advantage.to(DTYPE)
+            total += g
+            along_rho += g * (rest + gamma * following)
+            at_end = tl.where(ends, total, o)
+            _, rho_before, _ = _weights(read[11], read[12], inputs[1] is not None, scalars, DTYPE)
+            ended, _ = _masks(read[13], read[14], inputs[6] is not None)
+            direct += tl.where(ended, 0.0, gamma * rho_before * read[15].to(DTYPE))
+        if grad_reward is not None:
+            _store(grad_reward, at, K, rho * total)
+        if grad_value is not None:
+            _store(grad_value, at, K, direct - rho * total)
+        if grad_next_value is not None:
+            _store(grad_next_value, at, K, tl.where(terminal, 0.0, gamma * rho * at_end))
+        if grad_log_pi is not None or grad_log_mu is not None:
+            along_c = tl.where(ends, 0.0, gamma * o * (target_after.to(DTYPE) - v_after.to(DTYPE)))
+            slope = tl.where(log_weight > scalars[1], 0.0, rho * along_rho)
+            slope += tl.where(log_weight > scalars[2], 0.0, c * along_c)
+            if grad_log_pi is not None:
+                _store(grad_log_pi, at, K, slope)
+            if grad_log_mu is not None:
+                _store(grad_log_mu, at, K, -slope)

@@ -1,0 +1,114 @@
+"""Host side of the V-trace kernel; the ``triton`` backend of V-trace."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .launch import _TRITON_DTYPE, _plan, _processors, split_power
+from .launching import launch
+from .vtrace_kernel import vtrace_kernel
+from .vtrace_problem import VTrace
+
+# Bytes of a tensor that a warp has in flight: a thread has registers for the inputs of 8 steps, or 4 in the adjoint.
+_WARP_BYTES, _ADJOINT_WARP_BYTES = 1024, 512
+
+
+def forward(problem: VTrace, time_dim: int) -> list[Tensor]:
+    """Advantage and value target."""
+    outputs = problem.new_outputs()
+    if not _launch(problem, time_dim, outputs):
+        for output, copy in zip(outputs, forward(_dense(problem), time_dim), strict=True):
+            output.copy_(copy)
+    return outputs
+
+
+def backward(
+    problem: VTrace, time_dim: int, value_target: Tensor, grads: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor]:
+    """The gradients of the inputs that need one, for those of advantage and value target, which may be None."""
+    precise = problem.compute_dtype
+    found = [
+        torch.empty_like(problem.reward, dtype=x.dtype if x is not None and x.is_floating_point() else precise)
+        if need
+        else None
+        for x, need in zip(problem.differentiable, needs, strict=True)
+    ]
+    results = [x for x in found if x is not None]
+    if not _launch(problem, time_dim, [None, value_target], [*grads, *found]):
+        dense = [None if x is None else x.contiguous() for x in grads]
+        copies = backward(_dense(problem), time_dim, value_target.contiguous(), dense, needs)
+        for result, copy in zip(results, copies, strict=True):
+            result.copy_(copy)
+    return results
+
+
+def _launch(
+    problem: VTrace, time_dim: int, outputs: Sequence[Tensor | None], adjoint: Sequence[Tensor | None] = (None,) * 7
+) -> bool:
+    """Launch on the tensors; False, and nothing, if their strides are more than the kernel knows."""
+    log_pi, log_mu, value, next_value, reward, done, terminated, gamma, rho, c = problem
+    is_adjoint = any(x is not None for x in adjoint)
+    grads, (by_log_pi, by_log_mu, by_value, by_next_value, by_reward) = adjoint[:2], adjoint[2:]
+    tensors = (
+        log_pi, log_mu, value, next_value, reward, done, terminated, *outputs, *grads,
+        by_log_pi, by_log_mu, by_value, by_next_value, by_reward,
+    )  # fmt: skip
+    dtype = problem.compute_dtype
+    plan = _plan(
+        reward.shape,
+        time_dim,
+        tuple(None if x is None else x.stride() for x in tensors),
+        dtype.itemsize,
+        _processors(reward.device),
+        _ADJOINT_WARP_BYTES if is_adjoint else _WARP_BYTES,
+    )
+    if plan is None:
+        return False
+    rows, lanes, split, warps, repeated = plan.tiling
+    arguments: list[Any] = [
+        None if x is None else (x,) if strides == plan.layout else (x, *strides)  # type: ignore[misc]  # there is x
+        for x, strides in zip(tensors, plan.strides, strict=True)
+    ]
+    for x in (gamma, rho, c):
+        arguments += _scalar_arguments(x, reward.device)
+    blocks, places = triton.cdiv(plan.rows, rows), split_power(plan.tiling)
+    compositions = reward.new_empty(2 * blocks * rows * places, dtype=dtype) if split > 1 else None
+    with torch.cuda.device_of(reward):
+        for compose in (True, False) if split > 1 else (False,):
+            launch(
+                vtrace_kernel,
+                triton.cdiv(blocks, repeated) * split,
+                *arguments,
+                compositions,
+                plan.layout,
+                plan.rows,
+                plan.inner,
+                plan.steps,
+                ADJOINT=is_adjoint,
+                DTYPE=_TRITON_DTYPE[dtype],
+                INDEX=plan.index,
+                TIME_IS_CONTIGUOUS=plan.time_is_contiguous,
+                TILE_ROWS=rows,
+                TILE_LANES=lanes,
+                COMPOSE=compose,
+                SPLIT=split,
+                SPLIT_POWER=places,
+                BLOCKS=repeated,
+                num_warps=warps,
+            )
+    return True
+
+
+def _scalar_arguments(x: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
+    """A number, or a 0-d tensor, which may be on another device."""
+    return (0.0, x.to(device, non_blocking=True)) if isinstance(x, Tensor) else (float(x), None)
+
+
+def _dense(problem: VTrace) -> VTrace:
+    """``problem`` on contiguous copies."""
+    return problem._replace(
+        **{name: x.contiguous() for name, x in zip(problem._fields[:7], problem[:7], strict=True) if x is not None}
+    )
