@@ -19,6 +19,7 @@ from bench.measuring import RESULTS
 README = RESULTS.parent.parent / "README.md"
 OPEN = "not measured yet"
 LARGE = 1 << 24  # elements, from where a scan is to be as fast as memory
+BANDWIDTH_OF = ("gae", "td_lambda", "vtrace")
 
 
 def render(text: str) -> str:
@@ -93,6 +94,25 @@ def gpu_targets() -> str:
     return tables.table(["H100 or H200", "target", *names], lines)
 
 
+def gpu_scans() -> str:
+    """Scans on each GPU that there are results of: against peers, and against a copy where they are large."""
+    found = []
+    for machine in sorted(gpus()):
+        results = load(f"scans_{machine}")
+        if results is None:
+            continue
+        shares = tables.bandwidth_by_shape(_large(machine))
+        versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+        found.append(f"{tables.scans(results['rows'])}\n\n{shares}\n\n({results['machine']}; {versions}.)")
+    return "\n\n".join(found) or f"{OPEN.capitalize()}."
+
+
+def gpu_updates() -> str:
+    """Whole updates on each GPU that there are results of."""
+    found = [tables.updates(results["rows"]) for m in sorted(gpus()) if (results := load(f"updates_{m}"))]
+    return "\n\n".join(found) or f"{OPEN.capitalize()}."
+
+
 def gpus() -> set[str]:
     """The names of the GPUs that a suite was measured on."""
     suites = ("scans", "projection", "losses", "updates")
@@ -109,15 +129,20 @@ def _scan_rows(machine: str, *names: str) -> list[dict[str, Any]]:
 
 
 def _large_scans(machine: str) -> str | None:
-    rows = [r for r in _scan_rows(machine, "gae", "td_lambda", "vtrace") if r["B"] * r["T"] >= LARGE]
-    if not rows:
-        return None
-    least = {d: min(rows, key=lambda r, d=d: r[f"fraction_of_copy_{d}"]) for d in ("forward", "both")}
     found = []
-    for (direction, row), words in zip(least.items(), ("forward", "with backward"), strict=True):
-        where = f"{row['case']} {row['B']}×{row['T']} {row['layout']}"
-        found.append(f"at least {row[f'fraction_of_copy_{direction}']:.0%} {words} ({where})")
-    return "; ".join(found)
+    for words, rows in (
+        ("B ≫ T", [r for r in _large(machine) if r["B"] > r["T"]]),
+        ("T ≫ B", [r for r in _large(machine) if r["B"] < r["T"]]),
+    ):
+        if rows:
+            shares = {d: [r[f"fraction_of_copy_{d}"] for r in rows] for d in ("forward", "both")}
+            forward, both = (f"{min(x):.0%} to {max(x):.0%}" for x in shares.values())
+            found.append(f"{words}: {forward} forward, {both} with backward")
+    return "; ".join(found) or None
+
+
+def _large(machine: str) -> list[dict[str, Any]]:
+    return [r for r in _scan_rows(machine, *BANDWIDTH_OF) if r["B"] * r["T"] >= LARGE]
 
 
 def _gae_call(machine: str) -> str | None:
@@ -131,8 +156,14 @@ def _short_horizons(machine: str) -> str | None:
 
 
 def _categorical(machine: str) -> str | None:
-    rows = [r for r in (load(f"projection_{machine}") or {"rows": []})["rows"] if r["B"] == 4096]
-    return ", ".join(f"{tables.speedup(r, 'torchrl'):.3g}×" for r in rows) or None
+    found = []
+    for row in (load(f"projection_{machine}") or {"rows": []})["rows"]:
+        if row["B"] == 4096:
+            module, operator = (tables.speedup(row, "torchrl", arm=arm) for arm in ("fusedrl", "operator"))
+            device, theirs = row["both_device_us"], row["arms"]["torchrl"]["both_ms"]
+            found.append(f"{module:.3g}× eager, {operator:.3g}× the operator alone")
+            found.append(f"in a CUDA graph {device:.3g} µs on the device, TorchRL eager {theirs:.3g} ms")
+    return "; ".join(found) or None
 
 
 def _update(machine: str) -> str | None:
@@ -159,6 +190,8 @@ PARTS = {
     "host-cost": host_cost,
     "static": static_kernels,
     "gpu": gpu_targets,
+    "gpu-scans": gpu_scans,
+    "gpu-updates": gpu_updates,
 }
 
 

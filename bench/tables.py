@@ -162,6 +162,24 @@ def bandwidth(rows: list[Row]) -> str:
     return table(head, lines)
 
 
+def bandwidth_by_shape(rows: list[Row]) -> str:
+    """What each case takes on the device, and its shares of a copy's bandwidth, a line for each shape and layout."""
+    names = list(dict.fromkeys(row["case"] for row in rows))
+    found = {(_shape(row), row["layout"], row["case"]): row for row in rows}
+    lines = []
+    for shape, layout in dict.fromkeys((_shape(row), row["layout"]) for row in rows):
+        cells = [f"{shape} {layout}"]
+        for name in names:
+            row = found.get((shape, layout, name))
+            cells.append(NONE if row is None else ", ".join(_share(row, d) for d in ("forward", "both")))
+        lines.append(cells)
+    return table(["device µs, of a copy's bandwidth: forward, with backward", *(TITLES[n] for n in names)], lines)
+
+
+def _share(row: Row, direction: str) -> str:
+    return f"{_digits(row[f'{direction}_device_us'])} **{row[f'fraction_of_copy_{direction}']:.0%}**"
+
+
 def speedup(row: Row, peer: str, direction: str = "both", arm: str = "fusedrl") -> float:
     """How many times the peer's time is that of ``arm``."""
     return row["arms"][peer][f"{direction}_ms"] / row["arms"][arm][f"{direction}_ms"]
