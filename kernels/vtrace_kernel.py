@@ -1,7 +1,7 @@
 """The Triton kernel of V-trace: the scan of `fusedrl.kernels.scan` between what makes its inputs and the advantage.
 
-Tiles, lanes and split rows are those of `scan_kernel`, whose functions this one calls. The recurrence runs backwards in
-time on x' = d + c·x with d = ρ(r + γ(1−term)v' − v) and c = γ·c̄-clipped weight; x is the value target less v. Its
+Tiles, lanes, blocks and split rows are those of `scan_kernel`, whose functions this one calls. The recurrence runs
+backwards in time on x' = d + c·x with d = ρ(r + γ(1−term)v' − v) and c = γ·min(c̄, w); x is the value target less v. Its
 adjoint runs forwards in time: a step adds the gradient d of its value target to the state, o = d + x, and passes on
 x' = c·o + e, where e = γρ·∂L/∂A goes from the advantage to the next step's value target.
 
@@ -14,6 +14,7 @@ Tensors are passed as to `scan_kernel`. γ and the thresholds are numbers, or 0-
 import triton
 import triton.language as tl
 
+from .samples_kernel import scalar
 from .scan import (
     _STEPS,
     _append,
@@ -72,9 +73,9 @@ def vtrace_kernel(
     outputs = (advantage, target, grad_log_pi, grad_log_mu, grad_value, grad_next_value, grad_reward)
     # The thresholds as logarithms: the exponential of a large log-weight is infinite, and its gradient NaN.
     scalars = (
-        _number(gamma, gamma_tensor).to(DTYPE),
-        tl.log(_number(rho, rho_tensor)).to(DTYPE),
-        tl.log(_number(c, c_tensor)).to(DTYPE),
+        scalar(gamma, gamma_tensor).to(DTYPE),
+        tl.log(scalar(rho, rho_tensor)).to(DTYPE),
+        tl.log(scalar(c, c_tensor)).to(DTYPE),
     )
     TILE: tl.constexpr = TILE_LANES * _STEPS
     AXIS: tl.constexpr = 1 if TIME_IS_CONTIGUOUS else 0
@@ -158,16 +159,6 @@ def vtrace_kernel(
             place = compositions + row * (2 * SPLIT_POWER) + _place(share, TILE_ROWS, SPLIT_POWER)
             tl.store(place, a)
             tl.store(place + SPLIT_POWER, x)
-
-
-@triton.jit
-def _number(number, tensor):
-    """A number, or what a 0-d tensor holds, in float64."""
-    # The product with a float64 one makes a tensor of a number in the interpreter as well as in compiled code.
-    x = number * tl.full((), 1.0, tl.float64)
-    if tensor is not None:
-        x = tl.load(tensor).to(tl.float64)
-    return x
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .launch import _TRITON_DTYPE, _plan, _processors, split_power
 from .launching import launch
+from .samples_launch import scalar_arguments
 from .vtrace_kernel import vtrace_kernel
 from .vtrace_problem import VTrace
 
@@ -73,7 +74,7 @@ def _launch(
         for x, strides in zip(tensors, plan.strides, strict=True)
     ]
     for x in (gamma, rho, c):
-        arguments += _scalar_arguments(x, reward.device)
+        arguments += scalar_arguments(x if isinstance(x, Tensor) else float(x), reward.device)
     blocks, places = triton.cdiv(plan.rows, rows), split_power(plan.tiling)
     compositions = reward.new_empty(2 * blocks * rows * places, dtype=dtype) if split > 1 else None
     with torch.cuda.device_of(reward):
@@ -100,11 +101,6 @@ def _launch(
                 num_warps=warps,
             )
     return True
-
-
-def _scalar_arguments(x: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
-    """A number, or a 0-d tensor, which may be on another device."""
-    return (0.0, x.to(device, non_blocking=True)) if isinstance(x, Tensor) else (float(x), None)
 
 
 def _dense(problem: VTrace) -> VTrace:

@@ -373,6 +373,8 @@ def test_a_gpus_results_fill_the_list_of_targets(tmp_path, monkeypatch) -> None:
         for b, t, layout, fraction in [
             (4096, 128, "[B, T]", 0.3),
             (8192, 2048, "[B, T]", 0.9),
+            (524288, 32, "[B, T]", 0.96),
+            (1, 1 << 24, "[B, T]", 0.5),
             (65536, 32, "[T, B]", 0.8),
         ]
     ]
@@ -383,7 +385,7 @@ def test_a_gpus_results_fill_the_list_of_targets(tmp_path, monkeypatch) -> None:
     table = readme.gpu_targets()
     assert "Some GPU" in table
     assert "7× at 4096×32" in table
-    assert "at least 90% forward (gae 8192×2048 [B, T]); at least 45% with backward" in table
+    assert "B ≫ T: 90% to 96% forward, 45% to 48% with backward; T ≫ B: 50% to 50% forward" in table
     assert "9.5 µs [B, T]" in table
     assert "80% at 65536×32" in table
     assert table.count("not measured yet") == len(readme.TARGETS) - 4

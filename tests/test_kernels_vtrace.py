@@ -87,10 +87,12 @@ def test_of_many_short_rows_a_program_has_several_blocks(device, monkeypatch):
     assert_equal(solved(given, "triton"), solved(given, "torch"), 1e-4)
 
 
-def test_scalars_may_be_0_d_tensors_of_any_dtype_and_device(device):
+def test_scalars_may_be_integers_or_0_d_tensors_of_any_dtype_and_device(device):
     given = arguments((3, 9), device)
     scalars = {"gamma": torch.tensor(0.9), "rho": torch.tensor(1.3, dtype=torch.float64), "c": torch.tensor(2)}
     assert_equal(solved(given, "triton", **scalars), solved(given, "torch", gamma=0.9, rho=1.3, c=2.0), 1e-6)
+    integers = {"gamma": 1, "rho": 1, "c": 2}
+    assert_equal(solved(given, "triton", **integers), solved(given, "torch", gamma=1.0, rho=1.0, c=2.0))
 
 
 @pytest.mark.parametrize("which", ["gamma", "rho_thresh", "c_thresh"])
