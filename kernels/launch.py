@@ -217,20 +217,18 @@ def _prepare(problem: Recurrence, time_dim: int, tensors: Sequence[Tensor | None
     plan = _plan(reward.shape, time_dim, strides, problem.dtype.itemsize, _processors(reward.device))
     if plan is None:
         return _Prepared(())
-    rows, lanes, split, warps, repeated = plan.tiling
     *arguments, gamma, lmbda = (
         None if s is None else (ADDRESS,) if s == plan.layout else (ADDRESS, *s) for s in plan.strides
     )
-    blocks, places = triton.cdiv(plan.rows, rows), split_power(plan.tiling)
     launches = tuple(
         Launch(
             scan_kernel,
-            triton.cdiv(blocks, repeated) * split,
+            plan.programs,
             [
                 *arguments,
                 *_scalar_arguments(problem.gamma, gamma),
                 *_scalar_arguments(problem.lmbda, lmbda),
-                ADDRESS if split > 1 else None,
+                ADDRESS if plan.compositions else None,
                 plan.layout,
                 plan.rows,
                 plan.inner,
@@ -239,19 +237,12 @@ def _prepare(problem: Recurrence, time_dim: int, tensors: Sequence[Tensor | None
             KIND=problem.kind,
             ADJOINT=adjoint,
             DTYPE=_TRITON_DTYPE[dtype],
-            INDEX=plan.index,
-            TIME_IS_CONTIGUOUS=plan.time_is_contiguous,
-            TILE_ROWS=rows,
-            TILE_LANES=lanes,
             COMPOSE=compose,
-            SPLIT=split,
-            SPLIT_POWER=places,
-            BLOCKS=repeated,
-            num_warps=warps,
+            **plan.constants,
         )
-        for compose in ((True, False) if split > 1 else (False,))
+        for compose in plan.phases
     )
-    return _Prepared(launches, 2 * blocks * rows * places if split > 1 else 0, dtype)
+    return _Prepared(launches, plan.compositions, dtype)
 
 
 def _dense(problem: Recurrence) -> Recurrence:
@@ -274,6 +265,38 @@ class Plan(NamedTuple):
     time_is_contiguous: bool
     index: tl.dtype
     tiling: Tiling
+
+    @property
+    def programs(self) -> int:
+        """The programs of a launch."""
+        return triton.cdiv(triton.cdiv(self.rows, self.tiling.rows), self.tiling.blocks) * self.tiling.split
+
+    @property
+    def phases(self) -> tuple[bool, ...]:
+        """What COMPOSE is in each launch, one after the other."""
+        return (True, False) if self.tiling.split > 1 else (False,)
+
+    @property
+    def compositions(self) -> int:
+        """The elements that the launches of split rows share; 0 if no row is split."""
+        if self.tiling.split == 1:
+            return 0
+        return 2 * triton.cdiv(self.rows, self.tiling.rows) * self.tiling.rows * split_power(self.tiling)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The kernel's constants that say how its work is divided, and the warps of a program."""
+        tile = self.tiling
+        return {
+            "INDEX": self.index,
+            "TIME_IS_CONTIGUOUS": self.time_is_contiguous,
+            "TILE_ROWS": tile.rows,
+            "TILE_LANES": tile.lanes,
+            "SPLIT": tile.split,
+            "SPLIT_POWER": split_power(tile),
+            "BLOCKS": tile.blocks,
+            "num_warps": tile.warps,
+        }
 
 
 def _plan(

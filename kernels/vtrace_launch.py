@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from .launch import _TRITON_DTYPE, _plan, _processors, split_power
+from .launch import _TRITON_DTYPE, _plan, _processors
 from .launching import launch
 from .samples_launch import scalar_arguments
 from .vtrace_kernel import vtrace_kernel
@@ -30,11 +29,8 @@ def backward(
     problem: VTrace, time_dim: int, value_target: Tensor, grads: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor]:
     """The gradients of the inputs that need one, for those of advantage and value target, which may be None."""
-    precise = problem.compute_dtype
     found = [
-        torch.empty_like(problem.reward, dtype=x.dtype if x is not None and x.is_floating_point() else precise)
-        if need
-        else None
+        torch.empty_like(problem.reward, dtype=x.dtype) if need else None
         for x, need in zip(problem.differentiable, needs, strict=True)
     ]
     results = [x for x in found if x is not None]
@@ -68,20 +64,18 @@ def _launch(
     )
     if plan is None:
         return False
-    rows, lanes, split, warps, repeated = plan.tiling
     arguments: list[Any] = [
         None if x is None else (x,) if strides == plan.layout else (x, *strides)  # type: ignore[misc]  # there is x
         for x, strides in zip(tensors, plan.strides, strict=True)
     ]
     for x in (gamma, rho, c):
         arguments += scalar_arguments(x if isinstance(x, Tensor) else float(x), reward.device)
-    blocks, places = triton.cdiv(plan.rows, rows), split_power(plan.tiling)
-    compositions = reward.new_empty(2 * blocks * rows * places, dtype=dtype) if split > 1 else None
+    compositions = reward.new_empty(plan.compositions, dtype=dtype) if plan.compositions else None
     with torch.cuda.device_of(reward):
-        for compose in (True, False) if split > 1 else (False,):
+        for compose in plan.phases:
             launch(
                 vtrace_kernel,
-                triton.cdiv(blocks, repeated) * split,
+                plan.programs,
                 *arguments,
                 compositions,
                 plan.layout,
@@ -90,15 +84,8 @@ def _launch(
                 plan.steps,
                 ADJOINT=is_adjoint,
                 DTYPE=_TRITON_DTYPE[dtype],
-                INDEX=plan.index,
-                TIME_IS_CONTIGUOUS=plan.time_is_contiguous,
-                TILE_ROWS=rows,
-                TILE_LANES=lanes,
                 COMPOSE=compose,
-                SPLIT=split,
-                SPLIT_POWER=places,
-                BLOCKS=repeated,
-                num_warps=warps,
+                **plan.constants,
             )
     return True
 
