@@ -31,7 +31,7 @@ import torch
 import triton
 import triton.language as tl
 from fusedrl import kernels
-from fusedrl.kernels import backend, launch, launching
+from fusedrl.kernels import backend, launching
 from measuring import describe, rounded, write_results
 from rich.console import Console
 from rich.table import Table
@@ -84,7 +84,7 @@ def pretend_that_there_is_a_gpu() -> None:
     backend.triton_runs_on = lambda tensor: True
     launching.current_device = _Driver().get_current_device
     launching.current_stream = _Driver().get_current_stream
-    launch._processors = lambda device: 132
+    launching.processors = lambda device: 132
 
 
 @triton.jit
@@ -117,6 +117,7 @@ def cases() -> dict[str, tuple[Callable[..., Any], int, int]]:
     return {
         "gae": (lambda v, n, r: kernels.gae(0.99, 0.95, v, n, r, done, terminated), 3, 2),
         "td_lambda_return": (lambda n, r: kernels.td_lambda_return(0.99, 0.95, n, r, done, terminated), 2, 1),
+        "vtrace": (lambda w, v, n, r: kernels.vtrace(0.99, w, v, n, r, done, terminated), 4, 2),
         "reward_to_go": (lambda r: kernels.reward_to_go(0.99, r, done), 1, 1),
     }
 

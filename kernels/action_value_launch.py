@@ -19,6 +19,7 @@ from .action_value_problem import (
     count_is_unknown,
 )
 from .dtypes import compute_dtype
+from .launching import TRITON_DTYPE, Launch, Launcher, Plan, Workspace, number_and_tensor, scalar, strided
 
 _WARPS = 8
 # Bytes of a tile's row in the dtype that is computed in: one 128-bit load per thread. A float32 batch of 1024 or less
@@ -39,62 +40,88 @@ def block(dtype: torch.dtype) -> int:
 def target(problem: Bootstrap) -> list[Tensor]:
     """Value target and next value."""
     next_values, reward, terminated, gamma, log_prob, alpha = problem
-    samples, device, dtype = reward.numel(), reward.device, compute_dtype(problem.dtype)
-    results = [reward.new_empty(reward.shape, dtype=problem.dtype) for _ in range(2)]
+    dtype = problem.dtype
+    results = [reward.new_empty(reward.shape, dtype=dtype) for _ in range(2)]
     if isinstance(gamma, Tensor) and gamma.ndim:
-        gamma = gamma.expand_as(reward)
-    values = _rows(next_values)
-    members = (_row(reward), _row(terminated), None if log_prob is None else _row(log_prob))
-    with torch.cuda.device_of(reward):
-        target_kernel[max(1, triton.cdiv(samples, block(dtype))),](
-            values,
-            *members[:2],
-            *_coefficient(gamma, device),
-            members[2],
-            *_coefficient(alpha, device),
+        gamma = _row(gamma.expand_as(reward))
+    inputs = _rows(next_values), _row(reward), _row(terminated), scalar(gamma, reward), _row(log_prob)
+    _target(dtype, *inputs, scalar(alpha, reward), *results)
+    return results
+
+
+def _plan_target(result: torch.dtype, *arguments: Any) -> Plan:
+    next_values, reward, terminated, gamma, log_prob, alpha, *results = arguments
+    members, samples = next_values.shape
+    dtype = compute_dtype(result)
+    strides = [strided(x) for x in (next_values, reward, terminated, log_prob)]
+    launch = Launch(
+        target_kernel,
+        max(1, triton.cdiv(samples, block(dtype))),
+        [
+            *strides[:3],
+            *_coefficient(gamma),
+            strides[3],
+            *_coefficient(alpha),
             *results,
             samples,
-            len(next_values),
-            DTYPE=_TRITON_DTYPE[dtype],
-            INDEX=_index(samples, values, *members),
-            BLOCK=block(dtype),
-            num_warps=_WARPS,
-        )
-    return results
+            members,
+        ],
+        DTYPE=TRITON_DTYPE[dtype],
+        INDEX=_index(samples, *strides),
+        BLOCK=block(dtype),
+        num_warps=_WARPS,
+    )
+    return Plan([launch])
+
+
+_target = Launcher(_plan_target)
 
 
 def ensemble(problem: Regression, keep: bool) -> list[Tensor]:
     """Loss and priority; kept for the gradient are the slopes and, if it is unknown before, one over the count."""
     values, target, mask, weights, loss_function, priority, per_member, reduction = problem
-    samples, new = problem.samples, target.new_empty
-    dtype = compute_dtype(problem.dtype)
-    results = [new(problem.loss_shape, dtype=problem.dtype), new(target.shape, dtype=problem.dtype)]
-    slopes, reciprocal = _new_kept(problem, keep, values.shape)
-    programs, partials, arrivals = _shares(target, 0 if reduction == NONE else _ENSEMBLE_SUMS, samples, dtype)
-    inputs = (_rows(values), *(None if x is None else _row(x) for x in (target, mask, weights)))
-    with torch.cuda.device_of(values):
-        ensemble_kernel[programs,](
-            *inputs,
-            _scale(problem),
-            *results,
-            slopes,
-            reciprocal,
-            partials,
-            arrivals,
+    new, dtype = target.new_empty, problem.dtype
+    results = [new(problem.loss_shape, dtype=dtype), new(target.shape, dtype=dtype)]
+    kept = _new_kept(problem, keep, values.shape)
+    inputs = (_rows(values), _row(target), _row(mask), _row(weights))
+    settings = loss_function, priority, per_member, reduction, dtype, count_is_unknown(problem)
+    _ensemble(settings, *inputs, *results, *kept)
+    return [*results, *(x for x in kept if x is not None)]
+
+
+def _plan_ensemble(settings: tuple[str, str, bool, str, torch.dtype, bool], *arguments: Any) -> Plan:
+    loss_function, priority, per_member, reduction, result, counts = settings
+    values, target, mask, weights, *written = arguments
+    members, samples = values.shape
+    dtype = compute_dtype(result)
+    programs, workspaces = _shares(0 if reduction == NONE else _ENSEMBLE_SUMS, samples, dtype)
+    strides = [strided(x) for x in (values, target, mask, weights)]
+    launch = Launch(
+        ensemble_kernel,
+        programs,
+        [
+            *strides,
+            _scale(reduction, (members if per_member else 1) * (1 if counts else samples)),
+            *written,
+            *(workspaces or (None, None)),
             samples,
-            len(values),
-            LOSS_FUNCTION=loss_function,
-            PRIORITY=priority,
-            PER_MEMBER=per_member,
-            REDUCTION=reduction,
-            COUNT=count_is_unknown(problem),
-            DTYPE=_TRITON_DTYPE[dtype],
-            INDEX=_index(samples, *inputs),
-            BLOCK=block(dtype),
-            PROGRAMS=_PROGRAMS,
-            num_warps=_WARPS,
-        )
-    return [*results, *(x for x in (slopes, reciprocal) if x is not None)]
+            members,
+        ],
+        LOSS_FUNCTION=loss_function,
+        PRIORITY=priority,
+        PER_MEMBER=per_member,
+        REDUCTION=reduction,
+        COUNT=counts,
+        DTYPE=TRITON_DTYPE[dtype],
+        INDEX=_index(samples, *strides),
+        BLOCK=block(dtype),
+        PROGRAMS=_PROGRAMS,
+        num_warps=_WARPS,
+    )
+    return Plan([launch], workspaces)
+
+
+_ensemble = Launcher(_plan_ensemble)
 
 
 def ensemble_backward(problem: Regression, kept: Sequence[Tensor], grad: Tensor) -> Tensor:
@@ -106,38 +133,48 @@ def ensemble_backward(problem: Regression, kept: Sequence[Tensor], grad: Tensor)
 def policy(problem: Improvement, keep: bool) -> list[Tensor]:
     """Loss, entropy, the surprise if it isn't the entropy; kept are both slopes and, if unknown, one over the count."""
     values, log_prob, alpha, mask, weights, reduction = problem
-    samples, new = problem.samples, log_prob.new_empty
-    dtype = compute_dtype(problem.dtype)
-    loss, entropy = new(problem.loss_shape, dtype=problem.dtype), new((), dtype=problem.dtype)
+    new, dtype = log_prob.new_empty, problem.dtype
+    loss, entropy = new(problem.loss_shape, dtype=dtype), new((), dtype=dtype)
     surprise = None if problem.surprise_is_entropy else torch.empty_like(loss)
-    *slopes, reciprocal = _new_kept(problem, keep, values.shape, log_prob.shape)
-    programs, partials, arrivals = _shares(log_prob, _POLICY_SUMS, samples, dtype)
-    inputs = (_rows(values), *(None if x is None else _row(x) for x in (log_prob, mask, weights)))
-    with torch.cuda.device_of(values):
-        policy_kernel[programs,](
-            *inputs[:2],
-            *_coefficient(alpha, values.device),
-            *inputs[2:],
-            _scale(problem),
+    written = loss, entropy, surprise, *_new_kept(problem, keep, values.shape, log_prob.shape)
+    inputs = (_rows(values), _row(log_prob), scalar(alpha, values), _row(mask), _row(weights))
+    _policy((reduction, dtype, count_is_unknown(problem)), *inputs, *written)
+    return [x for x in written if x is not None]
+
+
+def _plan_policy(settings: tuple[str, torch.dtype, bool], *arguments: Any) -> Plan:
+    reduction, result, counts = settings
+    values, log_prob, alpha, mask, weights, *written = arguments
+    members, samples = values.shape
+    dtype = compute_dtype(result)
+    programs, workspaces = _shares(_POLICY_SUMS, samples, dtype)
+    strides = [strided(x) for x in (values, log_prob, mask, weights)]
+    launch = Launch(
+        policy_kernel,
+        programs,
+        [
+            *strides[:2],
+            *_coefficient(alpha),
+            *strides[2:],
+            _scale(reduction, 1 if counts else samples),
             1 / samples if samples else math.nan,
-            loss,
-            entropy,
-            surprise,
-            *slopes,
-            reciprocal,
-            partials,
-            arrivals,
+            *written,
+            *(workspaces or (None, None)),
             samples,
-            len(values),
-            REDUCTION=reduction,
-            COUNT=count_is_unknown(problem),
-            DTYPE=_TRITON_DTYPE[dtype],
-            INDEX=_index(samples, *inputs),
-            BLOCK=block(dtype),
-            PROGRAMS=_PROGRAMS,
-            num_warps=_WARPS,
-        )
-    return [x for x in (loss, entropy, surprise, *slopes, reciprocal) if x is not None]
+            members,
+        ],
+        REDUCTION=reduction,
+        COUNT=counts,
+        DTYPE=TRITON_DTYPE[dtype],
+        INDEX=_index(samples, *strides),
+        BLOCK=block(dtype),
+        PROGRAMS=_PROGRAMS,
+        num_warps=_WARPS,
+    )
+    return Plan([launch], workspaces)
+
+
+_policy = Launcher(_plan_policy)
 
 
 def policy_backward(problem: Improvement, kept: Sequence[Tensor], grad: Tensor, needs: Sequence[bool]) -> list[Tensor]:
@@ -152,15 +189,15 @@ def policy_backward(problem: Improvement, kept: Sequence[Tensor], grad: Tensor, 
     ]
 
 
-def _shares(like: Tensor, sums: int, samples: int, dtype: torch.dtype) -> tuple[int, Tensor | None, Tensor | None]:
+def _shares(sums: int, samples: int, dtype: torch.dtype) -> tuple[int, list[Workspace]]:
     """How many programs there are, and where they leave their parts of the sums and count themselves."""
     programs = max(1, triton.cdiv(samples, block(dtype)))
     if not sums:
-        return programs, None, None
+        return programs, []
     programs = min(programs, _PROGRAMS)
     if programs == 1:
-        return programs, None, None
-    return programs, like.new_empty(sums, programs, dtype=dtype), like.new_zeros((), dtype=torch.int32)
+        return programs, []
+    return programs, [Workspace(sums * programs, dtype), Workspace(1, torch.int32, zeros=True)]
 
 
 def _new_kept(problem: Regression | Improvement, keep: bool, *slopes: torch.Size) -> list[Tensor | None]:
@@ -172,11 +209,10 @@ def _new_kept(problem: Regression | Improvement, keep: bool, *slopes: torch.Size
     return [None if shape is None else problem.values.new_empty(shape, dtype=dtype) for shape in shapes]
 
 
-def _scale(problem: Regression | Improvement) -> float:
-    """What a mean divides by, as a factor, as far as it is known: a mean of nothing is NaN."""
-    if problem.reduction != MEAN:
+def _scale(reduction: str, terms: int) -> float:
+    """What a mean of so many ``terms`` divides by, as a factor: a mean of nothing is NaN."""
+    if reduction != MEAN:
         return 1.0
-    terms = problem.terms_per_sample * (1 if count_is_unknown(problem) else problem.samples)
     return 1 / terms if terms else math.nan
 
 
@@ -184,29 +220,22 @@ def _factor(grad: Tensor, reciprocal: Sequence[Tensor], dtype: torch.dtype) -> T
     return grad if not reciprocal else grad.to(dtype) * reciprocal[0]
 
 
-def _coefficient(x: float | Tensor | None, device: torch.device) -> tuple[float, Any]:
+def _coefficient(x: Any) -> tuple[Any, Any]:
     """γ or α as a number and a tensor, of which one counts."""
-    if not isinstance(x, Tensor):
-        return x or 0.0, None
-    return 0.0, _row(x) if x.ndim else (x.to(device, non_blocking=True),)
+    return (0.0, strided(x)) if isinstance(x, Tensor) else number_and_tensor(x)
 
 
-def _rows(values: Tensor) -> tuple[Any, ...]:
+def _rows(values: Tensor) -> Tensor:
     """``[members, *B]`` with one dimension of samples; a copy is made only of what no single stride walks."""
-    values = values if values.ndim == 2 else values.reshape(len(values), -1)
-    return (values, *values.stride())
+    return values if values.ndim == 2 else values.reshape(len(values), -1)
 
 
-def _row(x: Tensor) -> tuple[Tensor, int]:
-    """``[*B]`` with one dimension, likewise."""
-    x = x if x.ndim == 1 else x.reshape(-1)
-    return x, x.stride(0)
+def _row(x: Any) -> Any:
+    """``[*B]`` with one dimension, likewise; None remains None."""
+    return x if x is None or x.ndim == 1 else x.reshape(-1)
 
 
 def _index(samples: int, *tensors: tuple[Any, ...] | None) -> tl.dtype:
     """The integer in which the places of samples are computed, those past the end included."""
     reach = (samples + _TILE_BYTES * _PROGRAMS) * max(1, *(x[-1] for x in tensors if x is not None))
     return tl.int64 if reach >= 1 << 31 else tl.int32
-
-
-_TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}

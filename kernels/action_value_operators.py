@@ -31,7 +31,7 @@ from .action_value_problem import (
 from .backend import fastest_backend, resolve_backend
 from .dtypes import compute_dtype
 from .function import apply
-from .operators import as_input, number_or_tensor
+from .operators import as_input, called, number_or_tensor
 
 _COMPOSITIONS: dict[str, Any] = {"torch": vectorized, "reference": reference}
 # Where `target`, `ensemble`, `ensemble_backward`, `policy` and `policy_backward` of the others live; imported at the
@@ -74,9 +74,8 @@ def target(problem: Bootstrap, backend: str | None) -> Sequence[Tensor]:
     if composition is not None:
         return composition.bootstrap(constants)
     next_values, reward, terminated, gamma, log_prob, alpha = constants
-    return _target_operator(
-        name, next_values, reward, terminated, *number_or_tensor(gamma), log_prob, *number_or_tensor(alpha)
-    )
+    scalars = number_or_tensor(gamma), number_or_tensor(alpha)
+    return called(_target_operator, _target, name, next_values, reward, terminated, *scalars[0], log_prob, *scalars[1])
 
 
 def ensemble(problem: Regression, backend: str | None) -> Sequence[Tensor]:
@@ -91,7 +90,7 @@ def ensemble(problem: Regression, backend: str | None) -> Sequence[Tensor]:
         return composition.regression(Regression(problem.values, *_constants(problem[1:])))
     if torch.is_grad_enabled() and problem.values.requires_grad:
         return apply(_Ensemble, name, *problem)[:2]
-    return _ensemble_operator(name, False, *_constants(problem))
+    return called(_ensemble_operator, _ensemble, name, False, *_constants(problem))
 
 
 def policy(problem: Improvement, backend: str | None) -> Sequence[Tensor]:
@@ -107,7 +106,7 @@ def policy(problem: Improvement, backend: str | None) -> Sequence[Tensor]:
     if torch.is_grad_enabled() and (problem.values.requires_grad or problem.log_prob.requires_grad):
         results = apply(_Policy, name, *problem)
     else:
-        results = _policy_operator(name, False, *_policy_arguments(_constants(problem)))
+        results = called(_policy_operator, _policy, name, False, *_policy_arguments(_constants(problem)))
     loss, entropy = results[:2]
     return loss, entropy, entropy if problem.surprise_is_entropy else results[2]
 
@@ -132,7 +131,7 @@ class _Ensemble(torch.autograd.Function):
 
     @staticmethod
     def forward(name: str, *fields: Any) -> tuple[Tensor, ...]:
-        return tuple(_ensemble_operator(name, True, *fields))
+        return tuple(called(_ensemble_operator, _ensemble, name, True, *fields))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -152,7 +151,7 @@ class _Ensemble(torch.autograd.Function):
             loss = reference.regression(Regression(values, *_constants(constants)))[0]
             (found,) = torch.autograd.grad(loss, values, grad, create_graph=True)
         else:
-            found = _ensemble_backward_operator(ctx.name, values, *constants, kept, grad)
+            found = called(_ensemble_backward_operator, _ensemble_backward, ctx.name, values, *constants, kept, grad)
         return None, found, *[None] * 7
 
 
@@ -161,7 +160,7 @@ class _Policy(torch.autograd.Function):
 
     @staticmethod
     def forward(name: str, *fields: Any) -> tuple[Tensor, ...]:
-        return tuple(_policy_operator(name, True, *_policy_arguments(fields)))
+        return tuple(called(_policy_operator, _policy, name, True, *_policy_arguments(fields)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -186,7 +185,9 @@ class _Policy(torch.autograd.Function):
             inputs = [x for x, need in zip((values, log_prob), needs, strict=True) if need]
             found = torch.autograd.grad(loss, inputs, grad, create_graph=True)
         else:
-            found = _policy_backward_operator(ctx.name, *_policy_arguments(problem), kept, grad, needs)
+            found = called(
+                _policy_backward_operator, _policy_backward, ctx.name, *_policy_arguments(problem), kept, grad, needs
+            )
         results = iter(found)
         return (None, *(next(results) if need else None for need in needs), *[None] * 4)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from .categorical_kernel import gradient_kernel, loss_kernel, projection_kernel
 from .categorical_problem import Bellman, Transition, new_gradient
 from .dtypes import compute_dtype
-from .launching import launch
+from .launching import TRITON_DTYPE, Launch, Launcher, Plan, number_and_tensor, scalar, strided
 
 # One warp, which keeps every exchange between lanes a shuffle or a read of shared memory without a barrier.
 _WARPS = 1
@@ -46,21 +46,33 @@ def tiling(atoms: int, actions: int, itemsize: int, sources: int = _SOURCES) -> 
 def forward(transition: Transition, bellman: Bellman, keep: bool) -> list[Tensor]:
     """The loss ``[B]`` and, if it is to be kept, the projected distribution ``[B, atoms]``."""
     log_prob = transition.log_prob
-    samples, atoms, actions = log_prob.shape
-    dtype = compute_dtype(log_prob.dtype)
+    samples, atoms, _ = log_prob.shape
     loss = log_prob.new_empty(samples)
-    projected = log_prob.new_empty(samples, atoms, dtype=dtype) if keep else None
+    found = [loss]
+    if keep:
+        found.append(log_prob.new_empty(samples, atoms, dtype=compute_dtype(log_prob.dtype)))
+    _loss(None, *transition, *bellman[:3], scalar(bellman.gamma, loss), *(found if keep else (loss, None)))
+    return found
+
+
+def _plan_loss(_: None, *arguments: Any) -> Plan:
+    *transition, support, reward, terminated, gamma, loss, projected = arguments
+    samples, atoms, actions = transition[0].shape
+    dtype = compute_dtype(transition[0].dtype)
     tile = tiling(atoms, actions, dtype.itemsize)
-    launch(
+    launch = Launch(
         loss_kernel,
         samples,
-        *(None if x is None else (x, *x.stride()) for x in transition),
-        *_bellman_arguments(bellman),
-        loss,
-        projected,
-        atoms,
-        actions,
-        DTYPE=_TRITON_DTYPE[dtype],
+        [
+            *map(strided, transition),
+            *map(strided, (support, reward, terminated)),
+            *_discount(gamma),
+            loss,
+            projected,
+            atoms,
+            actions,
+        ],
+        DTYPE=TRITON_DTYPE[dtype],
         INDEX=_index(*transition),
         ACTIONS_POWER=tile.actions_power,
         TILE_ATOMS=tile.atoms,
@@ -68,63 +80,69 @@ def forward(transition: Transition, bellman: Bellman, keep: bool) -> list[Tensor
         SOURCES=tile.sources,
         num_warps=_WARPS,
     )
-    return [loss] if projected is None else [loss, projected]
+    return Plan([launch])
+
+
+_loss = Launcher(_plan_loss)
 
 
 def backward(log_prob: Tensor, action: Tensor, projected: Tensor, grad: Tensor) -> Tensor:
     """∂L/∂log p, every element written once."""
     found = new_gradient(log_prob)
+    _gradient(None, action, projected.contiguous(), grad, found)
+    return found
+
+
+def _plan_gradient(_: None, action: Tensor, projected: Tensor, grad: Tensor, found: Tensor) -> Plan:
     samples, atoms, actions = found.shape
     tile = tiling(atoms, actions, projected.dtype.itemsize)
-    launch(
+    launch = Launch(
         gradient_kernel,
         samples,
-        (action, *action.stride()),
-        projected.contiguous(),
-        (grad, *grad.stride()),
-        (found, *found.stride()),
-        atoms,
-        actions,
-        DTYPE=_TRITON_DTYPE[projected.dtype],
+        [strided(action), projected, strided(grad), strided(found), atoms, actions],
+        DTYPE=TRITON_DTYPE[projected.dtype],
         INDEX=_index(found),
         ACTIONS_POWER=tile.actions_power,
         TILE_ATOMS=tile.atoms,
         num_warps=_WARPS,
     )
-    return found
+    return Plan([launch])
+
+
+_gradient = Launcher(_plan_gradient)
 
 
 def project(prob: Tensor, bellman: Bellman) -> Tensor:
     """The projected distribution ``[B, atoms]`` of ``prob``."""
     projected = torch.empty_like(prob, memory_format=torch.contiguous_format)
+    _projection(None, prob, *bellman[:3], scalar(bellman.gamma, prob), projected)
+    return projected
+
+
+def _plan_projection(_: None, *arguments: Any) -> Plan:
+    prob, support, reward, terminated, gamma, projected = arguments
     samples, atoms = prob.shape
     dtype = compute_dtype(prob.dtype)
     tile = tiling(atoms, 1, dtype.itemsize)
-    launch(
+    launch = Launch(
         projection_kernel,
         samples,
-        (prob, *prob.stride()),
-        *_bellman_arguments(bellman),
-        projected,
-        atoms,
-        DTYPE=_TRITON_DTYPE[dtype],
+        [*map(strided, (prob, support, reward, terminated)), *_discount(gamma), projected, atoms],
+        DTYPE=TRITON_DTYPE[dtype],
         INDEX=_index(prob),
         TARGETS=tile.targets,
         SOURCES=tile.sources,
         num_warps=_WARPS,
     )
-    return projected
+    return Plan([launch])
 
 
-def _bellman_arguments(bellman: Bellman) -> tuple[Any, ...]:
-    """Support, reward, terminated with their stride; γ as a number and a tensor, of which one counts."""
-    *members, gamma = bellman
-    strided = tuple((x, *x.stride()) for x in members)
-    if not isinstance(gamma, Tensor):
-        return (*strided, gamma, None)
-    if gamma.ndim == 0:
-        return (*strided, 0.0, (gamma.to(bellman.reward.device, non_blocking=True), 0))
-    return (*strided, 0.0, (gamma, *gamma.stride()))
+_projection = Launcher(_plan_projection)
+
+
+def _discount(gamma: Any) -> tuple[Any, Any]:
+    """γ as a number and a tensor with its stride, of which one counts."""
+    return number_and_tensor(gamma, *(gamma.stride() or (0,) if isinstance(gamma, Tensor) else ()))
 
 
 def _index(*tensors: Tensor | None) -> tl.dtype:
@@ -133,6 +151,3 @@ def _index(*tensors: Tensor | None) -> tl.dtype:
         2 * sum(n * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True)) for x in tensors if x is not None
     )
     return tl.int64 if reach >= 1 << 31 else tl.int32
-
-
-_TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}

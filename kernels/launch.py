@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import fixed_discount
-from .launching import ADDRESS, NUMBER, Launch
+from . import fixed_discount, launching
+from .dtypes import compute_dtype
+from .launching import TRITON_DTYPE, Launch, Launcher, Plan, Workspace, number_and_tensor, scalar
 from .recurrence import FIXED_DISCOUNT, Recurrence
 from .scan import STEPS_PER_LANE, scan_kernel
 
@@ -91,20 +91,13 @@ def split_power(tile: Tiling) -> int:
 
 def forward(problem: Recurrence, time_dim: int) -> list[Tensor]:
     """The outputs of ``problem``, on the Triton kernel."""
-    kind, _, _, reward, value, next_value, done, terminated = problem
-    if kind == FIXED_DISCOUNT:
+    if problem.kind == FIXED_DISCOUNT:
         return fixed_discount.forward(forward, problem, time_dim)
+    _, gamma, lmbda, reward, value, next_value, done, terminated = problem
     outputs = problem.new_outputs()
-    inputs = (reward, value, next_value, done, terminated)
-    present = [x for x in inputs if x is not None]
-    key = _key(problem, time_dim, outputs[0].dtype, present, done is None, terminated is None)
-    prepared = _prepared.get(key)
-    if prepared is None:
-        tensors = (*inputs, *outputs, *(None,) * (9 - len(outputs)))
-        prepared = _remember(key, _prepare(problem, time_dim, tensors, adjoint=False))
-    if prepared.launches:
-        prepared.run(problem, present + outputs)
-    else:
+    scalars = *_scalar(gamma, reward), *_scalar(lmbda, reward)
+    settings = problem.kind, False, time_dim, outputs[0].dtype
+    if not _scan(settings, reward, value, next_value, done, terminated, *outputs, *scalars):
         for output, copy in zip(outputs, forward(_dense(problem), time_dim), strict=True):
             output.copy_(copy)
     return outputs
@@ -114,28 +107,21 @@ def backward(
     problem: Recurrence, time_dim: int, y: Tensor | None, grads: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor]:
     """Per-step gradients of the needed inputs among γ, λ, reward, value and next value, on the Triton kernel."""
-    kind, _, _, reward, value, next_value, done, terminated = problem
+    kind, gamma, lmbda, reward, value, next_value, done, terminated = problem
     if kind == FIXED_DISCOUNT:
         return fixed_discount.backward(forward, backward, problem, time_dim, grads, needs)
-    precise = problem.compute_dtype
+    dtype = problem.dtype
+    precise = compute_dtype(dtype)
     found = [_like(reward, precise) if need else None for need in needs[:2]]
     for x, need in zip((reward, value, next_value), needs[2:], strict=True):
         found.append(_like(reward, x.dtype if x.is_floating_point() else precise) if need else None)
-    results = [x for x in found if x is not None]
     if not (needs[0] or needs[1]):  # y_{t+1} and v' enter the gradients of γ and λ alone
         y = next_value = None
-    inputs = (next_value, done, terminated, y, *grads)
-    present = [x for x in inputs if x is not None]
-    wanted = [None if x is None else x.dtype for x in found]
-    key = _key(problem, time_dim, precise, present, *[x is None for x in inputs], *wanted, results[0].stride())
-    prepared = _prepared.get(key)
-    if prepared is None:
-        grad_y, grad_target = [*grads, None][:2]
-        tensors = (None, None, next_value, done, terminated, y, None, grad_y, grad_target, *found)
-        prepared = _remember(key, _prepare(problem, time_dim, tensors, adjoint=True))
-    if prepared.launches:
-        prepared.run(problem, present + results)
-    else:
+    grad_y, grad_target = [*grads, None][:2]
+    inputs = (None, None, next_value, done, terminated, y, None, grad_y, grad_target)
+    results = [x for x in found if x is not None]
+    scalars = *_scalar(gamma, reward), *_scalar(lmbda, reward)
+    if not _scan((kind, True, time_dim, dtype), *inputs, *found, *scalars):
         y, *grads = (None if x is None else x.contiguous() for x in (y, *grads))
         copies = backward(_dense(problem), time_dim, y, grads, needs)
         for result, copy in zip(results, copies, strict=True):
@@ -147,102 +133,61 @@ def _like(reward: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(reward) if reward.dtype == dtype else torch.empty_like(reward, dtype=dtype)
 
 
-def _key(
-    problem: Recurrence, time_dim: int, dtype: torch.dtype, inputs: Sequence[Tensor], *more: Any
-) -> tuple[Any, ...]:
-    """All that what `_prepare` returns depends on: what is computed, the forms of the inputs, and what ``more`` says.
+def _scalar(x: float | Tensor | None, reward: Tensor) -> tuple[float | Tensor | None, Tensor | None]:
+    """γ or λ: one for all steps, or one for each of them."""
+    if type(x) is float:
+        return x, None
+    if isinstance(x, Tensor) and x.ndim:
+        return None, x.expand_as(reward)
+    return scalar(x, reward), None
 
-    Outputs are laid out like the reward.
+
+def _plan(settings: tuple[str, bool, int, torch.dtype], *arguments: Any) -> Plan | None:
+    """The launches of the recurrence, or of its adjoint.
+
+    None if the strides keep three or more dimensions of rows apart (slices of several batch dimensions): the kernel
+    knows two.
     """
-    kind, gamma, lmbda, reward, *_ = problem
-    return (
-        kind,
-        time_dim,
-        dtype,
-        reward.shape,
-        reward.get_device(),
-        tuple(map(_dtype, inputs)),
-        all(map(Tensor.is_contiguous, inputs)) or tuple(map(Tensor.stride, inputs)),
-        (gamma.dtype, gamma.shape, gamma.stride()) if isinstance(gamma, Tensor) else None,
-        (lmbda.dtype, lmbda.shape, lmbda.stride()) if isinstance(lmbda, Tensor) else None,
-        more,
-    )
-
-
-_dtype = Tensor.dtype.__get__  # type: ignore[attr-defined]  # the getter of a property in C
-
-
-class _Prepared(NamedTuple):
-    """The launches that solve a recurrence or its adjoint; none if its strides are more than the kernel knows."""
-
-    launches: tuple[Launch, ...]
-    compositions: int = 0  # elements that the launches share
-    dtype: torch.dtype = torch.float32  # of those
-
-    def run(self, problem: Recurrence, tensors: list[Tensor]) -> None:
-        """Launch on the tensors that are there, in the order of the kernel's arguments."""
-        _, gamma, lmbda, reward, *_ = problem
-        numbers = []
-        for x in (gamma, lmbda):
-            if isinstance(x, Tensor):  # one of 0 dimensions may be on another device
-                tensors.append(x.to(reward.device, non_blocking=True))
-            elif x is not None:
-                numbers.append(x)
-        if self.compositions:
-            tensors.append(reward.new_empty(self.compositions, dtype=self.dtype))
-        for launch in self.launches:
-            launch(reward.get_device(), tensors, numbers)
-
-
-_prepared: dict[tuple[Any, ...], _Prepared] = {}
-_MOST_PREPARED = 4096
-
-
-def _remember(key: tuple[Any, ...], prepared: _Prepared) -> _Prepared:
-    if len(_prepared) >= _MOST_PREPARED:
-        _prepared.clear()
-    _prepared[key] = prepared
-    return prepared
-
-
-def _prepare(problem: Recurrence, time_dim: int, tensors: Sequence[Tensor | None], *, adjoint: bool) -> _Prepared:
-    """The launches for tensors of this form: those of the recurrence, or of its adjoint.
-
-    None are there if the strides keep three or more dimensions of rows apart (slices of several batch dimensions): the
-    kernel knows two.
-    """
-    reward, dtype = problem.reward, problem.compute_dtype
-    scalars = [x.expand_as(reward) if isinstance(x, Tensor) and x.ndim else None for x in problem[1:3]]
-    strides = tuple(None if x is None else x.stride() for x in (*tensors, *scalars))
-    plan = _plan(reward.shape, time_dim, strides, problem.dtype.itemsize, _processors(reward.device))
-    if plan is None:
-        return _Prepared(())
-    *arguments, gamma, lmbda = (
-        None if s is None else (ADDRESS,) if s == plan.layout else (ADDRESS, *s) for s in plan.strides
-    )
-    launches = tuple(
+    kind, adjoint, time_dim, dtype = settings
+    *tensors, gamma, gammas, lmbda, lmbdas = arguments
+    tensors += [None] * (_TENSORS - len(tensors))  # those of the adjoint
+    like = next(x for x in tensors if x is not None)
+    strides = tuple(None if x is None else x.stride() for x in (*tensors, gammas, lmbdas))
+    layout = lay_out(like.shape, time_dim, strides, dtype.itemsize, launching.processors(like.device))
+    if layout is None:
+        return None
+    *strided, gammas, lmbdas = map(layout.argument, (*tensors, gammas, lmbdas), layout.strides)
+    scalars: list[Any] = []
+    for x, of_steps in ((gamma, gammas), (lmbda, lmbdas)):
+        scalars += number_and_tensor(x, 0) if of_steps is None else (0.0, of_steps)
+    compositions = layout.workspace(compute_dtype(dtype))
+    launches = [
         Launch(
             scan_kernel,
-            plan.programs,
+            layout.programs,
             [
-                *arguments,
-                *_scalar_arguments(problem.gamma, gamma),
-                *_scalar_arguments(problem.lmbda, lmbda),
-                ADDRESS if plan.compositions else None,
-                plan.layout,
-                plan.rows,
-                plan.inner,
-                plan.steps,
+                *strided,
+                *scalars,
+                compositions,
+                layout.common,
+                layout.rows,
+                layout.inner,
+                layout.steps,
             ],
-            KIND=problem.kind,
+            KIND=kind,
             ADJOINT=adjoint,
-            DTYPE=_TRITON_DTYPE[dtype],
+            DTYPE=TRITON_DTYPE[compute_dtype(dtype)],
             COMPOSE=compose,
-            **plan.constants,
+            **layout.constants,
         )
-        for compose in plan.phases
-    )
-    return _Prepared(launches, plan.compositions, dtype)
+        for compose in layout.phases
+    ]
+    return Plan(launches, [] if compositions is None else [compositions])
+
+
+_TENSORS = 14  # what `scan_kernel` takes
+
+_scan = Launcher(_plan, one_shape=True)
 
 
 def _dense(problem: Recurrence) -> Recurrence:
@@ -254,14 +199,14 @@ def _dense(problem: Recurrence) -> Recurrence:
     return Recurrence(*map(dense, problem))
 
 
-class Plan(NamedTuple):
-    """What a launch needs to know of the layout of its tensors."""
+class Layout(NamedTuple):
+    """What a launch needs to know of the layout of its tensors, and how its work is divided."""
 
     rows: int
     inner: int
     steps: int
     strides: tuple[tuple[int, int, int] | None, ...]  # outer, inner, time, of each tensor
-    layout: tuple[int, int, int]  # what most of them are
+    common: tuple[int, int, int]  # what most of them are
     time_is_contiguous: bool
     index: tl.dtype
     tiling: Tiling
@@ -276,12 +221,16 @@ class Plan(NamedTuple):
         """What COMPOSE is in each launch, one after the other."""
         return (True, False) if self.tiling.split > 1 else (False,)
 
-    @property
-    def compositions(self) -> int:
-        """The elements that the launches of split rows share; 0 if no row is split."""
+    def workspace(self, dtype: torch.dtype) -> Workspace | None:
+        """For the compositions in ``dtype`` that the launches of split rows share; None if no row is split."""
         if self.tiling.split == 1:
-            return 0
-        return 2 * triton.cdiv(self.rows, self.tiling.rows) * self.tiling.rows * split_power(self.tiling)
+            return None
+        rows = triton.cdiv(self.rows, self.tiling.rows) * self.tiling.rows
+        return Workspace(2 * rows * split_power(self.tiling), dtype)
+
+    def argument(self, x: Tensor | None, strides: tuple[int, int, int] | None) -> tuple[Any, ...] | None:
+        """A tensor as kernels take it: with its ``strides`` only if they aren't those that most have."""
+        return None if x is None or strides is None else (x,) if strides == self.common else (x, *strides)
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -299,14 +248,14 @@ class Plan(NamedTuple):
         }
 
 
-def _plan(
+def lay_out(
     shape: Sequence[int],
     time_dim: int,
     strides: tuple[tuple[int, ...] | None, ...],
     itemsize: int,
     processors: int,
     warp_bytes: int = _WARP_BYTES,
-) -> Plan | None:
+) -> Layout | None:
     """Merge the dimensions that aren't time into two, outer and inner; None if strides don't allow it."""
     present = [s for s in strides if s is not None]
     merged: list[list[int]] = []  # [size, stride of each present tensor …], from the outermost dimension in
@@ -328,8 +277,8 @@ def _plan(
         outer, inner = inner, one
         found = tuple(None if s is None else (s[1], 0, s[2]) for s in found)
     rows = outer[0] * inner[0]
-    layout = Counter(filter(None, found)).most_common(1)[0][0]
-    time_is_contiguous = steps > 1 and layout[2] == 1
+    common = Counter(filter(None, found)).most_common(1)[0][0]
+    time_is_contiguous = steps > 1 and common[2] == 1
     furthest = max((outer[0] - 1) * o + (inner[0] - 1) * i + (steps - 1) * t for o, i, t in filter(None, found))
     tile = tiling(
         rows,
@@ -341,22 +290,4 @@ def _plan(
     )
     reach = furthest + tile.lanes * STEPS_PER_LANE * max(t for _, _, t in filter(None, found))
     index = tl.int64 if reach >= 1 << 31 else tl.int32
-    return Plan(rows, inner[0], steps, found, layout, time_is_contiguous, index, tile)
-
-
-def _scalar_arguments(x: float | Tensor | None, strided: Any) -> tuple[Any, Any]:
-    """A number, or a tensor with its strides ((0,) for a 0-d tensor, which the kernel reads once)."""
-    if isinstance(x, Tensor):
-        return 0.0, strided or (ADDRESS, 0)
-    return 0.0 if x is None else NUMBER, None
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of the device; under the interpreter few, so that short rows are split as well."""
-    if device.type == "cpu":
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-_TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+    return Layout(rows, inner[0], steps, found, common, time_is_contiguous, index, tile)

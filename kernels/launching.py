@@ -1,21 +1,19 @@
 """Launches of a compiled kernel without Triton's dispatch, which takes several times as long as the launch itself.
 
 Triton's dispatch looks at every argument of every call, to find the binary that was compiled for such arguments. A
-`Launch` is for arguments of one kind, so that there is nothing left to find but whether 16 divides the addresses.
+`Launch` is for arguments of one form, so that there is nothing left to find but whether 16 divides the addresses. A
+`Launcher` plans the launches of an operation for each form of its arguments that it meets, and keeps the plans.
 """
 
-from collections.abc import Iterable, Sequence
-from functools import reduce
-from operator import or_
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import cache, reduce
+from operator import itemgetter, or_
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
-
-# What stands for the arguments that each call brings along.
-ADDRESS = object()
-NUMBER = object()
 
 # What a compiled kernel's launcher takes was read from these versions. With any other, Triton dispatches.
 _is_known = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
@@ -24,14 +22,19 @@ current_device: Any = getattr(torch._C, "_cuda_getDevice", None)  # absent where
 current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
+class Number:
+    """Stands for a floating-point number among a launch's arguments, of which each call brings another."""
+
+
 class Launch:
     """A kernel, its grid and its arguments, but for the tensors and numbers, of which each call brings others.
 
     Args:
         kernel: a function under ``triton.jit``.
         grid: the number of programs.
-        arguments: the kernel's positional arguments, with ``ADDRESS`` for a tensor, ``(ADDRESS, *strides)`` for a
-            tensor with integers that are fixed, and ``NUMBER`` for a floating-point number. All others are fixed.
+        arguments: the kernel's positional arguments, with a `Workspace` or any tensor of the right dtype where there is
+            a tensor, ``(tensor, *strides)`` for one with integers that are fixed, and a `Number` for a number. All
+            others are fixed.
         constants: the kernel's other arguments and Triton's options. They are fixed.
 
     The tensors of all calls must have the dtypes of those of the first, and be on its device. Triton decides what is
@@ -47,15 +50,21 @@ class Launch:
         self._options = constants
         # All that the launcher takes: the kernel's constants, too, where Triton compiles it.
         self._arguments = [*arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :])]
-        self._tensors: list[tuple[int, tuple[int, ...] | None]] = []  # where, and the integers with it if it has any
+        self._tensors: list[int] = []
+        self._integers: list[tuple[int, ...] | None] = []  # those of each tensor, if it is in a tuple
         self._numbers: list[int] = []
+        self.taken: list[Any] = []  # what stands for the tensors, and then the numbers, of a call
         for i, x in enumerate(arguments):
-            if x is NUMBER:
+            first = x[0] if isinstance(x, tuple) else x
+            if isinstance(first, (Tensor, Workspace)):
+                self._tensors.append(i)
+                self._integers.append(x[1:] if isinstance(x, tuple) else None)
+                self._arguments[i] = None  # not to keep the tensor
+                self.taken.append(first)
+        for i, x in enumerate(arguments):
+            if isinstance(x, Number):
                 self._numbers.append(i)
-            elif x is ADDRESS:
-                self._tensors.append((i, None))
-            elif isinstance(x, tuple) and x[0] is ADDRESS:
-                self._tensors.append((i, x[1:]))
+                self.taken.append(x)
         self._compiled: dict[Any, tuple[Any, Any, Any]] = {}  # by the alignment of addresses, None if 16 divides all
 
     def __call__(self, device: int, tensors: Sequence[Tensor], numbers: Sequence[float] = ()) -> None:
@@ -69,8 +78,8 @@ class Launch:
             self._dispatch(device, tensors, numbers, alignment)
             return
         arguments = self._arguments.copy()
-        for (i, integers), address in zip(self._tensors, addresses, strict=True):
-            arguments[i] = address if integers is None else (address, *integers) if integers else (address,)
+        for i, integers, address in zip(self._tensors, self._integers, addresses, strict=True):
+            arguments[i] = address if integers is None else (address,) + integers  # noqa: RUF005  # * takes longer
         for i, x in zip(self._numbers, numbers, strict=True):
             arguments[i] = x
         run, function, metadata = compiled
@@ -80,7 +89,7 @@ class Launch:
     def _dispatch(self, device: int, tensors: Sequence[Tensor], numbers: Sequence[float], alignment: Any) -> None:
         """Leave the launch to Triton, and keep what it launched if it can be launched again."""
         arguments = self._arguments[: self._positional]
-        for (i, integers), x in zip(self._tensors, tensors, strict=True):
+        for i, integers, x in zip(self._tensors, self._integers, tensors, strict=True):
             arguments[i] = x if integers is None else (x, *integers)
         for i, number in zip(self._numbers, numbers, strict=True):
             arguments[i] = number
@@ -90,50 +99,161 @@ class Launch:
             self._compiled[alignment] = compiled.run, compiled.function, compiled.packed_metadata
 
 
-_launches: dict[tuple[Any, ...], Launch] = {}
-_MOST_LAUNCHES = 4096
+class Workspace:
+    """Memory that the launches of one call share: zeros if they read it before they write it."""
+
+    def __init__(self, elements: int, dtype: torch.dtype, *, zeros: bool = False) -> None:
+        self._elements = elements
+        self._dtype = dtype
+        self._zeros = zeros
+
+    def new(self, like: Tensor) -> Tensor:
+        """The memory, on the device of ``like``."""
+        return (like.new_zeros if self._zeros else like.new_empty)(self._elements, dtype=self._dtype)
 
 
-def launch(kernel: Any, grid: int, *arguments: Any, **constants: Any) -> None:
-    """``kernel[grid,](*arguments, **constants)``, by a `Launch` that is kept for arguments of this form.
+class Plan(NamedTuple):
+    """Launches, one after the other, and the workspaces that they take after the call's own tensors."""
 
-    Tensors, alone or in tuples (tensor, *integers), and numbers of type float may be others in the next call.
+    launches: Sequence[Launch]
+    workspaces: Sequence[Workspace] = ()
+
+
+class Launcher:
+    """Plans the launches for arguments of one form, once, and makes them again for all others of that form.
+
+    Args:
+        plan: ``plan(settings, *arguments)`` gives the `Plan`, or None if there is none for arguments of this form. It
+            may ask a tensor for all but what it holds; where the call has a number it gets a `Number`. Each launch
+            must take all tensors and numbers, in the call's order.
+        one_shape: the first tensor's shape is that of all others but those of 0 dimensions, which have arguments of
+            their own. It is then all that is asked for in a call.
+
     """
-    tensors: list[Tensor] = []
-    numbers: list[float] = []
-    form: list[Any] = []
-    for x in arguments:
-        if type(x) is tuple and isinstance(x[0], Tensor):
-            tensors.append(x[0])
-            form.append((x[0].dtype, *x[1:]))
-        elif isinstance(x, Tensor):
-            tensors.append(x)
-            form.append(x.dtype)
-        elif type(x) is float:
-            numbers.append(x)
-            form.append(NUMBER)
-        else:
-            form.append(x)
-    device = tensors[0].get_device()
-    key = (id(kernel), grid, device, *form, *constants.items())
-    known = _launches.get(key)
-    if known is None:
-        if len(_launches) >= _MOST_LAUNCHES:
-            _launches.clear()
-        known = _launches[key] = Launch(kernel, grid, map(_fixed, arguments), **constants)
-    known(device, tensors, numbers)
+
+    _all: ClassVar[list["Launcher"]] = []
+
+    def __init__(self, plan: Callable[..., Plan | None], *, one_shape: bool = False) -> None:
+        self._plan = plan
+        self._one_shape = one_shape
+        self._planned: dict[tuple[Any, ...], Plan | None] = {}
+        self._taken: dict[tuple[type, ...], tuple[Any, Any]] = {}
+        self._all.append(self)
+
+    def __call__(self, settings: Hashable, *arguments: Any) -> bool:
+        """Launch on ``arguments``, each a tensor, a float or None; False if there is no plan for their form."""
+        kinds = tuple(map(type, arguments))
+        of_kinds = self._taken.get(kinds) or self._take(kinds)
+        tensors = of_kinds[0](arguments)
+        first = tensors[0]
+        device = first.get_device()
+        form = (
+            settings,
+            device,
+            kinds,
+            tuple(map(_dtype, tensors)),
+            first.shape if self._one_shape else tuple(map(_shape, tensors)),
+            all(map(Tensor.is_contiguous, tensors)) or tuple(map(Tensor.stride, tensors)),
+        )
+        plan = self._planned.get(form, _UNKNOWN)
+        if plan is _UNKNOWN:
+            plan = self._find(form, settings, arguments)
+        if plan is None:
+            return False
+        launches, workspaces = plan
+        if workspaces:
+            tensors += tuple([x.new(first) for x in workspaces])
+        numbers = of_kinds[1](arguments)
+        for launch in launches:
+            launch(device, tensors, numbers)
+        return True
+
+    def _take(self, kinds: tuple[type, ...]) -> tuple[Any, Any]:
+        """Functions of arguments of these ``kinds`` that give their tensors and their numbers, without a loop."""
+        numbers = [i for i, kind in enumerate(kinds) if kind is float]
+        tensors = [i for i, kind in enumerate(kinds) if kind is not float and kind is not type(None)]
+        self._taken[kinds] = found = _items(tensors), _items(numbers)
+        return found
+
+    def _find(self, form: tuple[Any, ...], settings: Hashable, arguments: Sequence[Any]) -> Plan | None:
+        """Make the plan for arguments of this form, and keep it.
+
+        Raises:
+            RuntimeError: the launches don't take what the call brings.
+
+        """
+        # A tensor of its own for each argument, even for one that is passed twice.
+        standing = [None if x is None else Number() if type(x) is float else x.detach() for x in arguments]
+        plan = self._plan(settings, *standing)
+        if plan is not None:
+            given: list[Any] = [x for x in standing if isinstance(x, Tensor)]
+            given += [*plan.workspaces, *(x for x in standing if isinstance(x, Number))]
+            for launch in plan.launches:
+                if list(map(id, launch.taken)) != list(map(id, given)):
+                    raise RuntimeError(f"the launches planned by {self._plan.__name__} don't take what the call brings")
+                launch.taken.clear()
+        if len(self._planned) >= _MOST_PLANS:
+            self._planned.clear()
+        self._planned[form] = plan
+        return plan
+
+    @classmethod
+    def forget(cls) -> None:
+        """Plan anew from here on: something changed that plans are made from."""
+        for launcher in cls._all:
+            launcher._planned.clear()
 
 
-def _fixed(x: Any) -> Any:
-    """An argument with ADDRESS and NUMBER for what isn't fixed."""
+def _items(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function that gives what is at the ``places`` of a sequence."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda sequence: tuple([sequence[i] for i in places])
+
+
+_UNKNOWN: Any = object()
+_MOST_PLANS = 4096
+
+_dtype = Tensor.dtype.__get__  # type: ignore[attr-defined]  # the getter of a property in C
+_shape = Tensor.shape.__get__  # type: ignore[attr-defined]  # likewise
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the device; under the interpreter few, so that short rows are split as well."""
+    if device.type == "cpu":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def strided(x: Tensor | None) -> tuple[Any, ...] | None:
+    """A tensor with its strides, as kernels take it."""
+    return None if x is None else (x, *x.stride())
+
+
+def scalar(x: float | Tensor | None, like: Tensor) -> float | Tensor | None:
+    """A scalar as a `Launcher` takes it; a tensor of 0 dimensions may be on another device than ``like``."""
+    if x is None or type(x) is float:
+        return x
     if isinstance(x, Tensor):
-        return ADDRESS
-    if type(x) is tuple:
-        return tuple(map(_fixed, x))
-    return NUMBER if type(x) is float else x
+        return x if x.device == like.device else x.to(like.device, non_blocking=True)
+    return float(x)
+
+
+def number_and_tensor(x: Any, *strides: int) -> tuple[Any, Any]:
+    """The two arguments that a kernel has for a scalar, of which one counts; a tensor with ``strides`` if given."""
+    if isinstance(x, Tensor):
+        return 0.0, (x, *strides) if strides else x
+    return 0.0 if x is None else x, None
+
+
+_runtime = triton.knobs.runtime
 
 
 def _hooks() -> bool:
     """Whether anyone asked Triton to be told of launches, such as a profiler."""
-    enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

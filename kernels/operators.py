@@ -6,7 +6,7 @@ so that compile time doesn't depend on the length of time and nothing inside is 
 """
 
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -44,13 +44,21 @@ def solve(problem: Recurrence, time_dim: int, backend: str | None) -> Sequence[T
     """
     problem, time_dim = checked(problem, time_dim)
     name = resolve_backend(backend, problem.reward)
-    tensors = [x for x in problem if isinstance(x, Tensor)]
-    differentiated = torch.is_grad_enabled() and any(map(_requires_grad, tensors))
+    tensors = tensors_among(problem[1:])
+    differentiated = torch.is_grad_enabled() and any(map(requires_grad, tensors))
     # Forward-mode tangents don't show in requires_grad. _Solve has no rule for them and says so.
     plainly = runs_plainly(tensors)
     if not differentiated and forward_ad._current_level < 0:
         return _solved(problem, name, time_dim) if plainly else _forward(name, time_dim, problem)
     return (_solve_plainly if plainly else _Solve.apply)(name, time_dim, *problem)
+
+
+def tensors_among(fields: Iterable[Any]) -> list[Tensor]:
+    """Those of the ``fields`` that are tensors. The others are known by their type, which is found much sooner."""
+    return [x for x in fields if type(x) not in _NO_TENSORS and isinstance(x, Tensor)]
+
+
+_NO_TENSORS = frozenset((float, int, bool, str, list, type(None)))
 
 
 def runs_plainly(tensors: Collection[Tensor]) -> bool:
@@ -74,9 +82,14 @@ def runs_plainly(tensors: Collection[Tensor]) -> bool:
     )
 
 
+def called(operator: Any, implementation: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``operator`` gives: asked for by its implementation where that is all that the operator would do."""
+    return (implementation if runs_plainly(tensors_among(arguments)) else operator)(*arguments)
+
+
 # Looked up once, and mapped without a loop in Python: these are a fair part of what a call costs.
 _PLAIN = frozenset((Tensor, Parameter))
-_requires_grad = Tensor.requires_grad.__get__  # type: ignore[attr-defined]  # the getter of a property in C
+requires_grad = Tensor.requires_grad.__get__  # type: ignore[attr-defined]  # the getter of a property in C
 _is_meta = Tensor.is_meta.__get__  # type: ignore[attr-defined]  # likewise
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -138,9 +151,9 @@ def _keep(ctx: Any, name: str, time_dim: int, kind: str, gamma: Any, lmbda: Any,
     *inputs, y = tensors
     needs_y = False  # which enters only the gradients of γ and λ
     gamma_tensor = lmbda_tensor = None
-    if isinstance(gamma, Tensor):
+    if type(gamma) is not float and isinstance(gamma, Tensor):  # a float is known by its type much sooner
         gamma, gamma_tensor, needs_y = None, gamma, gamma.requires_grad
-    if isinstance(lmbda, Tensor):
+    if type(lmbda) is not float and isinstance(lmbda, Tensor):
         lmbda, lmbda_tensor, needs_y = None, lmbda, needs_y or lmbda.requires_grad
     ctx.settings = name, time_dim, kind, gamma, lmbda
     ctx.set_materialize_grads(False)

@@ -62,7 +62,11 @@ def clip_ppo_kernel(
     loss_of_sample,
     slope,
     loss,
-    logged,
+    kl_approx,
+    clip_fraction,
+    ess,
+    greatest_ratio,
+    mean_ratio,
     workspace,
     samples,
     tiles,
@@ -76,7 +80,7 @@ def clip_ppo_kernel(
     BLOCK: tl.constexpr,
     POWER: tl.constexpr,
 ):
-    """Reads samples and scalars, writes the workspace; in the phase SURROGATE also slope, losses and ``logged``."""
+    """Reads samples and scalars, writes the workspace; in the phase SURROGATE also slope, losses and what is logged."""
     if COUNTS:
         leave_counts(advantage, mask, weights, workspace, samples, tiles, NORMALIZE, ROWS, DTYPE, INDEX, BLOCK)
     if SURROGATE:
@@ -142,20 +146,19 @@ def clip_ppo_kernel(
             if loss is not None:
                 sum_of_all = total(workspace, LOSS, POWER)
                 write_scalar(loss, sum_of_all * share if MEAN else sum_of_all)
-            _write_logged(logged, workspace, mask, samples, POWER)
+            count = count_of_all(workspace, mask, samples, POWER)
+            divisor = tl.maximum(count, 1.0)
+            write_scalar(kl_approx, -total(workspace, LOG_WEIGHT, POWER) / divisor)
+            write_scalar(clip_fraction, total(workspace, OUTSIDE, POWER) / divisor)
+            _write_ratios(ess, greatest_ratio, mean_ratio, workspace, count, divisor, POWER)
 
 
 @triton.jit
-def _write_logged(logged, workspace, mask, samples, POWER: tl.constexpr):
-    """kl_approx, clip_fraction, ess, max_ratio and mean_ratio from the sums of all programs."""
-    kl_approx, clip_fraction, ess, max_ratio, mean_ratio = logged
-    count = count_of_all(workspace, mask, samples, POWER)
-    divisor = tl.maximum(count, 1.0)
-    write_scalar(kl_approx, -total(workspace, LOG_WEIGHT, POWER) / divisor)
-    write_scalar(clip_fraction, total(workspace, OUTSIDE, POWER) / divisor)
+def _write_ratios(ess, greatest_ratio, mean_ratio, workspace, count, divisor, POWER: tl.constexpr):
+    """Effective sample size, greatest and mean ratio, from the sums of all programs."""
     greatest, first, second = exponents_of_all(workspace, EXPONENTS, POWER)
     write_scalar(ess, tl.where(count == 0.0, 0.0, first * first / second / divisor))
     # A maximum passes a NaN over, a sum doesn't; that of shares of an infinite ratio is one by itself.
     infinite = greatest == float("inf")
-    write_scalar(max_ratio, tl.where((first == first) | infinite, tl.exp(greatest), first))
+    write_scalar(greatest_ratio, tl.where((first == first) | infinite, tl.exp(greatest), first))
     write_scalar(mean_ratio, tl.where(infinite, greatest, tl.exp(greatest) * first / divisor))

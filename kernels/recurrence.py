@@ -76,9 +76,9 @@ def checked(problem: Recurrence, time_dim: int) -> tuple[Recurrence, int]:
     _, gamma, lmbda, reward, value, next_value, done, terminated = problem
     shape, device = reward.shape, reward.device
     for x in (value, next_value, done, terminated):
-        if x is not None and (x.shape != shape or x.device != device):
+        if x is not None and (_shape(x) != shape or _device(x) != device):
             _name_disagreement(problem)
-    if isinstance(gamma, Tensor) or isinstance(lmbda, Tensor):
+    if type(gamma) is not float or (lmbda is not None and type(lmbda) is not float):
         _check_scalars(problem)
     if not -len(shape) <= time_dim < len(shape):
         raise IndexError(f"time_dim is {time_dim}, but reward has shape {tuple(shape)}")
@@ -89,6 +89,11 @@ def checked(problem: Recurrence, time_dim: int) -> tuple[Recurrence, int]:
         if mask is not None and mask.dtype != torch.bool:  # non-zero means true
             problem = problem._replace(**{name: mask != 0})
     return problem, time_dim % len(shape)
+
+
+# The getters of properties in C: what a call costs is also what it looks up.
+_shape = Tensor.shape.__get__  # type: ignore[attr-defined]
+_device = Tensor.device.__get__
 
 
 def _name_disagreement(problem: Recurrence) -> None:

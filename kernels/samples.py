@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from .backend import resolve_backend
 from .dtypes import cast
+from .function import apply
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -65,7 +66,7 @@ def solver(run: Run, compose: Run, vectorized: Run) -> Callable[[Tensor, Any, st
         if name == "torch":
             return vectorized(x, constants)
         if torch.is_grad_enabled() and x.requires_grad:
-            return Loss.apply(x, name, constants)[:-1]
+            return apply(Loss, x, name, constants)[:-1]
         return run(name, False, x, constants)
 
     return solve

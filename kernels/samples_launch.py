@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import _processors
+from . import launching
 
 WARPS = 4
 # Bytes of a tile of one input: 16 for each thread, which is one 128-bit load. Of float64, twice as many would spill.
@@ -19,10 +19,6 @@ _PROGRAMS_PER_PROCESSOR = 4
 _MOST_PROGRAMS = 512
 # Up to this many tiles one program does everything, in one launch. An estimate, likewise.
 _TILES_OF_ONE_PROGRAM = 4
-
-TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
-
-Walk = list[tuple[Tensor, int] | None]
 
 
 class Division(NamedTuple):
@@ -45,7 +41,7 @@ def division(samples: int, block: int, processors: int) -> Division:
 
 def divided(x: Tensor, precise: torch.dtype) -> Division:
     """`division` of the samples of ``x``, computed in the dtype ``precise``, on their device."""
-    return division(x.numel(), TILE_BYTES // precise.itemsize, _processors(x.device))
+    return division(x.numel(), TILE_BYTES // precise.itemsize, launching.processors(x.device))
 
 
 def phases(counts: bool, parts: Division) -> tuple[tuple[bool, bool], ...]:
@@ -55,28 +51,25 @@ def phases(counts: bool, parts: Division) -> tuple[tuple[bool, bool], ...]:
     return ((True, True),) if parts.programs == 1 else ((True, False), (False, True))
 
 
-def walked(tensors: Sequence[Tensor | None]) -> Walk:
-    """Each tensor flat, with its stride, in the order in which a dense tensor laid out like the first one is walked.
+def walked(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """The tensors flat, in the order in which a dense tensor laid out like the first one is walked.
 
-    Only a tensor that no single stride walks in that order is copied.
+    Only a tensor that no single stride walks in that order is copied. Where all are contiguous they are as they were.
     """
     if all(x is None or x.is_contiguous() for x in tensors):
-        return [None if x is None else (x, 1) for x in tensors]
+        return tensors
     first: Any = tensors[0]  # there in every call
     dense = torch.empty_like(first)
     order = sorted(range(dense.ndim), key=dense.stride, reverse=True)
-    flat = (None if x is None else x.permute(order).reshape(-1) for x in tensors)
-    return [None if x is None else (x, x.stride(0)) for x in flat]
+    return [None if x is None else x.permute(order).reshape(-1) for x in tensors]
 
 
-def index_type(walk: Walk, parts: Division) -> tl.dtype:
+def steps(x: Tensor | None) -> tuple[Tensor, int] | None:
+    """A tensor that is `walked`, with the stride from one sample to the next."""
+    return None if x is None else (x, 1 if x.is_contiguous() else x.stride(0))
+
+
+def index_type(tensors: Sequence[Tensor | None], parts: Division) -> tl.dtype:
     """The integer in which offsets are computed, padding of the last tile included."""
-    furthest = parts.programs * parts.tiles * parts.block * max(x[1] for x in walk if x is not None)
-    return tl.int64 if furthest >= 1 << 31 else tl.int32
-
-
-def scalar_arguments(x: float | Tensor | None, device: torch.device) -> tuple[float, Any]:
-    """A number, or a 0-d tensor; None where there is neither."""
-    if isinstance(x, Tensor):
-        return 0.0, x.to(device, non_blocking=True)
-    return 0.0 if x is None else x, None
+    longest = max(x[1] for x in map(steps, tensors) if x is not None)
+    return tl.int64 if parts.programs * parts.tiles * parts.block * longest >= 1 << 31 else tl.int32

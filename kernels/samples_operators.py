@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operators import number_or_tensor
+from .operators import number_or_tensor, runs_plainly, tensors_among
 from .samples import solver
 
 # The type of a constant that is a number or a 0-d tensor, or None.
@@ -63,9 +63,11 @@ def loss_operator(
         for field, kind in zip(constants._fields, kinds, strict=True)
     )
     _library.define(f"{name}(str backend, bool keep, Tensor {x}, {arguments}) -> Tensor[]")
-    operator = getattr(torch.ops.fusedrl, name)
+    operator = getattr(torch.ops.fusedrl, name).default
 
     def run(backend: str, keep: bool, x: Tensor, fields: Any) -> list[Tensor]:
+        if runs_plainly(tensors_among((x, *fields))):
+            return solved(backend, keep, x, fields)
         scalars = [part for scalar in fields[first:last] for part in number_or_tensor(scalar, x)]
         return operator(backend, keep, x, *fields[:first], *scalars, *fields[last:])
 
@@ -74,10 +76,12 @@ def loss_operator(
         scalars = (number if tensor is None else tensor for number, tensor in pairs)
         return constants._make((*arguments[:first], *scalars, *arguments[end:]))
 
-    def implementation(backend: str, keep: bool, x: Tensor, *arguments: Any) -> list[Tensor]:
+    def solved(backend: str, keep: bool, x: Tensor, fields: Any) -> list[Tensor]:
         # The formulas say what means over no samples are.
-        module = backend_module(backend if x.numel() else "reference")
-        return module.forward(x, gathered(arguments), keep)
+        return backend_module(backend if x.numel() else "reference").forward(x, fields, keep)
+
+    def implementation(backend: str, keep: bool, x: Tensor, *arguments: Any) -> list[Tensor]:
+        return solved(backend, keep, x, gathered(arguments))
 
     def fake(backend: str, keep: bool, x: Tensor, *arguments: Any) -> list[Tensor]:
         return outputs(x, gathered(arguments), keep)

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dtypes import compute_dtype, result_dtype
+from .launching import TRITON_DTYPE, Launch, Launcher, Plan, strided
 from .squashed_normal_kernel import (
     log_prob_gradient_kernel,
     log_prob_kernel,
@@ -33,7 +34,9 @@ def log_prob(loc: Tensor, scale: Tensor, action: Tensor, squash: Squash | None) 
     """log π(a), shape ``[*B]``, of actions ``[*B, A]``."""
     found = loc.new_empty(loc.shape[:-1], dtype=result_dtype(loc, scale, action))
     limit = 1.0 if squash is None else squash.limit_of_inverse(loc, scale, action)
-    _launch(log_prob_kernel, (loc, scale, action), squash, limit, log_prob=found)
+    if not loc.numel():
+        return found.zero_()  # of actions without dimensions: an empty sum
+    _log_prob(_dtype(loc, scale, action), *map(_rows, (loc, scale, action)), found, *_interval(loc, squash, limit))
     return found
 
 
@@ -43,17 +46,12 @@ def log_prob_backward(
     """The gradients that are needed of loc, scale and action."""
     inputs = (loc, scale, action)
     gradients = [x.new_empty(x.shape) if need else None for x, need in zip(inputs, needs, strict=True)]
-    by_loc, by_scale, by_action = map(_strided, gradients)
-    _launch(
-        log_prob_gradient_kernel,
-        inputs,
-        squash,
-        1.0 if squash is None else squash.limit_of_inverse(*inputs),
-        grad=_per_row(grad),
-        by_loc=by_loc,
-        by_scale=by_scale,
-        by_action=by_action,
-    )
+    limit = 1.0 if squash is None else squash.limit_of_inverse(*inputs)
+    if loc.numel():
+        written = map(_rows, gradients)
+        _log_prob_gradient(
+            _dtype(*inputs), *map(_rows, inputs), grad.reshape(-1), *written, *_interval(loc, squash, limit)
+        )
     return [g for g in gradients if g is not None]
 
 
@@ -62,7 +60,10 @@ def sample(loc: Tensor, scale: Tensor, noise: Tensor, squash: Squash | None) -> 
     dtype = result_dtype(loc, scale, noise)
     action, found = loc.new_empty(loc.shape, dtype=dtype), loc.new_empty(loc.shape[:-1], dtype=dtype)
     limit = 1.0 if squash is None else squash.limit_of_draw(loc, scale, noise)
-    _launch(sample_kernel, (loc, scale, noise), squash, limit, action=_strided(action), log_prob=found)
+    if not loc.numel():
+        return action, found.zero_()  # likewise
+    inputs = map(_rows, (loc, scale, noise, action))
+    _sample(_dtype(loc, scale, noise), *inputs, found, *_interval(loc, squash, limit))
     return action, found
 
 
@@ -78,78 +79,69 @@ def sample_backward(
     """The gradients that are needed of loc and scale; that of the noise never is."""
     inputs = (loc, scale, noise)
     gradients = [x.new_empty(x.shape) if need else None for x, need in zip(inputs, needs, strict=True)]
-    by_loc, by_scale, _ = map(_strided, gradients)
-    _launch(
-        sample_gradient_kernel,
-        inputs,
-        squash,
-        1.0 if squash is None else squash.limit_of_draw(*inputs),
-        grad_action=_strided(grad_action),
-        grad_log_prob=_per_row(grad_log_prob),
-        by_loc=by_loc,
-        by_scale=by_scale,
-    )
+    limit = 1.0 if squash is None else squash.limit_of_draw(*inputs)
+    if loc.numel():
+        grads = _rows(grad_action), None if grad_log_prob is None else grad_log_prob.reshape(-1)
+        written = map(_rows, gradients[:2])
+        _sample_gradient(_dtype(*inputs), *map(_rows, inputs), *grads, *written, *_interval(loc, squash, limit))
     return [g for g in gradients if g is not None]
 
 
-def _launch(
-    kernel: Any, inputs: tuple[Tensor, Tensor, Tensor], squash: Squash | None, limit: float, **arguments: Any
-) -> None:
-    shape = inputs[0].shape
-    if shape.numel() == 0:
-        if "log_prob" in arguments:  # of actions without dimensions: an empty sum
-            arguments["log_prob"].zero_()
-        return
-    columns = shape[-1]
-    rows = shape.numel() // columns
-    low = high = None
-    center, half = 0.0, 1.0
-    if squash is not None:
-        if isinstance(squash.low, Tensor):
-            low, high = (_strided(x.expand(shape)) for x in squash[:2])
-        else:
-            center, half = squash.center_and_half()
-    names = kernel.arg_names[:3]
-    strided = {name: _strided(x) for name, x in zip(names, inputs, strict=True)} | arguments
-    tile_rows, tile_columns = tiling(columns)
-    reach = max(
-        (rows + tile_rows) * x[1] + (columns + tile_columns) * x[2]
-        for x in (*strided.values(), low, high)
-        if isinstance(x, tuple) and len(x) == 3
-    )
-    with torch.cuda.device_of(inputs[0]):
-        kernel[triton.cdiv(rows, tile_rows),](
-            **strided,
-            low=low,
-            high=high,
-            center=center,
-            half=half,
-            limit=limit,
-            rows=rows,
-            columns=columns,
-            SQUASHED=squash is not None,
-            DTYPE=_TRITON_DTYPE[compute_dtype(result_dtype(*inputs))],
+def _dtype(*inputs: Tensor) -> torch.dtype:
+    """The dtype that is computed in."""
+    return compute_dtype(result_dtype(*inputs))
+
+
+def _interval(loc: Tensor, squash: Squash | None, limit: float) -> tuple[Any, ...]:
+    """Bounds that are tensors, those that are numbers as center and half, and the limit; None where not squashed."""
+    if squash is None:
+        return None, None, None, None, None
+    if isinstance(squash.low, Tensor):
+        low, high = (_rows(x.expand(loc.shape)) for x in squash[:2])
+        return low, high, 0.0, 1.0, limit
+    center, half = squash.center_and_half()
+    return None, None, float(center), float(half), limit
+
+
+def _launcher(kernel: Any) -> Launcher:
+    """Of a kernel whose arguments are tensors, then those of `_interval`."""
+
+    def plan(dtype: torch.dtype, *arguments: Any) -> Plan:
+        *tensors, center, half, limit = arguments
+        rows, columns = tensors[0].shape
+        tile_rows, tile_columns = tiling(columns)
+        # log π(a) is contiguous, and passed without a stride.
+        names = kernel.arg_names[: len(tensors)]
+        strides = [x if name == "log_prob" else strided(x) for name, x in zip(names, tensors, strict=True)]
+        matrices = [x for x in strides if isinstance(x, tuple) and len(x) == 3]
+        reach = max((rows + tile_rows) * x[1] + (columns + tile_columns) * x[2] for x in matrices)
+        launch = Launch(
+            kernel,
+            triton.cdiv(rows, tile_rows),
+            [
+                *strides,
+                0.0 if center is None else center,
+                1.0 if half is None else half,
+                1.0 if limit is None else limit,
+                rows,
+                columns,
+            ],
+            SQUASHED=limit is not None,
+            DTYPE=TRITON_DTYPE[dtype],
             INDEX=tl.int64 if reach >= 1 << 31 else tl.int32,
             ROWS=tile_rows,
             COLUMNS=tile_columns,
             num_warps=_WARPS,
         )
+        return Plan([launch])
+
+    return Launcher(plan)
 
 
-def _strided(x: Tensor | None) -> tuple[Any, ...] | None:
-    """``x`` as (pointer, row stride, column stride); a copy is made only where no single stride walks the rows."""
-    if x is None:
-        return None
-    x = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    return (x, *x.stride())
+_log_prob, _log_prob_gradient = _launcher(log_prob_kernel), _launcher(log_prob_gradient_kernel)
+_sample, _sample_gradient = _launcher(sample_kernel), _launcher(sample_gradient_kernel)
 
 
-def _per_row(x: Tensor | None) -> tuple[Any, ...] | None:
-    """``x`` as (pointer, row stride)."""
-    if x is None:
-        return None
-    x = x.reshape(-1)
-    return (x, *x.stride())
-
-
-_TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+def _rows(x: Any) -> Any:
+    """``[*B, A]`` with one dimension of rows; a copy is made only where no single stride walks them."""
+    return x if x is None or x.ndim == 2 else x.reshape(-1, x.shape[-1])

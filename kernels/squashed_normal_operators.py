@@ -7,6 +7,7 @@ and ``fusedrl::normal_sample`` and their backwards. Inputs are all that these ke
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -19,7 +20,7 @@ from . import squashed_normal_vectorized as vectorized
 from .backend import resolve_backend
 from .dtypes import cast, result_dtype
 from .function import apply
-from .operators import number_or_tensor
+from .operators import called, number_or_tensor
 from .recurrence import broadcasts
 from .squashed_normal_problem import Bounds, Squash
 
@@ -113,6 +114,7 @@ def _composition(name: str) -> Any:
     return _COMPOSITIONS.get(name)
 
 
+@cache
 def backend_module(name: str) -> Any:
     """The module with the four functions of backend ``name``."""
     return import_module(_OPERATOR_MODULES[name], __package__)
@@ -123,7 +125,7 @@ class _LogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
-        return torch.ops.fusedrl.normal_log_prob(*_arguments(*inputs))
+        return called(*_OPERATORS["log_prob"], *_arguments(*inputs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -131,7 +133,7 @@ class _LogProb(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, torch.ops.fusedrl.normal_log_prob_backward, reference.log_prob, [grad])
+        return _backward(ctx, "log_prob_backward", reference.log_prob, [grad])
 
 
 class _Sample(torch.autograd.Function):
@@ -139,7 +141,7 @@ class _Sample(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        return torch.ops.fusedrl.normal_sample(*_arguments(*inputs))
+        return called(*_OPERATORS["sample"], *_arguments(*inputs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -147,7 +149,7 @@ class _Sample(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, torch.ops.fusedrl.normal_sample_backward, reference.sample, grads)
+        return _backward(ctx, "sample_backward", reference.sample, grads)
 
 
 # What `apply` looks up in every call; found once.
@@ -162,9 +164,9 @@ def _keep(ctx: Any, name: str, loc: Tensor, scale: Tensor, third: Tensor, interv
 
 
 def _backward(
-    ctx: Any, operator: Any, function: Callable[..., Any], grads: Sequence[Tensor | None]
+    ctx: Any, name: str, function: Callable[..., Any], grads: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of a Function's inputs: by ``operator``, or by the composed ``function`` where they get a graph."""
+    """The gradients of a Function's inputs: by the operator ``name``; where they get a graph, by a ``function``."""
     tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[1:4]
     found: Sequence[Tensor | None]
     if all(g is None for g in grads):
@@ -173,7 +175,7 @@ def _backward(
         found = gradients(function, tensors, ctx.interval, grads, needs)
     else:
         loc, scale, third = tensors
-        found = operator(*_arguments(ctx.name, loc, scale, third, ctx.interval), *grads, needs)
+        found = called(*_OPERATORS[name], *_arguments(ctx.name, loc, scale, third, ctx.interval), *grads, list(needs))
     results = iter(found)
     return (None, *[next(results) if need else None for need in needs], None)
 
@@ -261,11 +263,15 @@ def _backward_fake(name: str, loc: Tensor, scale: Tensor, third: Tensor, *rest: 
     return [x.new_empty(x.shape) for x, need in zip((loc, scale, third), rest[-1], strict=True) if need]
 
 
+# Each with its implementation.
+_OPERATORS: dict[str, tuple[Any, Callable[..., Any]]] = {}
 for _name, _fake in (
     ("log_prob", _log_prob_fake),
     ("log_prob_backward", _backward_fake),
     ("sample", _sample_fake),
     ("sample_backward", _backward_fake),
 ):
-    _library.impl(f"normal_{_name}", _operator(_name), "CompositeExplicitAutograd")
+    _implementation = _operator(_name)
+    _library.impl(f"normal_{_name}", _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fusedrl::normal_{_name}", _fake, lib=_library)
+    _OPERATORS[_name] = getattr(torch.ops.fusedrl, f"normal_{_name}").default, _implementation

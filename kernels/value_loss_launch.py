@@ -1,9 +1,12 @@
 """Host side of the critic's loss kernel: one or two launches; the ``triton`` backend."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .samples_launch import TRITON_DTYPE, WARPS, divided, index_type, phases, scalar_arguments, walked
+from .launching import TRITON_DTYPE, Launch, Launcher, Plan, Workspace, number_and_tensor, scalar
+from .samples_launch import WARPS, divided, index_type, phases, steps, walked
 from .value_loss_kernel import ROWS, value_loss_kernel
 from .value_loss_problem import ValueConstants, dtypes, outputs, smallest_variance
 
@@ -18,37 +21,52 @@ def forward(value: Tensor, constants: ValueConstants, keep: bool) -> list[Tensor
     clip_fraction = None if old_value is None else next(rest)
     explained = next(rest) if explained_variance else None
     slope = next(rest) if keep else None
-    loss_of_sample = loss if reduction == "none" else None
-    walk = walked((value, target, old_value, mask, weights, loss_of_sample, slope))
+    of_samples, of_batch = (loss, None) if reduction == "none" else (None, loss)
+    tensors = walked((value, target, old_value, mask, weights, of_samples, slope))
+    scalars = scalar(clip, value), scalar(1.0 if coefficient is None else coefficient, value)
+    settings = kind, reduction, dtype, precise
+    _value_loss(settings, *tensors[:5], *scalars, *tensors[5:], of_batch, clip_fraction, explained)
+    return found
+
+
+def _plan(settings: tuple[str, str, torch.dtype, torch.dtype], *arguments: Any) -> Plan:
+    kind, reduction, dtype, precise = settings
+    value, target, old_value, mask, weights, clip, coefficient, of_samples, slope, *of_batch = arguments
+    tensors = value, target, old_value, mask, weights, of_samples, slope
     parts = divided(value, precise)
     mean = reduction == "mean"
     counts = mean and (mask is not None or weights is not None)
     # The count of finished programs starts at zero, which the first phase sees to if there is one.
-    new = value.new_empty if counts else value.new_zeros
-    workspace = new(ROWS.value * parts.programs + 1, dtype=precise)
-    device = value.device
-    with torch.cuda.device_of(value):
-        for first, second in phases(counts, parts):
-            value_loss_kernel[parts.programs,](
+    workspace = Workspace(ROWS.value * parts.programs + 1, precise, zeros=not counts)
+    walk = list(map(steps, tensors))
+    launches = [
+        Launch(
+            value_loss_kernel,
+            parts.programs,
+            [
                 *walk[:5],
-                *scalar_arguments(clip, device),
-                *scalar_arguments(1.0 if coefficient is None else coefficient, device),
+                *number_and_tensor(clip),
+                *number_and_tensor(coefficient),
                 *walk[5:],
-                None if reduction == "none" else loss,
-                clip_fraction,
-                explained,
+                *of_batch,
                 workspace,
                 value.numel(),
                 parts.tiles,
                 smallest_variance(target, dtype),
-                COUNTS=first,
-                LOSSES=second,
-                KIND=kind,
-                MEAN=mean,
-                DTYPE=TRITON_DTYPE[precise],
-                INDEX=index_type(walk, parts),
-                BLOCK=parts.block,
-                POWER=parts.power,
-                num_warps=WARPS,
-            )
-    return found
+            ],
+            COUNTS=first,
+            LOSSES=second,
+            KIND=kind,
+            MEAN=mean,
+            DTYPE=TRITON_DTYPE[precise],
+            INDEX=index_type(tensors, parts),
+            BLOCK=parts.block,
+            POWER=parts.power,
+            num_warps=WARPS,
+        )
+        for first, second in phases(counts, parts)
+    ]
+    return Plan(launches, [workspace])
+
+
+_value_loss = Launcher(_plan, one_shape=True)

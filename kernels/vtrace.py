@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backend import fastest_backend, resolve_backend
+from .dtypes import compute_dtype
+from .operators import tensors_among
 from .recurrence import GAE, Recurrence, broadcasts, checked
 from .vtrace_composed import composed
 from .vtrace_operators import solve
@@ -93,16 +95,15 @@ def _is_fused(problem: VTrace, backend: str) -> bool:
     """Whether one kernel does it all, which takes constants that are numbers or 0-d and that want no gradient."""
     if backend != "triton" and not (backend == "verify" and fastest_backend(problem.reward) == "triton"):
         return False
-    scalars = [x for x in (problem.gamma, problem.rho, problem.c) if isinstance(x, Tensor)]
-    if any(x.ndim or (x.requires_grad and torch.is_grad_enabled()) for x in scalars):
-        return False
-    if problem.log_weight_dtype != problem.compute_dtype or problem.dtype != problem.compute_dtype:
-        return False  # a kernel computes in one precision from end to end
-    return forward_ad._current_level < 0
+    for x in tensors_among((problem.gamma, problem.rho, problem.c)):
+        if x.ndim or (x.requires_grad and torch.is_grad_enabled()):
+            return False
+    dtype = problem.dtype  # a kernel computes in one precision from end to end
+    return forward_ad._current_level < 0 and dtype == compute_dtype(dtype) == problem.log_weight_dtype
 
 
 def _check(name: str, x: Scalar, reward: Tensor, *, same: bool = False) -> None:
-    if not isinstance(x, Tensor):
+    if type(x) is float or not isinstance(x, Tensor):
         if not x >= 0:
             raise ValueError(f"{name} is {x}, but must not be negative")
     elif (x.shape != reward.shape) if same else not broadcasts(x.shape, reward.shape):

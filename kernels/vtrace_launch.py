@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launch import _TRITON_DTYPE, _plan, _processors
-from .launching import launch
-from .samples_launch import scalar_arguments
+from . import launching
+from .launch import lay_out
+from .launching import TRITON_DTYPE, Launch, Launcher, Plan, number_and_tensor, scalar
 from .vtrace_kernel import vtrace_kernel
 from .vtrace_problem import VTrace
 
@@ -19,7 +19,7 @@ _WARP_BYTES, _ADJOINT_WARP_BYTES = 1024, 512
 def forward(problem: VTrace, time_dim: int) -> list[Tensor]:
     """Advantage and value target."""
     outputs = problem.new_outputs()
-    if not _launch(problem, time_dim, outputs):
+    if not _run(problem, time_dim, *outputs):
         for output, copy in zip(outputs, forward(_dense(problem), time_dim), strict=True):
             output.copy_(copy)
     return outputs
@@ -34,7 +34,7 @@ def backward(
         for x, need in zip(problem.differentiable, needs, strict=True)
     ]
     results = [x for x in found if x is not None]
-    if not _launch(problem, time_dim, [None, value_target], [*grads, *found]):
+    if not _run(problem, time_dim, None, value_target, *grads, *found):
         dense = [None if x is None else x.contiguous() for x in grads]
         copies = backward(_dense(problem), time_dim, value_target.contiguous(), dense, needs)
         for result, copy in zip(results, copies, strict=True):
@@ -42,52 +42,68 @@ def backward(
     return results
 
 
-def _launch(
-    problem: VTrace, time_dim: int, outputs: Sequence[Tensor | None], adjoint: Sequence[Tensor | None] = (None,) * 7
+def _run(
+    problem: VTrace,
+    time_dim: int,
+    advantage: Tensor | None,
+    value_target: Tensor,
+    *adjoint: Tensor | None,
 ) -> bool:
-    """Launch on the tensors; False, and nothing, if their strides are more than the kernel knows."""
-    log_pi, log_mu, value, next_value, reward, done, terminated, gamma, rho, c = problem
-    is_adjoint = any(x is not None for x in adjoint)
-    grads, (by_log_pi, by_log_mu, by_value, by_next_value, by_reward) = adjoint[:2], adjoint[2:]
-    tensors = (
-        log_pi, log_mu, value, next_value, reward, done, terminated, *outputs, *grads,
-        by_log_pi, by_log_mu, by_value, by_next_value, by_reward,
-    )  # fmt: skip
-    dtype = problem.compute_dtype
-    plan = _plan(
+    """Launch on the tensors; False, and nothing, if their strides are more than the kernel knows.
+
+    ``adjoint`` are the gradients of advantage and value target, and where those of the inputs are written.
+    """
+    *inputs, gamma, rho, c = problem
+    is_adjoint, reward = bool(adjoint), problem.reward
+    scalars = scalar(gamma, reward), scalar(rho, reward), scalar(c, reward)
+    settings = time_dim, value_target.dtype, is_adjoint
+    return _vtrace(settings, *inputs, advantage, value_target, *adjoint, *scalars)
+
+
+def _plan(settings: tuple[int, torch.dtype, bool], *arguments: Any) -> Plan | None:
+    time_dim, dtype, is_adjoint = settings
+    *tensors, gamma, rho, c = arguments
+    tensors += [None] * (_TENSORS - len(tensors))  # those of the adjoint
+    reward = tensors[4]
+    layout = lay_out(
         reward.shape,
         time_dim,
         tuple(None if x is None else x.stride() for x in tensors),
         dtype.itemsize,
-        _processors(reward.device),
+        launching.processors(reward.device),
         _ADJOINT_WARP_BYTES if is_adjoint else _WARP_BYTES,
     )
-    if plan is None:
-        return False
-    arguments: list[Any] = [
-        None if x is None else (x,) if strides == plan.layout else (x, *strides)  # type: ignore[misc]  # there is x
-        for x, strides in zip(tensors, plan.strides, strict=True)
-    ]
-    for x in (gamma, rho, c):
-        arguments += scalar_arguments(x if isinstance(x, Tensor) else float(x), reward.device)
-    compositions = reward.new_empty(plan.compositions, dtype=dtype) if plan.compositions else None
-    with torch.cuda.device_of(reward):
-        for compose in plan.phases:
-            launch(
-                vtrace_kernel,
-                plan.programs,
-                *arguments,
+    if layout is None:
+        return None
+    compositions = layout.workspace(dtype)
+    launches = [
+        Launch(
+            vtrace_kernel,
+            layout.programs,
+            [
+                *map(layout.argument, tensors, layout.strides),
+                *number_and_tensor(gamma),
+                *number_and_tensor(rho),
+                *number_and_tensor(c),
                 compositions,
-                plan.layout,
-                plan.rows,
-                plan.inner,
-                plan.steps,
-                ADJOINT=is_adjoint,
-                DTYPE=_TRITON_DTYPE[dtype],
-                COMPOSE=compose,
-                **plan.constants,
-            )
-    return True
+                layout.common,
+                layout.rows,
+                layout.inner,
+                layout.steps,
+            ],
+            ADJOINT=is_adjoint,
+            DTYPE=TRITON_DTYPE[dtype],
+            COMPOSE=compose,
+            **layout.constants,
+        )
+        for compose in layout.phases
+    ]
+    return Plan(launches, [] if compositions is None else [compositions])
+
+
+_TENSORS = 16  # what `vtrace_kernel` takes
+
+_vtrace = Launcher(_plan, one_shape=True)
 
 
 def _dense(problem: VTrace) -> VTrace:

@@ -1,5 +1,6 @@
 """From a V-trace problem to its solution by a fused backend: opaque operators, and the autograd.Function around."""
 
+import inspect
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
@@ -8,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .function import apply
-from .operators import number_or_tensor
+from .operators import number_or_tensor, requires_grad, runs_plainly, tensors_among
 from .vtrace_composed import composed
 from .vtrace_problem import VTrace
 
@@ -31,7 +31,11 @@ _library.define(
 
 def solve(problem: VTrace, time_dim: int, backend: str) -> Sequence[Tensor]:
     """Advantage and value target, differentiable in the inputs of that name."""
-    return apply(_Solve, backend, time_dim, *problem)
+    tensors = tensors_among(problem)
+    plainly = runs_plainly(tensors)
+    if not (torch.is_grad_enabled() and any(map(requires_grad, tensors))):
+        return (_solved if plainly else _forward)(backend, time_dim, problem)
+    return (_solve_plainly if plainly else _Solve.apply)(backend, time_dim, *problem)
 
 
 class _Solve(torch.autograd.Function):
@@ -39,20 +43,18 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def forward(backend: str, time_dim: int, *fields: Any) -> tuple[Tensor, ...]:
-        return tuple(torch.ops.fusedrl.vtrace(backend, time_dim, *_flat(VTrace(*fields))))
+        return tuple(_forward(backend, time_dim, VTrace(*fields)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        backend, time_dim, *fields = inputs
-        ctx.set_materialize_grads(False)
-        ctx.settings = backend, time_dim, [None if isinstance(x, Tensor) else x for x in fields]
-        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in fields), output[1])
+        _keep(ctx, *inputs, value_target=output[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         backend, time_dim, numbers = ctx.settings
         *tensors, value_target = ctx.saved_tensors
-        problem = VTrace(*(n if x is None else x for n, x in zip(numbers, tensors, strict=True)))
+        scalars = (n if x is None else x for n, x in zip(numbers, tensors[7:], strict=True))
+        problem = VTrace(*tensors[:7], *scalars)
         needs = list(ctx.needs_input_grad[2:7])
         found: Sequence[Tensor | None]
         if all(g is None for g in grads):
@@ -64,10 +66,64 @@ class _Solve(torch.autograd.Function):
             found = torch.autograd.grad(
                 [x for x, _ in used], inputs, [g for _, g in used], create_graph=True, allow_unused=True
             )
+        elif runs_plainly(tensors_among((*problem, *grads))):
+            found = _solved_backward(backend, time_dim, problem, value_target, grads, needs)
         else:
             found = torch.ops.fusedrl.vtrace_backward(backend, time_dim, *_flat(problem), value_target, *grads, needs)
         results = iter(found)
         return (None, None, *[next(results) if need else None for need in needs], None, None, None, None, None)
+
+
+class _SolvePlainly(torch.autograd.Function):
+    """`_Solve` where `runs_plainly`. The compiler and torch.func want forward and context apart, which takes longer."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, time_dim: int, *fields: Any) -> tuple[Tensor, ...]:
+        outputs = tuple(_solved(backend, time_dim, VTrace(*fields)))
+        _keep(ctx, backend, time_dim, *fields, value_target=outputs[1])
+        return outputs
+
+    backward = _Solve.backward
+
+
+def _keep(ctx: Any, backend: str, time_dim: int, *fields: Any, value_target: Tensor) -> None:
+    """Save for backward what `_Solve` got, and what it found."""
+    ctx.set_materialize_grads(False)
+    *tensors, gamma, rho, c = fields
+    scalars = gamma, rho, c
+    if not tensors_among(scalars):
+        ctx.settings = backend, time_dim, scalars
+        ctx.save_for_backward(*tensors, None, None, None, value_target)
+        return
+    ctx.settings = backend, time_dim, [None if isinstance(x, Tensor) else x for x in scalars]
+    ctx.save_for_backward(*tensors, *(x if isinstance(x, Tensor) else None for x in scalars), value_target)
+
+
+# `apply` without what it does for default arguments of `forward` and for the transforms of torch.func.
+_solve_plainly = super(torch.autograd.Function, _SolvePlainly).apply
+# What `apply` looks up in every call; found once.
+_Solve.forward.__signature__ = inspect.signature(_Solve.forward)  # type: ignore[attr-defined]  # functions take attributes
+
+
+def _forward(backend: str, time_dim: int, problem: VTrace) -> Sequence[Tensor]:
+    return torch.ops.fusedrl.vtrace(backend, time_dim, *_flat(problem))
+
+
+def _solved(backend: str, time_dim: int, problem: VTrace) -> list[Tensor]:
+    return _backend_module(backend).forward(problem, time_dim) if problem.reward.numel() else problem.new_outputs()
+
+
+def _solved_backward(
+    backend: str,
+    time_dim: int,
+    problem: VTrace,
+    value_target: Tensor,
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    if not problem.reward.numel():
+        return [torch.zeros_like(x) for x, need in zip(problem.differentiable, needs, strict=True) if need]
+    return _backend_module(backend).backward(problem, time_dim, value_target, grads, needs)
 
 
 def _flat(problem: VTrace) -> list[Any]:
@@ -87,17 +143,13 @@ def _backend_module(name: str) -> Any:
 
 
 def _vtrace(backend: str, time_dim: int, *arguments: Any) -> list[Tensor]:
-    problem = _gathered(arguments)
-    return _backend_module(backend).forward(problem, time_dim) if problem.reward.numel() else problem.new_outputs()
+    return _solved(backend, time_dim, _gathered(arguments))
 
 
 def _vtrace_backward(backend: str, time_dim: int, *arguments: Any) -> list[Tensor]:
     *fields, value_target, grad_advantage, grad_target, needs = arguments
-    problem = _gathered(fields)
-    wanted = [x for x, need in zip(problem.differentiable, needs, strict=True) if need]
-    if not problem.reward.numel():
-        return [torch.zeros_like(x) for x in wanted]
-    return _backend_module(backend).backward(problem, time_dim, value_target, [grad_advantage, grad_target], needs)
+    grads = [grad_advantage, grad_target]
+    return _solved_backward(backend, time_dim, _gathered(fields), value_target, grads, needs)
 
 
 def _vtrace_fake(backend: str, time_dim: int, *arguments: Any) -> list[Tensor]:

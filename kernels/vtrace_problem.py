@@ -34,7 +34,8 @@ class VTrace(NamedTuple):
     @property
     def log_weight_dtype(self) -> torch.dtype:
         """The dtype of log π − log μ, float32 at least: the difference keeps none of their leading digits."""
-        return torch.promote_types(result_dtype(self.log_pi, self.log_mu), torch.float32)
+        dtype = result_dtype(self.log_pi, self.log_mu)
+        return dtype if dtype in (torch.float32, torch.float64) else torch.promote_types(dtype, torch.float32)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -48,4 +49,7 @@ class VTrace(NamedTuple):
 
     def new_outputs(self) -> list[Tensor]:
         """Uninitialised: the advantage and the value target, laid out like the reward."""
-        return [torch.empty_like(self.reward, dtype=self.dtype) for _ in range(2)]
+        dtype = self.dtype
+        like = self.reward
+        first = torch.empty_like(like) if dtype == like.dtype else torch.empty_like(like, dtype=dtype)
+        return [first, torch.empty_like(first)]

@@ -1,6 +1,8 @@
 """Where the tests run: on the CUDA device if there is one, otherwise the Triton kernels run in the interpreter."""
 
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,6 +21,15 @@ torch.distributions.Distribution.set_default_validate_args(False)
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if CUDA else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def plans_are_forgotten() -> Iterator[None]:
+    """Launches that a test had planned with constants of its own are planned anew in the next."""
+    yield
+    launching = sys.modules.get("fusedrl.kernels.launching")  # not without Triton, nor before its first launch
+    if launching is not None:
+        launching.Launcher.forget()
 
 
 @pytest.fixture(params=["torch", "triton"])

@@ -278,9 +278,10 @@ def test_policy_losses_agree_with_the_reference(
 def in_blocks(patch: pytest.MonkeyPatch, block: int, dtype: torch.dtype = torch.float64) -> None:
     """Have the kernels work in tiles of ``block`` samples, shared by at most 4 programs."""
     from fusedrl.kernels import action_value_launch
+    from helpers_launches import plan_with
 
-    patch.setattr(action_value_launch, "_TILE_BYTES", block * (8 if dtype == torch.float64 else 4))
-    patch.setattr(action_value_launch, "_PROGRAMS", 4)
+    tile = block * (8 if dtype == torch.float64 else 4)
+    plan_with(patch, action_value_launch, _TILE_BYTES=tile, _PROGRAMS=4)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

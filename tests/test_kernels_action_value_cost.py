@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -88,13 +87,9 @@ def test_a_gradient_takes_few_calls(arguments) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_loss_is_one_launch_and_at_most_one_fill(monkeypatch, device, samples, weighed, reduction) -> None:
     """A kernel of ours, and the zero that programs are counted from; an empty tensor launches nothing."""
-    from fusedrl.kernels import action_value_launch as launch
+    from helpers_launches import launched
 
-    launched = []  # in place of running: the interpreter makes calls of its own
-    for name in ("target_kernel", "ensemble_kernel", "policy_kernel"):
-        grids = MagicMock()
-        grids.__getitem__.side_effect = lambda _, name=name: lambda *_, **__: launched.append(name)
-        monkeypatch.setattr(launch, name, grids)
+    seen = launched(monkeypatch, run=False)  # the interpreter makes calls of its own
     arguments = problem((samples,), dtype=torch.float32, device=device, mask=weighed, weights=weighed)
     arguments = {k: x if x is None else x.detach() for k, x in arguments.items()}
     options = {"reduction": reduction, "backend": "triton"}
@@ -107,9 +102,10 @@ def test_a_loss_is_one_launch_and_at_most_one_fill(monkeypatch, device, samples,
         ),
         (lambda: soft_policy_loss(**of_policy(arguments), alpha=0.3, **options), "policy_kernel", True),
     ):
-        launched.clear()
+        run()  # which plans the launch
+        seen.clear()
         names = [x for x in calls(run) if "empty" not in x and not x.startswith("fusedrl")]
-        assert launched == [kernel]
+        assert [name for name, _ in seen] == [kernel]
         assert names == (["aten.new_zeros.default"] if sums and samples > 1024 else [])
 
 

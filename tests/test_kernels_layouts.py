@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from fusedrl import kernels
-from fusedrl.kernels import launch
-from fusedrl.kernels.launch import _plan, tiling
+from fusedrl.kernels import launching
+from fusedrl.kernels.launch import lay_out, tiling
+from helpers_launches import plan_with
 
 LAYOUTS = {
     "[B, T]": (lambda: torch.randn(5, 9), 1),
@@ -77,9 +78,9 @@ def test_layouts_of_two_row_dimensions_need_no_copy() -> None:
     shape = (4, 3, 50, 2)
     for x in (torch.empty(shape), torch.empty(50, 4, 3, 2).permute(1, 2, 0, 3), torch.empty(4, 3, 60, 2)[:, :, 5:55]):
         assert x.shape == shape
-        assert _plan(x.shape, 2, (x.stride(), None), 4, 132) is not None
+        assert lay_out(x.shape, 2, (x.stride(), None), 4, 132) is not None
     batch_major = torch.empty(4096, 128, 1)
-    plan = _plan(batch_major.shape, 1, (batch_major.stride(),), 4, 132)
+    plan = lay_out(batch_major.shape, 1, (batch_major.stride(),), 4, 132)
     assert plan is not None
     assert plan.inner == 1
     assert plan.time_is_contiguous
@@ -87,7 +88,7 @@ def test_layouts_of_two_row_dimensions_need_no_copy() -> None:
 
 def test_offsets_beyond_32_bits_are_computed_in_64() -> None:
     def index(strides: tuple[int, int]) -> str:
-        plan = _plan((1 << 16, 1 << 10), 1, (strides,), 4, 132)
+        plan = lay_out((1 << 16, 1 << 10), 1, (strides,), 4, 132)
         assert plan is not None
         return str(plan.index)
 
@@ -97,8 +98,7 @@ def test_offsets_beyond_32_bits_are_computed_in_64() -> None:
 
 
 def test_of_many_short_rows_a_program_has_several_blocks(device, monkeypatch) -> None:
-    monkeypatch.setattr(launch, "_processors", lambda device: 1)
-    monkeypatch.setattr(launch, "_prepared", {})
+    plan_with(monkeypatch, launching, processors=lambda device: 1)
     rows, steps = 266, 20
     assert tiling(rows, steps, 4, time_is_contiguous=True, processors=1).blocks > 1
     value, next_value, reward = torch.randn(3, rows, steps, device=device)

@@ -12,6 +12,7 @@ from fusedrl.kernels.backend import fastest_backend
 from fusedrl.kernels.verify import VerificationError
 from fusedrl.losses import functional
 from fusedrl.losses.reduction import reduce_loss
+from helpers_launches import launched, plan_with
 from helpers_samples import BACKENDS, LAYOUTS, Calls, close, in_float64, run_without_interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,8 +30,7 @@ def any_backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def small_tiles(monkeypatch) -> None:
     """Tiles of 8 samples in float64, so that few samples take several programs and tiles."""
-    monkeypatch.setattr(samples_launch, "TILE_BYTES", 64)
-    monkeypatch.setattr(samples_launch, "_TILES_OF_ONE_PROGRAM", 2)
+    plan_with(monkeypatch, samples_launch, TILE_BYTES=64, _TILES_OF_ONE_PROGRAM=2)
 
 
 @pytest.fixture(autouse=True)
@@ -199,8 +199,7 @@ def test_loss_metrics_and_gradient_agree_with_the_reference(
             arguments[name] = torch.tensor(arguments[name], dtype=scalars, device=device)
     with pytest.MonkeyPatch.context() as patch:
         if few:
-            patch.setattr(samples_launch, "TILE_BYTES", 32)
-            patch.setattr(samples_launch, "_TILES_OF_ONE_PROGRAM", 1)
+            plan_with(patch, samples_launch, TILE_BYTES=32, _TILES_OF_ONE_PROGRAM=1)
         found = results(arguments, backend)
     expected = results(in_float64(arguments), "reference")
     for name, a, b in zip((*ClipPPO._fields, "gradient"), found, expected, strict=True):
@@ -257,7 +256,7 @@ def test_one_program_and_many_give_the_same_numbers(monkeypatch, device, small_t
     grids = launched(monkeypatch)
     arguments = problem((samples,), full=full, device=device)
     found = results(arguments, "triton")
-    assert (grids[0] > 1) == (samples > 16)
+    assert (grids[0][1] > 1) == (samples > 16)
     assert all(close(a, b, torch.float64) for a, b in zip(found, results(arguments, "reference"), strict=True))
 
 
@@ -268,22 +267,6 @@ def test_there_are_at_most_two_launches(monkeypatch, device, small_tiles, sample
     grids = launched(monkeypatch)
     results(problem((samples,), full=full, device=device), "triton")
     assert len(grids) == (2 if full and samples == 300 else 1)
-
-
-def launched(monkeypatch) -> list[int]:
-    """The number of programs of each launch from here on."""
-    from fusedrl.kernels import ppo_launch
-
-    grids = []
-
-    class Kernel:
-        def __getitem__(self, grid):
-            grids.append(grid[0])
-            return kernel[grid]
-
-    kernel = ppo_launch.clip_ppo_kernel
-    monkeypatch.setattr(ppo_launch, "clip_ppo_kernel", Kernel())
-    return grids
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -307,7 +290,7 @@ def test_everything_is_written(monkeypatch, backend, device, small_tiles, reduct
 def test_offsets_beyond_32_bits_are_computed_in_64() -> None:
     def index(samples: int, stride: int) -> str:
         x = torch.empty(0, device="meta").as_strided((samples,), (stride,))
-        return str(samples_launch.index_type([(x, stride), None], samples_launch.division(samples, 512, 132)))
+        return str(samples_launch.index_type([x, None], samples_launch.division(samples, 512, 132)))
 
     assert index(1 << 20, 1) == "int32"
     assert index(1 << 31, 1) == "int64"
@@ -700,7 +683,8 @@ def compile_with(*, dtype="fp32", full=False, phases=(False, True), stride=1, sa
         "log_prob": x, "old_log_prob": x, "advantage": x, "clip_low": "fp64", "clip_high": "fp64", "max_ratio": "fp64",
         "slope": Strided(f"*{compute}", (stride,)) if keep else None,
         "loss": None if reduction == "none" else pointer, "loss_of_sample": x if reduction == "none" else None,
-        "logged": Strided(pointer, (pointer,) * 4), "workspace": f"*{compute}", "samples": samples, "tiles": tiles,
+        "kl_approx": pointer, "clip_fraction": pointer, "ess": pointer, "greatest_ratio": pointer,
+        "mean_ratio": pointer, "workspace": f"*{compute}", "samples": samples, "tiles": tiles,
         "COUNTS": phases[0], "SURROGATE": phases[1], "NORMALIZE": full or phases[0], "MEAN": reduction == "mean",
         "CAPPED": full, "DTYPE": compute, "INDEX": index, "BLOCK": TILE_BYTES // (compute.primitive_bitwidth // 8),
         "POWER": power,

@@ -13,6 +13,7 @@ from fusedrl.kernels.verify import VerificationError
 from fusedrl.losses import functional
 from fusedrl.losses.reduction import reduce_loss
 from fusedrl.losses.utils import clipped_value_loss, distance_loss
+from helpers_launches import launched, plan_with
 from helpers_samples import BACKENDS, LAYOUTS, Calls, close, in_float64, run_without_interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,8 +32,7 @@ def any_backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def small_tiles(monkeypatch) -> None:
     """Tiles of 8 samples in float64, so that few samples take several programs and tiles."""
-    monkeypatch.setattr(samples_launch, "TILE_BYTES", 64)
-    monkeypatch.setattr(samples_launch, "_TILES_OF_ONE_PROGRAM", 2)
+    plan_with(monkeypatch, samples_launch, TILE_BYTES=64, _TILES_OF_ONE_PROGRAM=2)
 
 
 @pytest.fixture(autouse=True)
@@ -185,8 +185,7 @@ def test_loss_metrics_and_gradient_agree_with_the_reference(
         arguments["explained_variance"] = False
     with pytest.MonkeyPatch.context() as patch:
         if few:
-            patch.setattr(samples_launch, "TILE_BYTES", 32)
-            patch.setattr(samples_launch, "_TILES_OF_ONE_PROGRAM", 1)
+            plan_with(patch, samples_launch, TILE_BYTES=32, _TILES_OF_ONE_PROGRAM=1)
         found = results(arguments, backend)
     expected = results(in_float64(arguments), "reference")
     for a, b in zip(found, expected, strict=True):
@@ -234,20 +233,10 @@ def test_results_are_bitwise_reproducible(backend, device, small_tiles) -> None:
 @pytest.mark.parametrize("samples", [1, 8, 9, 16, 17, 33, 200])
 def test_one_program_and_many_give_the_same_numbers(monkeypatch, device, small_tiles, samples, full) -> None:
     """Two launches only where the number of samples that count, or their weight, takes several programs."""
-    from fusedrl.kernels import value_loss_launch
-
-    grids = []
-
-    class Kernel:
-        def __getitem__(self, grid):
-            grids.append(grid[0])
-            return kernel[grid]
-
-    kernel = value_loss_launch.value_loss_kernel
-    monkeypatch.setattr(value_loss_launch, "value_loss_kernel", Kernel())
+    grids = launched(monkeypatch)
     arguments = problem((samples,), full=full, device=device)
     found = results(arguments, "triton")
-    assert (grids[0] > 1) == (samples > 16)
+    assert (grids[0][1] > 1) == (samples > 16)
     assert len(grids) == (2 if full and samples > 16 else 1)
     expected = results(arguments, "reference")
     assert all(close(a, b, torch.float64, factor=5) for a, b in zip(found, expected, strict=True))

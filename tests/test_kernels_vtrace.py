@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from fusedrl import kernels
-from fusedrl.kernels import vtrace_launch
+from fusedrl.kernels import launching, vtrace_launch
 from fusedrl.kernels.verify import VerificationError
+from helpers_launches import plan_with
 from torch.library import opcheck
 
 pytest.importorskip("triton")
@@ -82,7 +83,7 @@ def test_three_dimensions_of_rows_that_strides_keep_apart_are_copied(device):
 
 
 def test_of_many_short_rows_a_program_has_several_blocks(device, monkeypatch):
-    monkeypatch.setattr(vtrace_launch, "_processors", lambda device: 1)
+    plan_with(monkeypatch, launching, processors=lambda device: 1)
     given = arguments((266, 20), device, dtype=torch.float32)
     assert_equal(solved(given, "triton"), solved(given, "torch"), 1e-4)
 
