@@ -131,7 +131,6 @@ class DreamerModelLoss(ModelLoss):
 
     def _modelled(self, tensordict: TensorDictBase) -> TensorDictBase:
         data = super()._modelled(tensordict)
-        self._require(data, *vars(self.tensor_keys))
         for name, of in self._alike.items():
             self._require_alike(data, name, of)
         return data

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..estimators.functional import vec_td_lambda_return_estimate
 from ..estimators.modules import device_of
+from ..kernels.operators import as_input
 from .dreamer_base import DreamerLoss
 from .dreamer_v3_actor import DreamerV3ActorLoss
 from .functional.discrete_regression import symexp_bins, symlog, two_hot_cross_entropy, two_hot_decode
@@ -169,7 +170,9 @@ class DreamerV3ValueLoss(FullPrecisionBuffers, DreamerLoss):
             ends, valid = ends | (valid & ~valid.roll(-1, -1)), valid[..., :-1] & valid[..., 1:]
         with torch.no_grad():
             b, r, end, term = (x[..., 1:].unsqueeze(-1) for x in (bootstrap, reward, ends, terminated))
-            target = vec_td_lambda_return_estimate(1 - 1 / horizon, lmbda, b, r, end, term).squeeze(-1)
+            # A tensor before the division: of a quotient of numbers PyTorch 2.11 makes a constant of the compiled code.
+            gamma = 1 - 1 / as_input(horizon, r)
+            target = vec_td_lambda_return_estimate(gamma, lmbda, b, r, end, term).squeeze(-1)
         # Not data[..., :-1], which would make compiled code good for one size alone.
         last, size = data.ndim - 1, target.shape
         without_last = data.apply(lambda x: x.narrow(last, 0, size[last]), batch_size=size)

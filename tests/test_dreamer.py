@@ -246,10 +246,15 @@ def test_half_precision_does_not_overflow_over_an_image():
     torch.testing.assert_close(loss(data)[0]["loss_model_reco"], torch.tensor([16.0 * 3 * 64 * 64]))
 
 
-def test_what_the_world_model_does_not_write_is_named():
-    latents_and_image, _ = world_model()
-    with pytest.raises(KeyError, match=r"DreamerModelLoss needs the entry \('next', 'reward'\).*set_keys\(reward="):
-        DreamerModelLoss(latents_and_image)(sequences())
+@pytest.mark.parametrize(
+    "name", ["prior_mean", "prior_std", "posterior_mean", "posterior_std", "reco_pixels", "reward"]
+)
+def test_what_the_world_model_does_not_write_is_named(name, monkeypatch):
+    model = world_model()
+    write = model.forward
+    monkeypatch.setattr(model, "forward", lambda data: write(data).exclude(("next", name)))
+    with pytest.raises(KeyError, match=rf"DreamerModelLoss needs the entry \('next', '{name}'\).*set_keys\({name}="):
+        DreamerModelLoss(model)(sequences())
 
 
 # --- which steps count --------------------------------------------------------------------------------------------

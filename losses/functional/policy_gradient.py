@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from ...kernels.operators import as_input
+
 Scalar = float | Tensor
 
 # --- samples that count -----------------------------------------------------------------------------------------
@@ -184,6 +186,8 @@ def adapted_beta(beta: Tensor, kl: Tensor, target: float, increment: float, decr
     See Schulman et al. 2017 (arXiv:1707.06347), section 4.
 
     """
+    # A tensor before the division: of a quotient of numbers PyTorch 2.11 makes a constant of the compiled code.
+    target = as_input(target, kl)
     return torch.where(kl > 1.5 * target, beta * increment, torch.where(kl < target / 1.5, beta * decrement, beta))
 
 
