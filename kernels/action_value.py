@@ -21,7 +21,7 @@ class Target(NamedTuple):
     value_target: Tensor
     """y = r + γ(1 − term)·v'"""
     next_value: Tensor
-    """v' = min_i Q_i − α log π, after terminal steps too"""
+    """v' = min_i Q_i − α log π, after terminal steps too; of a single network it may be a view of what it said"""
 
 
 class EnsembleLoss(NamedTuple):

@@ -34,13 +34,13 @@ def bootstrap(problem: Bootstrap) -> tuple[Tensor, Tensor]:
     """Value target and next value, of constants."""
     next_values, reward, terminated, gamma, log_prob, alpha = problem
     dtype = compute_dtype(problem.dtype)
-    next_value, reward = cast(next_values.amin(0), dtype), cast(reward, dtype)
+    next_value, reward = cast(_least(next_values), dtype), cast(reward, dtype)
     if log_prob is not None:
         log_prob = cast(log_prob, dtype)
         if isinstance(alpha, Tensor):
-            next_value.addcmul_(log_prob, _beside(reward, alpha), value=-1)
+            next_value = torch.addcmul(next_value, log_prob, _beside(reward, alpha), value=-1)
         else:
-            next_value.add_(log_prob, alpha=-alpha)
+            next_value = torch.add(next_value, log_prob, alpha=-alpha)
     if not isinstance(gamma, Tensor):
         value_target = torch.add(reward, next_value, alpha=gamma)
     else:
@@ -59,9 +59,11 @@ def regression(problem: Regression) -> tuple[Tensor, Tensor]:
         values, target = torch.where(problem.mask, values, 0), torch.where(problem.mask, target, 0)
     size = torch.sub(values, target).abs() if problem.loss_function == L1 else None
     with torch.no_grad():
-        priority = (torch.sub(values, target).abs_() if size is None else size).amax(0)
         if problem.priority == SQUARE:
-            priority.square_()
+            square = _mse_loss(values, target, _CODE[NONE])
+            priority = square.amax(0) if len(square) > 1 else square[0]
+        else:
+            priority = torch.linalg.vector_norm(torch.sub(values, target), torch.inf, 0)
     coefficient = _coefficient(problem)
     if coefficient is None and problem.reduction != NONE:
         loss = _distance(problem.loss_function, values, target, size, problem.reduction)
@@ -80,7 +82,7 @@ def improvement(problem: Improvement) -> tuple[Tensor, Tensor, Tensor]:
     values, log_prob = problem.values, cast(problem.log_prob, dtype)
     if problem.mask is not None:  # before the minimum, whose gradient at a NaN is NaN
         values, log_prob = torch.where(problem.mask, values, 0), torch.where(problem.mask, log_prob, 0)
-    least = cast(values.amin(0), dtype)
+    least = cast(_least(values), dtype)
     coefficient = _coefficient(problem)
     alpha = _beside(least, problem.alpha) if isinstance(problem.alpha, Tensor) else problem.alpha
     loss = _reduced(log_prob * alpha - least, coefficient, problem.reduction)
@@ -93,6 +95,11 @@ def improvement(problem: Improvement) -> tuple[Tensor, Tensor, Tensor]:
         if not problem.surprise_is_entropy:
             surprise = _reduced(log_prob.neg(), coefficient, problem.reduction)
     return cast(loss, problem.dtype), cast(entropy, problem.dtype), cast(surprise, problem.dtype)
+
+
+def _least(values: Tensor) -> Tensor:
+    """Over the members, the least value of each sample; of one member a view."""
+    return values.amin(0) if len(values) > 1 else values[0]
 
 
 def _distance(loss_function: str, values: Tensor, target: Tensor, size: Tensor | None, reduction: str) -> Tensor:

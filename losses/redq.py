@@ -8,7 +8,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
 from torch import Tensor
 
-from .functional.soft_actor_critic import soft_value, temperature_loss
+from .functional.soft_actor_critic import temperature_loss
 from .soft_actor_critic import QNetworks, SoftActorCriticLoss
 from .temperature import continuous_target_entropy
 
@@ -173,7 +173,8 @@ class REDQLoss(SoftActorCriticLoss):
         data, next_data = self._transitions(
             self._without_noise(tensordict), ["qvalue_network", "actor_network"], ["actor_network", "qvalue_network"]
         )
-        alpha = self._bounded_alpha()
+        trained_alpha = self._trained_alpha()
+        alpha = trained_alpha.detach()
         members = torch.randperm(self.num_qvalue_nets, device=self.log_alpha.device)[: self.sub_sample_len]
 
         read = self._read_by(["actor_network"])
@@ -194,13 +195,19 @@ class REDQLoss(SoftActorCriticLoss):
         policy_values = self._ensemble_values(judged, tensordict, detach=True)
 
         loss, priority = self._ensemble_loss(values, target.value_target, tensordict, per_member=True)
-        alpha_loss = temperature_loss(-log_probs, self.log_alpha.exp(), self.target_entropy)
+        surprise = -log_probs
+        entropy = self._metric(surprise.movedim(0, -1), tensordict)
+        all_alike = self._mask(tensordict, log_prob) is None and self._priority_weights(tensordict, log_prob) is None
+        if self.reduction == "mean" and all_alike:
+            # Linear in the surprise, whose mean is there already.
+            of_alpha = temperature_loss(entropy, trained_alpha, self.target_entropy)
+        else:
+            of_alpha = self._reduce_all(temperature_loss(surprise, trained_alpha, self.target_entropy), tensordict)
         losses = {
-            "loss_actor": self._reduce_all(-soft_value(policy_values, log_prob, alpha), tensordict),
+            "loss_actor": self._reduce_all(alpha * log_prob - policy_values, tensordict),
             "loss_qvalue": loss,
-            "loss_alpha": self._reduce_all(alpha_loss, tensordict),
+            "loss_alpha": of_alpha,
         }
-        entropy = self._metric(-log_probs.movedim(0, -1), tensordict)
         result = self._result(losses, alpha, entropy)
         result["state_action_value_actor"] = policy_values.detach()
         result["action_log_prob_actor"] = log_prob.detach()

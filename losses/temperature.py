@@ -59,11 +59,16 @@ class TemperatureLoss(LossModule):
         else:
             self.register_parameter("log_alpha", nn.Parameter(self.alpha_init.log()))
 
-    @torch.no_grad()
     def _bounded_alpha(self) -> Tensor:
         """α as a constant, once ``log_alpha`` is moved between its bounds."""
+        with torch.no_grad():
+            return self._trained_alpha()
+
+    def _trained_alpha(self) -> Tensor:
+        """α as a function of ``log_alpha``, once that is moved between its bounds."""
         if self.min_log_alpha is not None or self.max_log_alpha is not None:
-            self.log_alpha.clamp_(self.min_log_alpha, self.max_log_alpha)
+            with torch.no_grad():
+                self.log_alpha.clamp_(self.min_log_alpha, self.max_log_alpha)
         return self.log_alpha.exp()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TemperatureLoss":

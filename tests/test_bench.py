@@ -179,8 +179,19 @@ LAUNCHES = {
     "DistributionalDQNLoss": 7,
     "SACLoss": 8,
     "TD3Loss": 11,
-    "REDQLoss": 23,
-    "IQLLoss": 20,
+    "REDQLoss": 19,
+    "IQLLoss": 18,
+}
+# What the forward of each may ask of PyTorch on the `torch` backend, counted likewise.
+OPERATIONS = {
+    "ClipPPOLoss": 40,
+    "A2CLoss": 9,
+    "DQNLoss": 9,
+    "DistributionalDQNLoss": 32,
+    "SACLoss": 19,
+    "TD3Loss": 16,
+    "REDQLoss": 24,
+    "IQLLoss": 22,
 }
 
 
@@ -190,6 +201,13 @@ def test_no_loss_launches_more_on_a_gpu_than_it_has_to() -> None:
     found = {name: x["fusedrl"] for name, x in launches.counted().items()}
     assert found.keys() == LAUNCHES.keys()
     assert {name: n for name, n in found.items() if n > LAUNCHES[name]} == {}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_no_loss_asks_for_more_operations_than_it_has_to(name) -> None:
+    ours, theirs = (losses.operations(name, library).operations.total() for library in ("fusedrl", "torchrl"))
+    assert ours <= OPERATIONS[name]
+    assert ours < theirs
 
 
 def test_launches_that_cant_be_counted_are_missing_with_a_gpu_and_an_error_without(monkeypatch, capsys) -> None:
