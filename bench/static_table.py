@@ -9,8 +9,10 @@ divided by the elements of a tile per thread. What an element is, each kernel's 
 Widths and bytes are those of global loads and stores. The minimum is each input read once and each output written once,
 in the dtypes of the tensors of the variant. Rows that are split read their inputs twice by design, in two launches that
 are two rows here, and their bytes include the compositions of shares, which are moved once per share and not per
-element. A wait is a use of loaded data before which nothing more is loaded until it has come: one per tile is the
-least; a split row's solve has one or more for the compositions as well.
+element. V-trace reads neighbouring steps as well, whose bytes come from a cache; it has no minimum here. A wait is a
+use of loaded data before which nothing more is loaded until it has come: one per tile is the least; a split row's solve
+has one or more for the compositions as well. Spills are bytes of memory: a scalar register that gfx942 keeps in a lane
+of a vector register is none.
 
 A lane owns 4 steps, and a warp of 32 threads 16 elements per thread: 128 bits of float32 or float64. Of bfloat16, 4
 adjacent steps (contiguous time) or the 4 adjacent rows of a thread (time-major) are 64 bits. A warp's 64-bit load is
@@ -136,7 +138,7 @@ def _read_amd(compiled: Any) -> Cost:
     assembly = compiled.asm["amdgcn"]
     field = {
         name: int(re.search(rf"\.{name}:\s+(\d+)", assembly).group(1))  # type: ignore[union-attr]  # always printed
-        for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+        for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
     }
     mnemonics = re.findall(r"^\t([sv]_\w+|ds_\w+|global_\w+|buffer_\w+|flat_\w+)(.*)$", assembly, re.MULTILINE)
     exchanges = ("ds_bpermute", "ds_permute", "ds_swizzle", "v_permlane")
@@ -147,7 +149,7 @@ def _read_amd(compiled: Any) -> Cost:
             bits[move[1]].append({"dword": 32, "short": 16, "byte": 8}[move[2]] * int(move[3] or 1))
     return Cost(
         registers=field["vgpr_count"],
-        spill_bytes=4 * (field["vgpr_spill_count"] + field["sgpr_spill_count"]) + field["private_segment_fixed_size"],
+        spill_bytes=4 * field["vgpr_spill_count"] + field["private_segment_fixed_size"],
         instructions=len(mnemonics),
         shuffles=sum(m.startswith(exchanges) or "dpp" in m or "row_sh" in rest for m, rest in mnemonics),
         loads=bits["load"],

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple, Protocol
 
 import triton
 import triton.language as tl
-from fusedrl.kernels import categorical_kernel, categorical_launch, launch
+from fusedrl.kernels import categorical_kernel, categorical_launch, launch, vtrace_launch
 from fusedrl.kernels.recurrence import GAE, SCAN, TD_LAMBDA
 from fusedrl.kernels.scan import STEPS_PER_LANE, scan_kernel
+from fusedrl.kernels.vtrace_kernel import vtrace_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -135,45 +136,86 @@ class Scan(NamedTuple):
 
     def compile(self, target: GPUTarget) -> tuple[Any, float]:
         """The compiled kernel, and the elements of a tile that a thread owns."""
-        contiguous = self.layout == "contiguous time"
-        split = self.phase != "whole row"
-        # Rows that fill a device, or don't quite; or one row (contiguous), 32 columns (time-major) of a million steps.
-        rows, steps = (1 if contiguous else 32, 1 << 20) if split else (1 << 16, 1 << 10)
-        if self.layout.endswith("few rows"):
-            rows = 1 << 12
-        tile = launch.tiling(rows, steps, _ITEMSIZE[self.dtype], time_is_contiguous=contiguous, processors=132)
-        assert (tile.split > 1) == split
-        adjoint = self.direction != "recurrence"
-        strides = (steps, 0, 1) if contiguous else (1, 0, rows)
-        arguments: dict[str, Any] = {
-            name: Strided("*u1" if name in _MASKS else "*" + self.dtype, ()) for name in self.tensors
-        }
-        arguments |= {
-            "gamma": "fp64",
-            "lmbda": "fp64",
-            "layout": strides,
-            "compositions": f"*{_COMPUTE[self.dtype]}" if split else None,
-            "rows": rows,
-            "inner": 1,
-            "steps": steps,
-            "KIND": self.kind,
-            "ADJOINT": adjoint,
-            "DTYPE": _COMPUTE[self.dtype],
-            "INDEX": tl.int32,
-            "TIME_IS_CONTIGUOUS": contiguous,
-            "TILE_ROWS": tile.rows,
-            "TILE_LANES": tile.lanes,
-            "COMPOSE": self.phase == "compose",
-            "SPLIT": tile.split,
-            "SPLIT_POWER": launch.split_power(tile),
-            "BLOCKS": tile.blocks,
-        }
-        compiled = compile_as_launched(scan_kernel, arguments, target, tile.warps)
-        return compiled, tile.rows * tile.lanes * STEPS_PER_LANE / (tile.warps * target.warp_size)
+        scalars = {"gamma": "fp64", "lmbda": "fp64", "KIND": self.kind}
+        return _compile_scan(scan_kernel, self, scalars, target)
 
 
-def _scan_variants() -> Iterable[Scan]:
-    """Every kind, direction and layout in float32; split rows and the other dtypes for GAE."""
+class VTrace(NamedTuple):
+    """V-trace, from both policies' log-probabilities, or its adjoint with all gradients; the element is a step."""
+
+    direction: str  # "recurrence" or "adjoint"
+    layout: str
+    phase: str
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """The row's name in the table."""
+        return ", ".join(("vtrace", *self))
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of the kernel's tensors, inputs before outputs."""
+        read = ("log_pi", "log_mu", "value", "next_value", "reward", "done", "terminated")
+        if self.direction == "recurrence":
+            return (*read, "advantage", "target")
+        grads = ("grad_log_pi", "grad_log_mu", "grad_value", "grad_next_value", "grad_reward")
+        return (*read, "target", "grad_advantage", "grad_target", *grads)
+
+    @property
+    def minimum_bytes(self) -> None:
+        """None: it reads neighbouring steps too, whose bytes the cache has."""
+        return None
+
+    def compile(self, target: GPUTarget) -> tuple[Any, float]:
+        """The compiled kernel, and the elements of a tile that a thread owns."""
+        scalars = {"gamma": "fp64", "rho": "fp64", "c": "fp64"}
+        adjoint = self.direction == "adjoint"
+        in_flight = vtrace_launch._ADJOINT_WARP_BYTES if adjoint else vtrace_launch._WARP_BYTES
+        return _compile_scan(vtrace_kernel, self, scalars, target, warp_bytes=in_flight)
+
+
+def _compile_scan(
+    kernel: Any, variant: Scan | VTrace, scalars: Mapping[str, Any], target: GPUTarget, **options: int
+) -> tuple[Any, float]:
+    """Compile a kernel that scans, with the tile that `fusedrl.kernels.launch` chooses, to which the ``options`` go."""
+    contiguous = variant.layout == "contiguous time"
+    split = variant.phase != "whole row"
+    # Rows that fill a device, or don't quite; or one row (contiguous), 32 columns (time-major) of a million steps.
+    rows, steps = (1 if contiguous else 32, 1 << 20) if split else (1 << 16, 1 << 10)
+    if variant.layout.endswith("few rows"):
+        rows = 1 << 12
+    itemsize = _ITEMSIZE[variant.dtype]
+    tile = launch.tiling(rows, steps, itemsize, time_is_contiguous=contiguous, processors=132, **options)
+    assert (tile.split > 1) == split
+    strides = (steps, 0, 1) if contiguous else (1, 0, rows)
+    arguments: dict[str, Any] = {
+        name: Strided("*u1" if name in _MASKS else "*" + variant.dtype, ()) for name in variant.tensors
+    }
+    arguments |= scalars
+    arguments |= {
+        "layout": strides,
+        "compositions": f"*{_COMPUTE[variant.dtype]}" if split else None,
+        "rows": rows,
+        "inner": 1,
+        "steps": steps,
+        "ADJOINT": variant.direction != "recurrence",
+        "DTYPE": _COMPUTE[variant.dtype],
+        "INDEX": tl.int32,
+        "TIME_IS_CONTIGUOUS": contiguous,
+        "TILE_ROWS": tile.rows,
+        "TILE_LANES": tile.lanes,
+        "COMPOSE": variant.phase == "compose",
+        "SPLIT": tile.split,
+        "SPLIT_POWER": launch.split_power(tile),
+        "BLOCKS": tile.blocks,
+    }
+    compiled = compile_as_launched(kernel, arguments, target, tile.warps)
+    return compiled, tile.rows * tile.lanes * STEPS_PER_LANE / (tile.warps * target.warp_size)
+
+
+def _scan_variants() -> Iterable[Scan | VTrace]:
+    """Every kind, direction and layout in float32; split rows and the other dtypes for GAE and V-trace."""
     layouts = ("contiguous time", "time-major")
     directions = ("recurrence", "adjoint", "adjoint γλ")
     for kind in (GAE, TD_LAMBDA, SCAN):
@@ -190,6 +232,12 @@ def _scan_variants() -> Iterable[Scan]:
         for layout in layouts:
             for dtype in ("bf16", "fp64"):
                 yield Scan(GAE, direction, layout, "whole row", dtype)
+    for direction in ("recurrence", "adjoint"):
+        yield VTrace(direction, "time-major, few rows", "whole row", "fp32")
+        for layout in layouts:
+            for phase in ("whole row", "compose", "solve"):
+                yield VTrace(direction, layout, phase, "fp32")
+        yield VTrace(direction, "contiguous time", "whole row", "fp64")
 
 
 # --- the categorical loss -----------------------------------------------------------------------------------------

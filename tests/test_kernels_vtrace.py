@@ -1,10 +1,5 @@
 """The fused V-trace kernel against the operations that it fuses, and what is around it."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from fusedrl import kernels
@@ -162,46 +157,3 @@ def test_the_operators_keep_their_contract(device, wants):
     opcheck(
         torch.ops.fusedrl.vtrace_backward, ("triton", 1, *fields, *grads, [True, wants] * 2 + [True]), test_utils=kinds
     )
-
-
-COMPILE = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import triton.language as tl
-from static_table import TARGETS, _read_nvidia
-from static_variants import Strided, compile_as_launched
-from fusedrl.kernels.launch import split_power, tiling
-from fusedrl.kernels.vtrace_kernel import vtrace_kernel
-from fusedrl.kernels.vtrace_launch import _ADJOINT_WARP_BYTES, _WARP_BYTES
-
-READ = ("log_pi", "log_mu", "value", "next_value", "reward", "done", "terminated", "target")
-WRITTEN = ("grad_log_pi", "grad_log_mu", "grad_value", "grad_next_value", "grad_reward")
-for contiguous in (True, False):
-    for rows, steps, split in ((1 << 16, 1 << 10, False), (4096, 1 << 10, False), (8, 1 << 20, True)):
-        for adjoint in (False, True):
-            tile = tiling(rows, steps, 4, time_is_contiguous=contiguous, processors=132,
-                          warp_bytes=_ADJOINT_WARP_BYTES if adjoint else _WARP_BYTES)
-            assert (tile.split > 1) == split
-            for compose in ((True, False) if split else (False,)):
-                names = (*READ, *(("grad_advantage", "grad_target", *WRITTEN) if adjoint else ("advantage",)))
-                given = {n: Strided("*u1" if n in ("done", "terminated") else "*fp32", ()) for n in names}
-                given |= {"gamma": "fp64", "rho": "fp64", "c": "fp64", "compositions": "*fp32" if split else None,
-                          "layout": (steps, 0, 1) if contiguous else (1, 0, rows), "rows": rows, "inner": 1,
-                          "steps": steps, "ADJOINT": adjoint, "DTYPE": tl.float32, "INDEX": tl.int32,
-                          "TIME_IS_CONTIGUOUS": contiguous, "TILE_ROWS": tile.rows, "TILE_LANES": tile.lanes,
-                          "COMPOSE": compose, "SPLIT": tile.split, "SPLIT_POWER": split_power(tile),
-                          "BLOCKS": tile.blocks}
-                compiled = compile_as_launched(vtrace_kernel, given, TARGETS["sm_90"], tile.warps)
-                assert not _read_nvidia(compiled).spill_bytes, (contiguous, rows, adjoint, compose)
-print("no spills")
-"""
-
-
-def test_no_form_of_the_kernel_spills():
-    """In a process without the interpreter."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    bench = str(Path(__file__).parent.parent / "bench")
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, bench], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.stdout.strip() == "no spills", done.stderr[-2000:]
