@@ -1,0 +1,163 @@
+"""Launches that are planned once for each form of their arguments, with a kernel that only notes what it gets."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fusedrl.kernels.launching import Launch, Launcher, Plan, Workspace, number_and_tensor, scalar, strided
+
+
+class Kernel:
+    """Has the arguments x, y, s, t and w, and notes them."""
+
+    arg_names = ("x", "y", "s", "t", "w", "BLOCK")
+    pre_run_hooks = ()
+    __name__ = "kernel"
+
+    def __init__(self) -> None:
+        self.launched = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.launched.append((grid, arguments, options))
+
+
+@pytest.fixture
+def kernel():
+    return Kernel()
+
+
+@pytest.fixture
+def planned(kernel):
+    """A launcher of x, y and a scalar, and the settings for which it has planned."""
+    settings = []
+
+    def plan(setting, x, y, s):
+        settings.append(setting)
+        if setting == "impossible":
+            return None
+        workspace = Workspace(3, torch.float64, zeros=True)
+        arguments = [strided(x), y, *number_and_tensor(s), workspace]
+        return Plan([Launch(kernel, len(x), arguments, BLOCK=block) for block in (1, 2)], [workspace])
+
+    return Launcher(plan), settings
+
+
+def test_a_call_launches_on_its_own_tensors_and_numbers(kernel, planned) -> None:
+    launcher, settings = planned
+    for number in (0.5, 0.25):
+        x, y = torch.randn(2, 4, 5)
+        assert launcher("a", x, y, number)
+        first, second = kernel.launched[-2:]
+        for grid, (given_x, given_y, given_number, tensor, workspace), options in (first, second):
+            assert grid == (4,)
+            assert given_x[0] is x
+            assert given_x[1:] == (5, 1)
+            assert given_y is y
+            assert given_number == number
+            assert tensor is None
+            assert workspace.dtype == torch.float64
+            assert workspace.tolist() == [0, 0, 0]
+            assert options["BLOCK"] == (1 if options is first[2] else 2)
+        assert first[1][4] is second[1][4], "the launches of a call share their workspace"
+    assert settings == ["a"]
+    assert kernel.launched[0][1][4] is not kernel.launched[2][1][4]
+
+
+def test_a_tensor_that_is_passed_twice_may_be_two_in_the_next_call(kernel, planned) -> None:
+    launcher, settings = planned
+    x, y = torch.randn(2, 4, 5)
+    launcher("a", x, x, 0.5)
+    launcher("a", x, y, 0.5)
+    assert settings == ["a"]
+    assert kernel.launched[-1][1][0][0] is x
+    assert kernel.launched[-1][1][1] is y
+
+
+FIRST = torch.zeros(4, 5)
+FORMS = {
+    "another setting": ("b", FIRST, FIRST, 0.5),
+    "another dtype": ("a", FIRST, FIRST.double(), 0.5),
+    "another shape": ("a", torch.zeros(5, 4), torch.zeros(5, 4), 0.5),
+    "another shape of the second": ("a", FIRST, torch.zeros(5), 0.5),
+    "other strides": ("a", torch.zeros(5, 4).t(), FIRST, 0.5),
+    "strides alike in sum": ("a", FIRST, torch.zeros(5, 4).t(), 0.5),
+    "nothing": ("a", FIRST, None, 0.5),
+    "a tensor for the number": ("a", FIRST, FIRST, torch.tensor(0.5)),
+    "no number": ("a", FIRST, FIRST, None),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_another_form_is_planned_anew(planned, name) -> None:
+    launcher, settings = planned
+    launcher("a", FIRST, FIRST, 0.5)
+    for _ in range(2):
+        launcher(*FORMS[name])
+        launcher("a", FIRST, FIRST, 0.75)
+    assert settings == ["a", FORMS[name][0]]
+
+
+def test_all_forms_are_told_from_one_another(kernel, planned) -> None:
+    launcher, settings = planned
+    for _ in range(2):
+        for setting, *arguments in FORMS.values():
+            launcher(setting, *arguments)
+            given = kernel.launched[-1][1]
+            assert given[0][0] is arguments[0]
+            assert given[0][1:] == arguments[0].stride()
+            assert given[1] is arguments[1]
+    assert len(settings) == len(FORMS)
+
+
+def test_where_there_is_no_plan_nothing_is_launched(kernel, planned) -> None:
+    launcher, settings = planned
+    assert not launcher("impossible", FIRST, FIRST, 0.5)
+    assert not launcher("impossible", FIRST, FIRST, 0.5)
+    assert settings == ["impossible"]
+    assert kernel.launched == []
+
+
+def test_plans_can_be_forgotten(planned) -> None:
+    launcher, settings = planned
+    launcher("a", FIRST, FIRST, 0.5)
+    Launcher.forget()
+    launcher("a", FIRST, FIRST, 0.5)
+    assert settings == ["a", "a"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [lambda x, y, s: [y, x, s], lambda x, y, s: [x, s, None], lambda x, y, s: [x, y, 0.5], lambda x, y, s: [x, x, s]],
+    ids=["in another order", "one is missing", "a number that is fixed", "one twice"],
+)
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_plan_that_takes_other_arguments_is_refused(kernel, arguments, twice) -> None:
+    def plan(_, x, y, s):
+        return Plan([Launch(kernel, 1, [*arguments(x, y, s), None, None], BLOCK=1)])
+
+    x = torch.zeros(3)
+    with pytest.raises(RuntimeError, match="planned by plan don't take what the call brings"):
+        Launcher(plan)(None, x, x if twice else torch.zeros(3), 0.5)
+    assert kernel.launched == []
+
+
+def test_a_plan_keeps_no_tensor_alive(kernel) -> None:
+    def plan(_, x):
+        return Plan([Launch(kernel, 1, [strided(x), None, None, None, None], BLOCK=1)])
+
+    launcher = Launcher(plan)
+    x = torch.zeros(3)
+    users = torch._C._storage_Use_Count(x.untyped_storage()._cdata)
+    launcher(None, x)
+    kernel.launched.clear()
+    assert torch._C._storage_Use_Count(x.untyped_storage()._cdata) == users
+
+
+def test_a_scalar_of_any_type_is_a_number_or_a_tensor() -> None:
+    like = torch.zeros(2)
+    assert type(scalar(1, like)) is float
+    assert type(scalar(True, like)) is float
+    assert scalar(None, like) is None
+    tensor = torch.tensor(0.5, dtype=torch.float64)
+    assert scalar(tensor, like) is tensor
