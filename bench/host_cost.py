@@ -30,7 +30,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 import torch
 import triton
 import triton.language as tl
-from fusedrl import kernels
+from fusedrl.estimators import functional
 from fusedrl.kernels import backend, launching
 from measuring import describe, rounded, write_results
 from rich.console import Console
@@ -38,7 +38,7 @@ from rich.table import Table
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-SHAPE = (64, 128)
+SHAPE = (64, 128, 1)
 LIMIT = 1.5  # times the bare function
 
 
@@ -114,12 +114,19 @@ def cases() -> dict[str, tuple[Callable[..., Any], int, int]]:
     """Each functional as a function of its floating inputs, their number, and that of its outputs."""
     done = torch.zeros(SHAPE, dtype=torch.bool)
     terminated = done.clone()
+    masks = done, terminated
     return {
-        "gae": (lambda v, n, r: kernels.gae(0.99, 0.95, v, n, r, done, terminated), 3, 2),
-        "td_lambda_return": (lambda n, r: kernels.td_lambda_return(0.99, 0.95, n, r, done, terminated), 2, 1),
-        "vtrace": (lambda w, v, n, r: kernels.vtrace(0.99, w, v, n, r, done, terminated), 4, 2),
-        "reward_to_go": (lambda r: kernels.reward_to_go(0.99, r, done), 1, 1),
-    }
+        "vec_generalized_advantage_estimate": (
+            lambda v, n, r: functional.vec_generalized_advantage_estimate(0.99, 0.95, v, n, r, *masks), 3, 2
+        ),
+        "vec_td_lambda_return_estimate": (
+            lambda n, r: functional.vec_td_lambda_return_estimate(0.99, 0.95, n, r, *masks), 2, 1
+        ),
+        "vtrace_advantage_estimate": (
+            lambda p, m, v, n, r: functional.vtrace_advantage_estimate(0.99, p, m, v, n, r, *masks), 5, 2
+        ),
+        "reward2go": (lambda r: functional.reward2go(r, done, 0.99), 1, 1),
+    }  # fmt: skip
 
 
 def arms(estimate: Callable[..., Any], inputs: int, outputs: int, mode: str) -> tuple[Callable[[], Any], ...]:

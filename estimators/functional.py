@@ -467,8 +467,9 @@ def widened(reward: Tensor, *values: Tensor) -> tuple[Tensor, torch.dtype]:
 
 
 def _check_shapes(reward: Tensor, **tensors: Tensor | None) -> None:
+    shape = reward.shape
     for name, x in tensors.items():
-        if x is not None and x.shape != reward.shape:
+        if x is not None and x.shape != shape:
             raise RuntimeError(
-                f"{name} has shape {tuple(x.shape)}, but reward has shape {tuple(reward.shape)}: both must agree"
+                f"{name} has shape {tuple(x.shape)}, but reward has shape {tuple(shape)}: both must agree"
             )

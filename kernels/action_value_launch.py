@@ -53,21 +53,21 @@ def _plan_target(result: torch.dtype, *arguments: Any) -> Plan:
     next_values, reward, terminated, gamma, log_prob, alpha, *results = arguments
     members, samples = next_values.shape
     dtype = compute_dtype(result)
-    strides = [strided(x) for x in (next_values, reward, terminated, log_prob)]
+    passed = [strided(x) for x in (next_values, reward, terminated, log_prob)]
     launch = Launch(
         target_kernel,
         max(1, triton.cdiv(samples, block(dtype))),
         [
-            *strides[:3],
+            *passed[:3],
             *_coefficient(gamma),
-            strides[3],
+            passed[3],
             *_coefficient(alpha),
             *results,
             samples,
             members,
         ],
         DTYPE=TRITON_DTYPE[dtype],
-        INDEX=_index(samples, *strides),
+        INDEX=_index(samples, *passed),
         BLOCK=block(dtype),
         num_warps=_WARPS,
     )
@@ -95,12 +95,12 @@ def _plan_ensemble(settings: tuple[str, str, bool, str, torch.dtype, bool], *arg
     members, samples = values.shape
     dtype = compute_dtype(result)
     programs, workspaces = _shares(0 if reduction == NONE else _ENSEMBLE_SUMS, samples, dtype)
-    strides = [strided(x) for x in (values, target, mask, weights)]
+    passed = [strided(x) for x in (values, target, mask, weights)]
     launch = Launch(
         ensemble_kernel,
         programs,
         [
-            *strides,
+            *passed,
             _scale(reduction, (members if per_member else 1) * (1 if counts else samples)),
             *written,
             *(workspaces or (None, None)),
@@ -113,7 +113,7 @@ def _plan_ensemble(settings: tuple[str, str, bool, str, torch.dtype, bool], *arg
         REDUCTION=reduction,
         COUNT=counts,
         DTYPE=TRITON_DTYPE[dtype],
-        INDEX=_index(samples, *strides),
+        INDEX=_index(samples, *passed),
         BLOCK=block(dtype),
         PROGRAMS=_PROGRAMS,
         num_warps=_WARPS,
@@ -148,14 +148,14 @@ def _plan_policy(settings: tuple[str, torch.dtype, bool], *arguments: Any) -> Pl
     members, samples = values.shape
     dtype = compute_dtype(result)
     programs, workspaces = _shares(_POLICY_SUMS, samples, dtype)
-    strides = [strided(x) for x in (values, log_prob, mask, weights)]
+    passed = [strided(x) for x in (values, log_prob, mask, weights)]
     launch = Launch(
         policy_kernel,
         programs,
         [
-            *strides[:2],
+            *passed[:2],
             *_coefficient(alpha),
-            *strides[2:],
+            *passed[2:],
             _scale(reduction, 1 if counts else samples),
             1 / samples if samples else math.nan,
             *written,
@@ -166,7 +166,7 @@ def _plan_policy(settings: tuple[str, torch.dtype, bool], *arguments: Any) -> Pl
         REDUCTION=reduction,
         COUNT=counts,
         DTYPE=TRITON_DTYPE[dtype],
-        INDEX=_index(samples, *strides),
+        INDEX=_index(samples, *passed),
         BLOCK=block(dtype),
         PROGRAMS=_PROGRAMS,
         num_warps=_WARPS,

@@ -63,11 +63,6 @@ class Regression(NamedTuple):
         return self.values.shape if self.per_member else self.target.shape
 
     @property
-    def samples(self) -> int:
-        """How many samples there are, masked ones included."""
-        return self.target.numel()
-
-    @property
     def terms_per_sample(self) -> int:
         """How many terms a sample adds to the count that a mean divides by."""
         return len(self.values) if self.per_member else 1
@@ -92,11 +87,6 @@ class Improvement(NamedTuple):
     def loss_shape(self) -> torch.Size:
         """The shape of the loss."""
         return self.log_prob.shape if self.reduction == NONE else torch.Size()
-
-    @property
-    def samples(self) -> int:
-        """How many samples there are, masked ones included."""
-        return self.log_prob.numel()
 
     @property
     def terms_per_sample(self) -> int:

@@ -22,7 +22,7 @@ from .action_value_problem import (
 )
 from .dtypes import cast, compute_dtype
 
-# What `torch.nn.functional` calls once it has broadcast the target, which these do by themselves. The index in
+# What `torch.nn.functional` calls once it has broadcast the target. The index in
 # REDUCTIONS is what they know a reduction by.
 _mse_loss: Any = torch._C._nn.mse_loss
 _smooth_l1_loss: Any = torch._C._nn.smooth_l1_loss
@@ -57,6 +57,7 @@ def regression(problem: Regression) -> tuple[Tensor, Tensor]:
     values, target = cast(problem.values, dtype), cast(problem.target, dtype)
     if problem.mask is not None:
         values, target = torch.where(problem.mask, values, 0), torch.where(problem.mask, target, 0)
+    target = target.expand_as(values)  # which the distances don't do under `torch.vmap`
     size = torch.sub(values, target).abs() if problem.loss_function == L1 else None
     with torch.no_grad():
         if problem.priority == SQUARE:

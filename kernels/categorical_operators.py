@@ -28,7 +28,7 @@ from .categorical_problem import (
 )
 from .dtypes import compute_dtype
 from .function import apply
-from .operators import number_or_tensor, runs_plainly
+from .operators import called, number_or_tensor, runs_plainly, tensors_among
 
 # Where each backend's `forward`, `backward` and `project` live; imported at the first use, since Triton may be absent.
 _BACKEND_MODULES = {
@@ -61,8 +61,7 @@ def loss(transition: Transition, bellman: Bellman, backend: str | None) -> Tenso
     differentiated = torch.is_grad_enabled() and transition.log_prob.requires_grad
     # Forward-mode tangents don't show in requires_grad. _Loss has no rule for them and says so.
     if differentiated or forward_ad._current_level >= 0:
-        tensors = [x for x in (transition.log_prob, *constants) if isinstance(x, Tensor)]
-        function = _LossPlainly if runs_plainly(tensors) else _Loss
+        function = _LossPlainly if runs_plainly(tensors_among((transition.log_prob, *constants))) else _Loss
         return apply(function, name, transition.log_prob, *constants)[0]
     return _forward(name, False, transition.log_prob.detach(), *constants)[0]
 
@@ -80,7 +79,8 @@ def projection(prob: Tensor, bellman: Bellman, backend: str | None) -> Tensor:
     check_bellman(bellman, prob.shape, prob.device)
     name = resolve_backend(backend, prob)
     *tensors, gamma = _constants(bellman)
-    return torch.ops.fusedrl.categorical_projection(name, prob.detach(), *tensors, *number_or_tensor(gamma, prob))
+    scalar = number_or_tensor(gamma, prob)
+    return called(_projection_operator, _categorical_projection, name, prob.detach(), *tensors, *scalar)
 
 
 @cache
@@ -113,9 +113,8 @@ class _Loss(torch.autograd.Function):
             values = (-projected * grad[..., None]).to(log_prob.dtype)
             found = torch.zeros_like(log_prob).scatter(-1, index, values[..., None])
         else:
-            plain = runs_plainly((log_prob, action, projected, grad))
-            operator = _categorical_loss_backward if plain else torch.ops.fusedrl.categorical_loss_backward
-            found = operator(ctx.name, log_prob, action, projected, grad)
+            inputs = ctx.name, log_prob, action, projected, grad
+            found = called(_loss_backward_operator, _categorical_loss_backward, *inputs)
         return None, found, *[None] * 7
 
 
@@ -149,9 +148,7 @@ def _constants(tensors: tuple[Any, ...]) -> list[Any]:
 
 def _forward(name: str, keep: bool, *fields: Any) -> list[Tensor]:
     *tensors, gamma = fields
-    plain = runs_plainly([x for x in fields if isinstance(x, Tensor)])
-    operator = _categorical_loss if plain else torch.ops.fusedrl.categorical_loss
-    return operator(name, keep, *tensors, *number_or_tensor(gamma, tensors[0]))
+    return called(_loss_operator, _categorical_loss, name, keep, *tensors, *number_or_tensor(gamma, tensors[0]))
 
 
 def _bellman(
@@ -207,3 +204,8 @@ for _name, _implementation, _fake in (
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fusedrl::{_name}", _fake, lib=_library)
+
+# Bound once: an attribute of torch.ops is found anew in each call.
+_loss_operator = torch.ops.fusedrl.categorical_loss.default
+_loss_backward_operator = torch.ops.fusedrl.categorical_loss_backward.default
+_projection_operator = torch.ops.fusedrl.categorical_projection.default

@@ -127,7 +127,7 @@ class Launcher:
             may ask a tensor for all but what it holds; where the call has a number it gets a `Number`. Each launch
             must take all tensors and numbers, in the call's order.
         one_shape: the first tensor's shape is that of all others but those of 0 dimensions, which have arguments of
-            their own. It is then all that is asked for in a call.
+            their own. It is then the only shape that is asked for in a call.
 
     """
 
@@ -141,7 +141,12 @@ class Launcher:
         self._all.append(self)
 
     def __call__(self, settings: Hashable, *arguments: Any) -> bool:
-        """Launch on ``arguments``, each a tensor, a float or None; False if there is no plan for their form."""
+        """Launch on ``arguments``, each a tensor, a float or None; False if there is no plan for their form.
+
+        Raises:
+            TypeError: an argument is something else.
+
+        """
         kinds = tuple(map(type, arguments))
         of_kinds = self._taken.get(kinds) or self._take(kinds)
         tensors = of_kinds[0](arguments)
@@ -171,7 +176,10 @@ class Launcher:
     def _take(self, kinds: tuple[type, ...]) -> tuple[Any, Any]:
         """Functions of arguments of these ``kinds`` that give their tensors and their numbers, without a loop."""
         numbers = [i for i, kind in enumerate(kinds) if kind is float]
-        tensors = [i for i, kind in enumerate(kinds) if kind is not float and kind is not type(None)]
+        tensors = [i for i, kind in enumerate(kinds) if issubclass(kind, Tensor)]
+        for kind in kinds:
+            if not (kind is float or kind is type(None) or issubclass(kind, Tensor)):
+                raise TypeError(f"a launch takes tensors, floats and None, but got {kind.__name__}")
         self._taken[kinds] = found = _items(tensors), _items(numbers)
         return found
 

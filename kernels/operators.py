@@ -44,13 +44,15 @@ def solve(problem: Recurrence, time_dim: int, backend: str | None) -> Sequence[T
     """
     problem, time_dim = checked(problem, time_dim)
     name = resolve_backend(backend, problem.reward)
-    tensors = tensors_among(problem[1:])
+    tensors = tensors_among(problem[1:3]) + [x for x in problem[3:] if x is not None]
     differentiated = torch.is_grad_enabled() and any(map(requires_grad, tensors))
     # Forward-mode tangents don't show in requires_grad. _Solve has no rule for them and says so.
     plainly = runs_plainly(tensors)
     if not differentiated and forward_ad._current_level < 0:
         return _solved(problem, name, time_dim) if plainly else _forward(name, time_dim, problem)
-    return (_solve_plainly if plainly else _Solve.apply)(name, time_dim, *problem)
+    if plainly:
+        return _solve_plainly((name, time_dim, problem), *tensors)
+    return _Solve.apply(name, time_dim, *problem)
 
 
 def tensors_among(fields: Iterable[Any]) -> list[Tensor]:
@@ -60,11 +62,25 @@ def tensors_among(fields: Iterable[Any]) -> list[Tensor]:
 
 _NO_TENSORS = frozenset((float, int, bool, str, list, type(None)))
 
+TENSOR = object()
+
+
+def without_tensors(fields: Iterable[Any]) -> list[Any]:
+    """The ``fields`` with ``TENSOR`` in the places of those that are tensors."""
+    return [x if type(x) in _NO_TENSORS or not isinstance(x, Tensor) else TENSOR for x in fields]
+
+
+def with_tensors(fields: Iterable[Any], tensors: Iterable[Tensor]) -> list[Any]:
+    """What `without_tensors` has left, with the ``tensors`` in their places."""
+    places = iter(tensors)
+    return [next(places) if x is TENSOR else x for x in fields]
+
 
 def runs_plainly(tensors: Collection[Tensor]) -> bool:
     """Whether an operator on these tensors would do nothing but call its implementation, unseen by anybody.
 
-    That is so in eager mode, on tensors of no subclass (fake tensors are one), with no mode that intercepts functions
+    That is so in eager mode, on tensors of no subclass (fake tensors are one) whose memory is what they say (not its
+    negative, as in the imaginary part of a conjugate), with no mode that intercepts functions
     or operators (``FakeTensorMode``, ``make_fx``, a counter of operators), no transform of ``torch.func`` (nor a
     tensor that has outlived one), and neither ``torch.jit.trace`` nor a profiler recording.
     """
@@ -78,7 +94,10 @@ def runs_plainly(tensors: Collection[Tensor]) -> bool:
     ):
         return False
     return (
-        _PLAIN.issuperset(map(type, tensors)) and not any(map(_is_meta, tensors)) and not any(map(_is_wrapped, tensors))
+        _PLAIN.issuperset(map(type, tensors))
+        and not any(map(_is_meta, tensors))
+        and not any(map(_is_wrapped, tensors))
+        and not any(map(Tensor.is_neg, tensors))
     )
 
 
@@ -114,50 +133,71 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        _keep(ctx, *inputs, output[0])
+        name, time_dim, *fields = inputs
+        ctx.settings = name, time_dim, without_tensors(fields)
+        _keep(ctx, Recurrence(*fields), tensors_among(fields), output[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        name, time_dim, kind, gamma, lmbda = ctx.settings
-        gamma_tensor, lmbda_tensor, *tensors, y = ctx.saved_tensors
-        gamma = gamma if gamma_tensor is None else gamma_tensor
-        lmbda = lmbda if lmbda_tensor is None else lmbda_tensor
-        problem = Recurrence(kind, gamma, lmbda, *tensors)
-        needs = list(ctx.needs_input_grad[3:8])
-        if all(g is None for g in grads):
-            found: Sequence[Tensor | None] = [None] * sum(needs)
-        elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            found = differentiable_backward(lambda inner: solve(inner, time_dim, name), time_dim, problem, grads, needs)
-        else:
-            found = _backward(name, time_dim, problem, y, grads, needs)
-        results = iter(found)
-        return (None, None, None, *[next(results) if need else None for need in needs], None, None)
+        name, time_dim, fields = ctx.settings
+        *tensors, y = ctx.saved_tensors
+        problem = Recurrence(*with_tensors(fields, tensors))
+        found = _gradients(name, time_dim, problem, y, grads, ctx.needs_input_grad[3:8])
+        return (None, None, None, *found, None, None)
 
 
 class _SolvePlainly(torch.autograd.Function):
-    """`_Solve` where `runs_plainly`. The compiler and torch.func want forward and context apart, which takes longer."""
+    """`_Solve` where `runs_plainly`. Inputs: what `_Solve` has as one, and then the tensors that are in it.
+
+    Of each input PyTorch finds out whether it is a tensor, which takes long where it is none. The compiler and
+    torch.func, who aren't there, would want forward and context apart, which takes longer too.
+    """
 
     @staticmethod
-    def forward(ctx: Any, name: str, time_dim: int, *fields: Any) -> tuple[Tensor, ...]:
-        outputs = tuple(_solved(Recurrence(*fields), name, time_dim))
-        _keep(ctx, name, time_dim, *fields, outputs[0])
+    def forward(ctx: Any, call: tuple[str, int, Recurrence], *tensors: Tensor) -> tuple[Tensor, ...]:
+        name, time_dim, problem = call
+        outputs = tuple(_solved(problem, name, time_dim))
+        ctx.settings = name, time_dim, without_tensors(problem)
+        _keep(ctx, problem, tensors, outputs[0])
         return outputs
 
-    backward = _Solve.backward
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        name, time_dim, fields = ctx.settings
+        *tensors, y = ctx.saved_tensors
+        problem = Recurrence(*with_tensors(fields, tensors))
+        needed = iter(ctx.needs_input_grad[1:])
+        are_tensors = [x is TENSOR for x in fields[1:]]
+        needs = [is_tensor and next(needed) for is_tensor in are_tensors[:5]]
+        found = (*_gradients(name, time_dim, problem, y, grads, needs), None, None)
+        return (None, *[x for x, is_tensor in zip(found, are_tensors, strict=True) if is_tensor])
 
 
-def _keep(ctx: Any, name: str, time_dim: int, kind: str, gamma: Any, lmbda: Any, *tensors: Tensor | None) -> None:
-    """Save for backward what `_Solve` got, with y after the other ``tensors``."""
-    *inputs, y = tensors
-    needs_y = False  # which enters only the gradients of γ and λ
-    gamma_tensor = lmbda_tensor = None
-    if type(gamma) is not float and isinstance(gamma, Tensor):  # a float is known by its type much sooner
-        gamma, gamma_tensor, needs_y = None, gamma, gamma.requires_grad
-    if type(lmbda) is not float and isinstance(lmbda, Tensor):
-        lmbda, lmbda_tensor, needs_y = None, lmbda, needs_y or lmbda.requires_grad
-    ctx.settings = name, time_dim, kind, gamma, lmbda
+def _keep(ctx: Any, problem: Recurrence, tensors: Sequence[Tensor], y: Tensor) -> None:
+    """Save the ``tensors`` of the ``problem`` for backward, and y, which enters only the gradients of γ and λ."""
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(gamma_tensor, lmbda_tensor, *inputs, y if needs_y else None)
+    needs_y = any(map(requires_grad, tensors_among(problem[1:3])))
+    ctx.save_for_backward(*tensors, y if needs_y else None)
+
+
+def _gradients(
+    name: str,
+    time_dim: int,
+    problem: Recurrence,
+    y: Tensor | None,
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of γ, λ, reward, value and next value, None for those that aren't needed."""
+    if all(g is None for g in grads):
+        return [None] * len(needs)
+    needs = list(needs)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        found = differentiable_backward(lambda inner: solve(inner, time_dim, name), time_dim, problem, grads, needs)
+    else:
+        found = _backward(name, time_dim, problem, y, grads, needs)
+    results = iter(found)
+    return [next(results) if need else None for need in needs]
 
 
 # `apply` without what it does for default arguments of `forward` and for the transforms of torch.func.

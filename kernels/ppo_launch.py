@@ -8,7 +8,7 @@ from torch import Tensor
 from .launching import TRITON_DTYPE, Launch, Launcher, Plan, Workspace, number_and_tensor, scalar
 from .ppo_kernel import ROWS, clip_ppo_kernel
 from .ppo_problem import PPOConstants, dtypes, outputs
-from .samples_launch import WARPS, divided, index_type, phases, steps, walked
+from .samples_launch import WARPS, divided, index_type, phases, walked, with_stride
 
 
 def forward(log_prob: Tensor, constants: PPOConstants, keep: bool) -> list[Tensor]:
@@ -35,7 +35,7 @@ def _plan(settings: tuple[bool, str, torch.dtype], *arguments: Any) -> Plan:
     counts = normalize or mask is not None or (mean and weights is not None)
     # The count of finished programs starts at zero, which the first phase sees to if there is one.
     workspace = Workspace(ROWS.value * parts.programs + 1, precise, zeros=not counts)
-    walk = list(map(steps, tensors))
+    walk = list(map(with_stride, tensors))
     launches = [
         Launch(
             clip_ppo_kernel,

@@ -64,12 +64,12 @@ def walked(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     return [None if x is None else x.permute(order).reshape(-1) for x in tensors]
 
 
-def steps(x: Tensor | None) -> tuple[Tensor, int] | None:
+def with_stride(x: Tensor | None) -> tuple[Tensor, int] | None:
     """A tensor that is `walked`, with the stride from one sample to the next."""
     return None if x is None else (x, 1 if x.is_contiguous() else x.stride(0))
 
 
 def index_type(tensors: Sequence[Tensor | None], parts: Division) -> tl.dtype:
     """The integer in which offsets are computed, padding of the last tile included."""
-    longest = max(x[1] for x in map(steps, tensors) if x is not None)
+    longest = max(x[1] for x in map(with_stride, tensors) if x is not None)
     return tl.int64 if parts.programs * parts.tiles * parts.block * longest >= 1 << 31 else tl.int32

@@ -98,9 +98,9 @@ def _interval(loc: Tensor, squash: Squash | None, limit: float) -> tuple[Any, ..
         return None, None, None, None, None
     if isinstance(squash.low, Tensor):
         low, high = (_rows(x.expand(loc.shape)) for x in squash[:2])
-        return low, high, 0.0, 1.0, limit
+        return low, high, 0.0, 1.0, float(limit)
     center, half = squash.center_and_half()
-    return None, None, float(center), float(half), limit
+    return None, None, float(center), float(half), float(limit)
 
 
 def _launcher(kernel: Any) -> Launcher:
@@ -112,14 +112,14 @@ def _launcher(kernel: Any) -> Launcher:
         tile_rows, tile_columns = tiling(columns)
         # log π(a) is contiguous, and passed without a stride.
         names = kernel.arg_names[: len(tensors)]
-        strides = [x if name == "log_prob" else strided(x) for name, x in zip(names, tensors, strict=True)]
-        matrices = [x for x in strides if isinstance(x, tuple) and len(x) == 3]
+        passed = [x if name == "log_prob" else strided(x) for name, x in zip(names, tensors, strict=True)]
+        matrices = [x for x in passed if isinstance(x, tuple) and len(x) == 3]
         reach = max((rows + tile_rows) * x[1] + (columns + tile_columns) * x[2] for x in matrices)
         launch = Launch(
             kernel,
             triton.cdiv(rows, tile_rows),
             [
-                *strides,
+                *passed,
                 0.0 if center is None else center,
                 1.0 if half is None else half,
                 1.0 if limit is None else limit,

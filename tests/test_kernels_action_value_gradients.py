@@ -7,6 +7,7 @@ import torch
 from fusedrl.kernels import ensemble_loss, soft_policy_loss, use_backend, value_target
 from helpers_action_value import BACKENDS, of_ensemble, of_policy, of_target, problem
 
+PRIORITIES = ("abs", "square")
 LOSS_FUNCTIONS, REDUCTIONS = ("l1", "l2", "smooth_l1"), ("mean", "sum", "none")
 
 
@@ -160,6 +161,20 @@ def test_new_coefficients_do_not_recompile(any_backend, device) -> None:
         for operator in ("target", "ensemble", "policy"):
             assert sum(f"action_value_{operator}" in t for t in targets) == 1
         assert not any(word in t for t in targets for word in ("amin", "amax", "smooth", "where"))
+
+
+@pytest.mark.parametrize("loss_function", LOSS_FUNCTIONS)
+@pytest.mark.parametrize("priority", PRIORITIES)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_an_ensemble_loss_can_be_mapped(device, loss_function, priority, backend) -> None:
+    values, target = torch.randn(5, 3, 4, device=device), torch.randn(5, 4, device=device)
+
+    def loss(values, target):
+        return tuple(ensemble_loss(values, target, loss_function, priority=priority, backend=backend))
+
+    mapped = torch.vmap(loss)(values, target)
+    one_by_one = [torch.stack(x) for x in zip(*map(loss, values, target), strict=True)]
+    torch.testing.assert_close(list(mapped), one_by_one)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

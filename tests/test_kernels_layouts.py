@@ -111,6 +111,26 @@ def test_of_many_short_rows_a_program_has_several_blocks(device, monkeypatch) ->
         assert torch.allclose(fast, exact, atol=1e-5)
 
 
+def test_a_tensor_that_is_the_negative_of_its_memory_is_read_as_what_it_says(backend, device) -> None:
+    """As the imaginary part of a conjugate is."""
+    x = torch._neg_view(torch.rand(3, 4, device=device))
+    value, plain, done = (
+        torch.rand(3, 4, device=device),
+        x.resolve_neg(),
+        torch.zeros(3, 4, dtype=torch.bool, device=device),
+    )
+    options = {"backend": backend}
+    for function in (
+        lambda x: kernels.gae(0.9, 0.8, value, value, x, done, **options),
+        lambda x: kernels.vtrace(0.9, value, value, value, x, done, **options),
+        lambda x: kernels.value_target(value[None], x, done, 0.9, **options),
+        lambda x: kernels.ensemble_loss(value[None], x, "l2", **options),
+        lambda x: kernels.clip_ppo_loss(x, value, value, 0.2, 0.2, **options),
+        lambda x: kernels.normal_log_prob(x, value, value, **options),
+    ):
+        torch.testing.assert_close(tuple(function(x)), tuple(function(plain)))
+
+
 def test_few_long_rows_are_split_and_many_rows_are_not() -> None:
     def split(rows: int, steps: int) -> int:
         return tiling(rows, steps, 4, time_is_contiguous=True, processors=132).split

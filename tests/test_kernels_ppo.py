@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from fusedrl.kernels.backend import fastest_backend
 from fusedrl.kernels.verify import VerificationError
 from fusedrl.losses import functional
 from fusedrl.losses.reduction import reduce_loss
-from helpers_launches import launched, plan_with
+from helpers_launches import launched, plan_with, planned_with
 from helpers_samples import BACKENDS, LAYOUTS, Calls, close, in_float64, run_without_interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -197,9 +198,7 @@ def test_loss_metrics_and_gradient_agree_with_the_reference(
     for name in ("clip_low", "clip_high", "max_ratio"):
         if scalars is not None and arguments.get(name) is not None:
             arguments[name] = torch.tensor(arguments[name], dtype=scalars, device=device)
-    with pytest.MonkeyPatch.context() as patch:
-        if few:
-            plan_with(patch, samples_launch, TILE_BYTES=32, _TILES_OF_ONE_PROGRAM=1)
+    with planned_with(samples_launch, TILE_BYTES=32, _TILES_OF_ONE_PROGRAM=1) if few else nullcontext():
         found = results(arguments, backend)
     expected = results(in_float64(arguments), "reference")
     for name, a, b in zip((*ClipPPO._fields, "gradient"), found, expected, strict=True):

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fusedrl.kernels import normal_log_prob, normal_sample, squashed_normal_operators, use_backend
@@ -271,6 +272,17 @@ def test_results_are_bitwise_reproducible(backend, device) -> None:
 
 
 # --- the edges ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [int, np.float64])
+def test_bounds_and_margin_may_be_numbers_of_any_type(any_backend, device, number) -> None:
+    loc, scale, noise = torch.rand(3, 4, 2, device=device, dtype=torch.float64) + 0.1
+    squash, margin = (number(-2), number(1)), number(0)
+    action, log_prob = normal_sample(loc, scale, noise, squash=squash, margin=margin, backend=any_backend)
+    expected = normal_sample(loc, scale, noise, squash=(-2.0, 1.0), margin=0.0, backend="reference")
+    torch.testing.assert_close((action, log_prob), expected)
+    again = normal_log_prob(loc, scale, action, squash=squash, margin=margin, backend=any_backend)
+    torch.testing.assert_close(again, log_prob)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from fusedrl.kernels.verify import VerificationError
 from fusedrl.losses import functional
 from fusedrl.losses.reduction import reduce_loss
 from fusedrl.losses.utils import clipped_value_loss, distance_loss
-from helpers_launches import launched, plan_with
+from helpers_launches import launched, plan_with, planned_with
 from helpers_samples import BACKENDS, LAYOUTS, Calls, close, in_float64, run_without_interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -183,9 +184,7 @@ def test_loss_metrics_and_gradient_agree_with_the_reference(
     # What a target of one value, which rounding may or may not tell from a constant, explains is anything.
     if explained_variance and math.prod(shape) < 4:
         arguments["explained_variance"] = False
-    with pytest.MonkeyPatch.context() as patch:
-        if few:
-            plan_with(patch, samples_launch, TILE_BYTES=32, _TILES_OF_ONE_PROGRAM=1)
+    with planned_with(samples_launch, TILE_BYTES=32, _TILES_OF_ONE_PROGRAM=1) if few else nullcontext():
         found = results(arguments, backend)
     expected = results(in_float64(arguments), "reference")
     for a, b in zip(found, expected, strict=True):

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from fusedrl.kernels import launching
 from fusedrl.kernels.launching import Launch, Launcher, Plan, Workspace, number_and_tensor, scalar, strided
 
 
@@ -116,6 +117,38 @@ def test_where_there_is_no_plan_nothing_is_launched(kernel, planned) -> None:
     assert not launcher("impossible", FIRST, FIRST, 0.5)
     assert settings == ["impossible"]
     assert kernel.launched == []
+
+
+def test_where_all_have_one_shape_it_is_told_from_others(kernel) -> None:
+    settings = []
+
+    def plan(_, x, y):
+        settings.append(x.shape)
+        return Plan([Launch(kernel, len(x), [strided(x), y, None, None, None], BLOCK=1)])
+
+    launcher = Launcher(plan, one_shape=True)
+    for shape in ((4, 5), (5, 4), (20,), (4, 5)):
+        launcher(None, *torch.zeros(2, *shape))
+        assert kernel.launched[-1][0] == shape[:1]
+    assert settings == [(4, 5), (5, 4), (20,)]
+
+
+def test_what_is_neither_tensor_nor_float_is_refused(kernel, planned) -> None:
+    launcher, _ = planned
+    for number in (1, "1"):
+        with pytest.raises(TypeError, match="a launch takes tensors, floats and None, but got "):
+            launcher("a", FIRST, FIRST, number)
+    assert kernel.launched == []
+
+
+def test_plans_are_not_kept_without_bound(planned, monkeypatch) -> None:
+    monkeypatch.setattr(launching, "_MOST_PLANS", 2)
+    launcher, settings = planned
+    for name in "abca":
+        launcher(name, FIRST, FIRST, 0.5)
+    assert settings == ["a", "b", "c", "a"]
+    launcher("c", FIRST, FIRST, 0.5)
+    assert settings == ["a", "b", "c", "a"]
 
 
 def test_plans_can_be_forgotten(planned) -> None:
