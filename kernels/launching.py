@@ -136,8 +136,7 @@ class Launcher:
     def __init__(self, plan: Callable[..., Plan | None], *, one_shape: bool = False) -> None:
         self._plan = plan
         self._one_shape = one_shape
-        self._planned: dict[tuple[Any, ...], Plan | None] = {}
-        self._taken: dict[tuple[type, ...], tuple[Any, Any]] = {}
+        self._of_kinds: dict[tuple[type, ...], _OfKinds] = {}
         self._all.append(self)
 
     def __call__(self, settings: Hashable, *arguments: Any) -> bool:
@@ -148,43 +147,42 @@ class Launcher:
 
         """
         kinds = tuple(map(type, arguments))
-        of_kinds = self._taken.get(kinds) or self._take(kinds)
-        tensors = of_kinds[0](arguments)
+        of_kinds = self._of_kinds.get(kinds) or self._new_kinds(kinds)
+        tensors = of_kinds.tensors(arguments)
         first = tensors[0]
         device = first.get_device()
         form = (
             settings,
             device,
-            kinds,
             tuple(map(_dtype, tensors)),
             first.shape if self._one_shape else tuple(map(_shape, tensors)),
             all(map(Tensor.is_contiguous, tensors)) or tuple(map(Tensor.stride, tensors)),
         )
-        plan = self._planned.get(form, _UNKNOWN)
+        plan = of_kinds.plans.get(form, _UNKNOWN)
         if plan is _UNKNOWN:
-            plan = self._find(form, settings, arguments)
+            plan = of_kinds.plans[form] = self._find(settings, arguments)
         if plan is None:
             return False
         launches, workspaces = plan
         if workspaces:
             tensors += tuple([x.new(first) for x in workspaces])
-        numbers = of_kinds[1](arguments)
+        numbers = of_kinds.numbers(arguments)
         for launch in launches:
             launch(device, tensors, numbers)
         return True
 
-    def _take(self, kinds: tuple[type, ...]) -> tuple[Any, Any]:
-        """Functions of arguments of these ``kinds`` that give their tensors and their numbers, without a loop."""
-        numbers = [i for i, kind in enumerate(kinds) if kind is float]
-        tensors = [i for i, kind in enumerate(kinds) if issubclass(kind, Tensor)]
+    def _new_kinds(self, kinds: tuple[type, ...]) -> "_OfKinds":
+        """Get ready for arguments of these ``kinds``."""
         for kind in kinds:
             if not (kind is float or kind is type(None) or issubclass(kind, Tensor)):
                 raise TypeError(f"a launch takes tensors, floats and None, but got {kind.__name__}")
-        self._taken[kinds] = found = _items(tensors), _items(numbers)
+        tensors = _items([i for i, kind in enumerate(kinds) if issubclass(kind, Tensor)])
+        numbers = _items([i for i, kind in enumerate(kinds) if kind is float])
+        self._of_kinds[kinds] = found = _OfKinds(tensors, numbers, {})
         return found
 
-    def _find(self, form: tuple[Any, ...], settings: Hashable, arguments: Sequence[Any]) -> Plan | None:
-        """Make the plan for arguments of this form, and keep it.
+    def _find(self, settings: Hashable, arguments: Sequence[Any]) -> Plan | None:
+        """Make the plan for arguments of a form.
 
         Raises:
             RuntimeError: the launches don't take what the call brings.
@@ -200,16 +198,24 @@ class Launcher:
                 if list(map(id, launch.taken)) != list(map(id, given)):
                     raise RuntimeError(f"the launches planned by {self._plan.__name__} don't take what the call brings")
                 launch.taken.clear()
-        if len(self._planned) >= _MOST_PLANS:
-            self._planned.clear()
-        self._planned[form] = plan
+        if sum(len(x.plans) for x in self._of_kinds.values()) >= _MOST_PLANS:
+            for x in self._of_kinds.values():
+                x.plans.clear()
         return plan
 
     @classmethod
     def forget(cls) -> None:
         """Plan anew from here on: something changed that plans are made from."""
         for launcher in cls._all:
-            launcher._planned.clear()
+            launcher._of_kinds.clear()
+
+
+class _OfKinds(NamedTuple):
+    """For arguments of the same types: functions that pick tensors and numbers, without a loop, and plans by form."""
+
+    tensors: Callable[[Sequence[Any]], tuple[Any, ...]]
+    numbers: Callable[[Sequence[Any]], tuple[Any, ...]]
+    plans: dict[tuple[Any, ...], Plan | None]
 
 
 def _items(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

@@ -62,19 +62,6 @@ def tensors_among(fields: Iterable[Any]) -> list[Tensor]:
 
 _NO_TENSORS = frozenset((float, int, bool, str, list, type(None)))
 
-TENSOR = object()
-
-
-def without_tensors(fields: Iterable[Any]) -> list[Any]:
-    """The ``fields`` with ``TENSOR`` in the places of those that are tensors."""
-    return [x if type(x) in _NO_TENSORS or not isinstance(x, Tensor) else TENSOR for x in fields]
-
-
-def with_tensors(fields: Iterable[Any], tensors: Iterable[Tensor]) -> list[Any]:
-    """What `without_tensors` has left, with the ``tensors`` in their places."""
-    places = iter(tensors)
-    return [next(places) if x is TENSOR else x for x in fields]
-
 
 def runs_plainly(tensors: Collection[Tensor]) -> bool:
     """Whether an operator on these tensors would do nothing but call its implementation, unseen by anybody.
@@ -133,17 +120,11 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        name, time_dim, *fields = inputs
-        ctx.settings = name, time_dim, without_tensors(fields)
-        _keep(ctx, Recurrence(*fields), tensors_among(fields), output[0])
+        _keep(ctx, *inputs, output[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        name, time_dim, fields = ctx.settings
-        *tensors, y = ctx.saved_tensors
-        problem = Recurrence(*with_tensors(fields, tensors))
-        found = _gradients(name, time_dim, problem, y, grads, ctx.needs_input_grad[3:8])
-        return (None, None, None, *found, None, None)
+        return (None, None, None, *_gradients(ctx, grads, ctx.needs_input_grad[3:8]), None, None)
 
 
 class _SolvePlainly(torch.autograd.Function):
@@ -157,41 +138,42 @@ class _SolvePlainly(torch.autograd.Function):
     def forward(ctx: Any, call: tuple[str, int, Recurrence], *tensors: Tensor) -> tuple[Tensor, ...]:
         name, time_dim, problem = call
         outputs = tuple(_solved(problem, name, time_dim))
-        ctx.settings = name, time_dim, without_tensors(problem)
-        _keep(ctx, problem, tensors, outputs[0])
+        _keep(ctx, name, time_dim, *problem, outputs[0])
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        name, time_dim, fields = ctx.settings
-        *tensors, y = ctx.saved_tensors
-        problem = Recurrence(*with_tensors(fields, tensors))
+        *fields, _ = ctx.saved_tensors  # γ, λ and the rest, None where there was no tensor
         needed = iter(ctx.needs_input_grad[1:])
-        are_tensors = [x is TENSOR for x in fields[1:]]
-        needs = [is_tensor and next(needed) for is_tensor in are_tensors[:5]]
-        found = (*_gradients(name, time_dim, problem, y, grads, needs), None, None)
-        return (None, *[x for x, is_tensor in zip(found, are_tensors, strict=True) if is_tensor])
+        needs = [x is not None and next(needed) for x in fields[:5]]
+        found = (*_gradients(ctx, grads, needs), None, None)
+        return (None, *[g for g, x in zip(found, fields, strict=True) if x is not None])
 
 
-def _keep(ctx: Any, problem: Recurrence, tensors: Sequence[Tensor], y: Tensor) -> None:
-    """Save the ``tensors`` of the ``problem`` for backward, and y, which enters only the gradients of γ and λ."""
+def _keep(ctx: Any, name: str, time_dim: int, kind: str, gamma: Any, lmbda: Any, *tensors: Tensor | None) -> None:
+    """Save for backward what `_Solve` got, with y after the other ``tensors``."""
+    *inputs, y = tensors
+    needs_y = False  # which enters only the gradients of γ and λ
+    gamma_tensor = lmbda_tensor = None
+    if type(gamma) is not float and isinstance(gamma, Tensor):  # a float is known by its type much sooner
+        gamma, gamma_tensor, needs_y = None, gamma, gamma.requires_grad
+    if type(lmbda) is not float and isinstance(lmbda, Tensor):
+        lmbda, lmbda_tensor, needs_y = None, lmbda, needs_y or lmbda.requires_grad
+    ctx.settings = name, time_dim, kind, gamma, lmbda
     ctx.set_materialize_grads(False)
-    needs_y = any(map(requires_grad, tensors_among(problem[1:3])))
-    ctx.save_for_backward(*tensors, y if needs_y else None)
+    ctx.save_for_backward(gamma_tensor, lmbda_tensor, *inputs, y if needs_y else None)
 
 
-def _gradients(
-    name: str,
-    time_dim: int,
-    problem: Recurrence,
-    y: Tensor | None,
-    grads: Sequence[Tensor | None],
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
+def _gradients(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
     """The gradients of γ, λ, reward, value and next value, None for those that aren't needed."""
+    needs = list(needs)
     if all(g is None for g in grads):
         return [None] * len(needs)
-    needs = list(needs)
+    name, time_dim, kind, gamma, lmbda = ctx.settings
+    gamma_tensor, lmbda_tensor, *tensors, y = ctx.saved_tensors
+    gamma = gamma if gamma_tensor is None else gamma_tensor
+    lmbda = lmbda if lmbda_tensor is None else lmbda_tensor
+    problem = Recurrence(kind, gamma, lmbda, *tensors)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         found = differentiable_backward(lambda inner: solve(inner, time_dim, name), time_dim, problem, grads, needs)
     else:

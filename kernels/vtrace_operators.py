@@ -9,15 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operators import (
-    TENSOR,
-    number_or_tensor,
-    requires_grad,
-    runs_plainly,
-    tensors_among,
-    with_tensors,
-    without_tensors,
-)
+from .operators import number_or_tensor, requires_grad, runs_plainly, tensors_among
 from .vtrace_composed import composed
 from .vtrace_problem import VTrace
 
@@ -57,18 +49,11 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        backend, time_dim, *fields = inputs
-        ctx.settings = backend, time_dim, without_tensors(fields)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors_among(fields), output[1])
+        _keep(ctx, *inputs, value_target=output[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        backend, time_dim, fields = ctx.settings
-        *tensors, value_target = ctx.saved_tensors
-        problem = VTrace(*with_tensors(fields, tensors))
-        found = _gradients(backend, time_dim, problem, value_target, grads, ctx.needs_input_grad[2:7])
-        return (None, None, *found, None, None, None, None, None)
+        return (None, None, *_gradients(ctx, grads, ctx.needs_input_grad[2:7]), *[None] * 5)
 
 
 class _SolvePlainly(torch.autograd.Function):
@@ -78,35 +63,40 @@ class _SolvePlainly(torch.autograd.Function):
     def forward(ctx: Any, call: tuple[str, int, VTrace], *tensors: Tensor) -> tuple[Tensor, ...]:
         backend, time_dim, problem = call
         outputs = tuple(_solved(backend, time_dim, problem))
-        ctx.settings = backend, time_dim, without_tensors(problem)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, outputs[1])
+        _keep(ctx, backend, time_dim, *problem, value_target=outputs[1])
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        backend, time_dim, fields = ctx.settings
-        *tensors, value_target = ctx.saved_tensors
-        problem = VTrace(*with_tensors(fields, tensors))
+        *fields, _ = ctx.saved_tensors  # None where there was no tensor
         needed = iter(ctx.needs_input_grad[1:])
-        are_tensors = [x is TENSOR for x in fields]
-        needs = [is_tensor and next(needed) for is_tensor in are_tensors[:5]]
-        found = (*_gradients(backend, time_dim, problem, value_target, grads, needs), *[None] * 5)
-        return (None, *[x for x, is_tensor in zip(found, are_tensors, strict=True) if is_tensor])
+        needs = [x is not None and next(needed) for x in fields[:5]]
+        found = (*_gradients(ctx, grads, needs), *[None] * 5)
+        return (None, *[g for g, x in zip(found, fields, strict=True) if x is not None])
 
 
-def _gradients(
-    backend: str,
-    time_dim: int,
-    problem: VTrace,
-    value_target: Tensor,
-    grads: Sequence[Tensor | None],
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
+def _keep(ctx: Any, backend: str, time_dim: int, *fields: Any, value_target: Tensor) -> None:
+    """Save for backward what `_Solve` got, and what it found."""
+    *tensors, gamma, rho, c = fields
+    scalars = gamma, rho, c
+    ctx.settings = backend, time_dim, scalars
+    of_scalars: Sequence[Tensor | None] = (None, None, None)
+    if tensors_among(scalars):
+        of_scalars = [x if isinstance(x, Tensor) else None for x in scalars]
+        ctx.settings = backend, time_dim, [None if isinstance(x, Tensor) else x for x in scalars]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *of_scalars, value_target)
+
+
+def _gradients(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
     """The gradients of the inputs that can have one, None for those that need none."""
+    needs = list(needs)
     if all(g is None for g in grads):
         return [None] * len(needs)
-    needs = list(needs)
+    backend, time_dim, numbers = ctx.settings
+    *tensors, value_target = ctx.saved_tensors
+    scalars = (n if x is None else x for n, x in zip(numbers, tensors[7:], strict=True))
+    problem = VTrace(*tensors[:7], *scalars)
     found: Sequence[Tensor | None]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the gradient will be differentiated
         inputs = [x for x, need in zip(problem.differentiable, needs, strict=True) if need]

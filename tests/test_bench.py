@@ -180,7 +180,7 @@ LAUNCHES = {
     "SACLoss": 8,
     "TD3Loss": 11,
     "REDQLoss": 19,
-    "IQLLoss": 18,
+    "IQLLoss": 20,
 }
 # What the forward of each may ask of PyTorch on the `torch` backend, counted likewise.
 OPERATIONS = {
@@ -191,7 +191,7 @@ OPERATIONS = {
     "SACLoss": 19,
     "TD3Loss": 16,
     "REDQLoss": 24,
-    "IQLLoss": 22,
+    "IQLLoss": 24,
 }
 
 
