@@ -160,29 +160,7 @@ def _plan(settings: tuple[str, bool, int, torch.dtype], *arguments: Any) -> Plan
     scalars: list[Any] = []
     for x, of_steps in ((gamma, gammas), (lmbda, lmbdas)):
         scalars += number_and_tensor(x, 0) if of_steps is None else (0.0, of_steps)
-    compositions = layout.workspace(compute_dtype(dtype))
-    launches = [
-        Launch(
-            scan_kernel,
-            layout.programs,
-            [
-                *strided,
-                *scalars,
-                compositions,
-                layout.common,
-                layout.rows,
-                layout.inner,
-                layout.steps,
-            ],
-            KIND=kind,
-            ADJOINT=adjoint,
-            DTYPE=TRITON_DTYPE[compute_dtype(dtype)],
-            COMPOSE=compose,
-            **layout.constants,
-        )
-        for compose in layout.phases
-    ]
-    return Plan(launches, [] if compositions is None else [compositions])
+    return layout.plan(scan_kernel, [*strided, *scalars], compute_dtype(dtype), KIND=kind, ADJOINT=adjoint)
 
 
 _TENSORS = 14  # what `scan_kernel` takes
@@ -216,36 +194,40 @@ class Layout(NamedTuple):
         """The programs of a launch."""
         return triton.cdiv(triton.cdiv(self.rows, self.tiling.rows), self.tiling.blocks) * self.tiling.split
 
-    @property
-    def phases(self) -> tuple[bool, ...]:
-        """What COMPOSE is in each launch, one after the other."""
-        return (True, False) if self.tiling.split > 1 else (False,)
-
-    def workspace(self, dtype: torch.dtype) -> Workspace | None:
-        """For the compositions in ``dtype`` that the launches of split rows share; None if no row is split."""
-        if self.tiling.split == 1:
-            return None
-        rows = triton.cdiv(self.rows, self.tiling.rows) * self.tiling.rows
-        return Workspace(2 * rows * split_power(self.tiling), dtype)
-
     def argument(self, x: Tensor | None, strides: tuple[int, int, int] | None) -> tuple[Any, ...] | None:
         """A tensor as kernels take it: with its ``strides`` only if they aren't those that most have."""
         return None if x is None or strides is None else (x,) if strides == self.common else (x, *strides)
 
-    @property
-    def constants(self) -> dict[str, Any]:
-        """The kernel's constants that say how its work is divided, and the warps of a program."""
+    def plan(self, kernel: Any, arguments: Sequence[Any], dtype: torch.dtype, **constants: Any) -> Plan:
+        """The launches of a kernel that scans, computed in ``dtype``; ``arguments`` are those before compositions.
+
+        Where rows are split, a first launch composes each share, and the second solves it.
+        """
         tile = self.tiling
-        return {
-            "INDEX": self.index,
-            "TIME_IS_CONTIGUOUS": self.time_is_contiguous,
-            "TILE_ROWS": tile.rows,
-            "TILE_LANES": tile.lanes,
-            "SPLIT": tile.split,
-            "SPLIT_POWER": split_power(tile),
-            "BLOCKS": tile.blocks,
-            "num_warps": tile.warps,
-        }
+        compositions = None
+        if tile.split > 1:
+            padded = triton.cdiv(self.rows, tile.rows) * tile.rows
+            compositions = Workspace(2 * padded * split_power(tile), dtype)
+        launches = [
+            Launch(
+                kernel,
+                self.programs,
+                [*arguments, compositions, self.common, self.rows, self.inner, self.steps],
+                DTYPE=TRITON_DTYPE[dtype],
+                INDEX=self.index,
+                TIME_IS_CONTIGUOUS=self.time_is_contiguous,
+                TILE_ROWS=tile.rows,
+                TILE_LANES=tile.lanes,
+                COMPOSE=compose,
+                SPLIT=tile.split,
+                SPLIT_POWER=split_power(tile),
+                BLOCKS=tile.blocks,
+                num_warps=tile.warps,
+                **constants,
+            )
+            for compose in ((False,) if compositions is None else (True, False))
+        ]
+        return Plan(launches, () if compositions is None else (compositions,))
 
 
 def lay_out(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import launching
 from .launch import lay_out
-from .launching import TRITON_DTYPE, Launch, Launcher, Plan, number_and_tensor, scalar
+from .launching import Launcher, Plan, number_and_tensor, scalar
 from .vtrace_kernel import vtrace_kernel
 from .vtrace_problem import VTrace
 
@@ -75,30 +75,9 @@ def _plan(settings: tuple[int, torch.dtype, bool], *arguments: Any) -> Plan | No
     )
     if layout is None:
         return None
-    compositions = layout.workspace(dtype)
-    launches = [
-        Launch(
-            vtrace_kernel,
-            layout.programs,
-            [
-                *map(layout.argument, tensors, layout.strides),
-                *number_and_tensor(gamma),
-                *number_and_tensor(rho),
-                *number_and_tensor(c),
-                compositions,
-                layout.common,
-                layout.rows,
-                layout.inner,
-                layout.steps,
-            ],
-            ADJOINT=is_adjoint,
-            DTYPE=TRITON_DTYPE[dtype],
-            COMPOSE=compose,
-            **layout.constants,
-        )
-        for compose in layout.phases
-    ]
-    return Plan(launches, [] if compositions is None else [compositions])
+    scalars = *number_and_tensor(gamma), *number_and_tensor(rho), *number_and_tensor(c)
+    strided = map(layout.argument, tensors, layout.strides)
+    return layout.plan(vtrace_kernel, [*strided, *scalars], dtype, ADJOINT=is_adjoint)
 
 
 _TENSORS = 16  # what `vtrace_kernel` takes
