@@ -19,7 +19,7 @@ from .action_value_problem import (
     count_is_unknown,
 )
 from .dtypes import compute_dtype
-from .launching import TRITON_DTYPE, Launch, Launcher, Plan, Workspace, number_and_tensor, scalar, strided
+from .launching import TRITON_DTYPE, Launch, Launcher, Plan, Workspace, scalar, scalar_arguments, strided
 
 _WARPS = 8
 # Bytes of a tile's row in the dtype that is computed in: one 128-bit load per thread. A float32 batch of 1024 or less
@@ -93,32 +93,20 @@ def _plan_ensemble(settings: tuple[str, str, bool, str, torch.dtype, bool], *arg
     loss_function, priority, per_member, reduction, result, counts = settings
     values, target, mask, weights, *written = arguments
     members, samples = values.shape
-    dtype = compute_dtype(result)
-    programs, workspaces = _shares(0 if reduction == NONE else _ENSEMBLE_SUMS, samples, dtype)
     passed = [strided(x) for x in (values, target, mask, weights)]
-    launch = Launch(
+    scale = _scale(reduction, (members if per_member else 1) * (1 if counts else samples))
+    return _plan_sums(
         ensemble_kernel,
-        programs,
-        [
-            *passed,
-            _scale(reduction, (members if per_member else 1) * (1 if counts else samples)),
-            *written,
-            *(workspaces or (None, None)),
-            samples,
-            members,
-        ],
+        0 if reduction == NONE else _ENSEMBLE_SUMS,
+        passed,
+        [*passed, scale, *written],
+        compute_dtype(result),
         LOSS_FUNCTION=loss_function,
         PRIORITY=priority,
         PER_MEMBER=per_member,
         REDUCTION=reduction,
         COUNT=counts,
-        DTYPE=TRITON_DTYPE[dtype],
-        INDEX=_index(samples, *passed),
-        BLOCK=block(dtype),
-        PROGRAMS=_PROGRAMS,
-        num_warps=_WARPS,
     )
-    return Plan([launch], workspaces)
 
 
 _ensemble = Launcher(_plan_ensemble)
@@ -142,36 +130,16 @@ def policy(problem: Improvement, keep: bool) -> list[Tensor]:
     return [x for x in written if x is not None]
 
 
-def _plan_policy(settings: tuple[str, torch.dtype, bool], *arguments: Any) -> Plan:
+def _plan_policy(settings: tuple[str, torch.dtype, bool], *inputs: Any) -> Plan:
     reduction, result, counts = settings
-    values, log_prob, alpha, mask, weights, *written = arguments
-    members, samples = values.shape
-    dtype = compute_dtype(result)
-    programs, workspaces = _shares(_POLICY_SUMS, samples, dtype)
+    values, log_prob, alpha, mask, weights, *written = inputs
+    samples = log_prob.numel()
     passed = [strided(x) for x in (values, log_prob, mask, weights)]
-    launch = Launch(
-        policy_kernel,
-        programs,
-        [
-            *passed[:2],
-            *_coefficient(alpha),
-            *passed[2:],
-            _scale(reduction, 1 if counts else samples),
-            1 / samples if samples else math.nan,
-            *written,
-            *(workspaces or (None, None)),
-            samples,
-            members,
-        ],
-        REDUCTION=reduction,
-        COUNT=counts,
-        DTYPE=TRITON_DTYPE[dtype],
-        INDEX=_index(samples, *passed),
-        BLOCK=block(dtype),
-        PROGRAMS=_PROGRAMS,
-        num_warps=_WARPS,
+    scales = _scale(reduction, 1 if counts else samples), 1 / samples if samples else math.nan
+    arguments = [*passed[:2], *_coefficient(alpha), *passed[2:], *scales, *written]
+    return _plan_sums(
+        policy_kernel, _POLICY_SUMS, passed, arguments, compute_dtype(result), REDUCTION=reduction, COUNT=counts
     )
-    return Plan([launch], workspaces)
 
 
 _policy = Launcher(_plan_policy)
@@ -189,15 +157,33 @@ def policy_backward(problem: Improvement, kept: Sequence[Tensor], grad: Tensor, 
     ]
 
 
-def _shares(sums: int, samples: int, dtype: torch.dtype) -> tuple[int, list[Workspace]]:
-    """How many programs there are, and where they leave their parts of the sums and count themselves."""
+def _plan_sums(
+    kernel: Any, sums: int, passed: Sequence[Any], arguments: Sequence[Any], dtype: torch.dtype, **constants: Any
+) -> Plan:
+    """The launch of a kernel that makes ``sums`` over samples; ``arguments`` are those before its workspaces.
+
+    ``passed`` are the inputs as they are passed, the first one the values of the members.
+    """
+    members, samples = passed[0][0].shape
     programs = max(1, triton.cdiv(samples, block(dtype)))
-    if not sums:
-        return programs, []
-    programs = min(programs, _PROGRAMS)
-    if programs == 1:
-        return programs, []
-    return programs, [Workspace(sums * programs, dtype), Workspace(1, torch.int32, zeros=True)]
+    if sums:
+        programs = min(programs, _PROGRAMS)
+    # Where programs leave their parts of the sums, and count themselves.
+    workspaces = []
+    if sums and programs > 1:
+        workspaces = [Workspace(sums * programs, dtype), Workspace(1, torch.int32, zeros=True)]
+    launch = Launch(
+        kernel,
+        programs,
+        [*arguments, *(workspaces or (None, None)), samples, members],
+        **constants,
+        DTYPE=TRITON_DTYPE[dtype],
+        INDEX=_index(samples, *passed),
+        BLOCK=block(dtype),
+        PROGRAMS=_PROGRAMS,
+        num_warps=_WARPS,
+    )
+    return Plan([launch], workspaces)
 
 
 def _new_kept(problem: Regression | Improvement, keep: bool, *slopes: torch.Size) -> list[Tensor | None]:
@@ -222,7 +208,7 @@ def _factor(grad: Tensor, reciprocal: Sequence[Tensor], dtype: torch.dtype) -> T
 
 def _coefficient(x: Any) -> tuple[Any, Any]:
     """γ or α as a number and a tensor, of which one counts."""
-    return (0.0, strided(x)) if isinstance(x, Tensor) else number_and_tensor(x)
+    return (0.0, strided(x)) if isinstance(x, Tensor) else scalar_arguments(x)
 
 
 def _rows(values: Tensor) -> Tensor:

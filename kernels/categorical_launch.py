@@ -10,7 +10,7 @@ from torch import Tensor
 from .categorical_kernel import gradient_kernel, loss_kernel, projection_kernel
 from .categorical_problem import Bellman, Transition, new_gradient
 from .dtypes import compute_dtype
-from .launching import TRITON_DTYPE, Launch, Launcher, Plan, number_and_tensor, scalar, strided
+from .launching import TRITON_DTYPE, Launch, Launcher, Plan, scalar, scalar_arguments, strided
 
 # One warp, which keeps every exchange between lanes a shuffle or a read of shared memory without a barrier.
 _WARPS = 1
@@ -142,7 +142,7 @@ _projection = Launcher(_plan_projection)
 
 def _discount(gamma: Any) -> tuple[Any, Any]:
     """γ as a number and a tensor with its stride, of which one counts."""
-    return number_and_tensor(gamma, *(gamma.stride() or (0,) if isinstance(gamma, Tensor) else ()))
+    return scalar_arguments(gamma, *(gamma.stride() or (0,) if isinstance(gamma, Tensor) else ()))
 
 
 def _index(*tensors: Tensor | None) -> tl.dtype:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import fixed_discount, launching
 from .dtypes import compute_dtype
-from .launching import TRITON_DTYPE, Launch, Launcher, Plan, Workspace, number_and_tensor, scalar
+from .launching import TRITON_DTYPE, Launch, Launcher, Plan, Workspace, scalar, scalar_arguments
 from .recurrence import FIXED_DISCOUNT, Recurrence
 from .scan import STEPS_PER_LANE, scan_kernel
 
@@ -159,11 +159,11 @@ def _plan(settings: tuple[str, bool, int, torch.dtype], *arguments: Any) -> Plan
     *strided, gammas, lmbdas = map(layout.argument, (*tensors, gammas, lmbdas), layout.strides)
     scalars: list[Any] = []
     for x, of_steps in ((gamma, gammas), (lmbda, lmbdas)):
-        scalars += number_and_tensor(x, 0) if of_steps is None else (0.0, of_steps)
+        scalars += scalar_arguments(x, 0) if of_steps is None else (0.0, of_steps)
     return layout.plan(scan_kernel, [*strided, *scalars], compute_dtype(dtype), KIND=kind, ADJOINT=adjoint)
 
 
-_TENSORS = 14  # what `scan_kernel` takes
+_TENSORS = scan_kernel.arg_names.index("gamma")
 
 _scan = Launcher(_plan, one_shape=True)
 

@@ -257,7 +257,7 @@ def scalar(x: float | Tensor | None, like: Tensor) -> float | Tensor | None:
     return float(x)
 
 
-def number_and_tensor(x: Any, *strides: int) -> tuple[Any, Any]:
+def scalar_arguments(x: Any, *strides: int) -> tuple[Any, Any]:
     """The two arguments that a kernel has for a scalar, of which one counts; a tensor with ``strides`` if given."""
     if isinstance(x, Tensor):
         return 0.0, (x, *strides) if strides else x

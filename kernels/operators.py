@@ -143,11 +143,20 @@ class _SolvePlainly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *fields, _ = ctx.saved_tensors  # γ, λ and the rest, None where there was no tensor
-        needed = iter(ctx.needs_input_grad[1:])
-        needs = [x is not None and next(needed) for x in fields[:5]]
-        found = (*_gradients(ctx, grads, needs), None, None)
-        return (None, *[g for g, x in zip(found, fields, strict=True) if x is not None])
+        return gradients_of_tensors(_gradients, ctx, grads)
+
+
+def gradients_of_tensors(gradients: Callable[..., list[Any]], ctx: Any, grads: Sequence[Tensor | None]) -> tuple:
+    """Those of a Function whose inputs are a problem and the tensors in it.
+
+    What is saved are the problem's fields, None where there was no tensor, and one more; ``gradients(ctx, grads,
+    needs)`` finds those of the first fields, as many as can have one, which are 5.
+    """
+    *fields, _ = ctx.saved_tensors
+    needed = iter(ctx.needs_input_grad[1:])
+    needs = [x is not None and next(needed) for x in fields[:5]]
+    found = [*gradients(ctx, grads, needs), *[None] * (len(fields) - 5)]
+    return (None, *[g for g, x in zip(found, fields, strict=True) if x is not None])
 
 
 def _keep(ctx: Any, name: str, time_dim: int, kind: str, gamma: Any, lmbda: Any, *tensors: Tensor | None) -> None:

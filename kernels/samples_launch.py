@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launching
+from .launching import TRITON_DTYPE, Launch, Plan, Workspace
 
 WARPS = 4
 # Bytes of a tile of one input: 16 for each thread, which is one 128-bit load. Of float64, twice as many would spill.
@@ -44,11 +45,53 @@ def divided(x: Tensor, precise: torch.dtype) -> Division:
     return division(x.numel(), TILE_BYTES // precise.itemsize, launching.processors(x.device))
 
 
-def phases(counts: bool, parts: Division) -> tuple[tuple[bool, bool], ...]:
-    """The launches of a kernel that counts first, if it has to, and then computes: which of the two each does."""
-    if not counts:
-        return ((False, True),)
-    return ((True, True),) if parts.programs == 1 else ((True, False), (False, True))
+def plan(
+    kernel: Any,
+    computes: str,
+    tensors: Sequence[Any],
+    arguments: Sequence[Any],
+    *more: Any,
+    counts: bool,
+    rows: int,
+    precise: torch.dtype,
+    **constants: Any,
+) -> Plan:
+    """The launches of a kernel that counts first, if it has to, and then computes.
+
+    Args:
+        kernel: the kernel.
+        computes: the name of its constant which says that a launch computes; that it counts says ``COUNTS``.
+        tensors: what is `walked`.
+        arguments: the kernel's arguments before its workspace.
+        more: those after the number of tiles.
+        counts: whether it has to count.
+        rows: of the workspace, which has one number of each program in a row.
+        precise: the dtype that is computed in.
+        constants: the kernel's other constants.
+
+    """
+    parts = divided(tensors[0], precise)
+    phases: tuple[tuple[bool, bool], ...] = ((False, True),)
+    if counts:
+        phases = ((True, True),) if parts.programs == 1 else ((True, False), (False, True))
+    # The count of finished programs starts at zero, which the first phase sees to if there is one.
+    workspace = Workspace(rows * parts.programs + 1, precise, zeros=not counts)
+    launches = [
+        Launch(
+            kernel,
+            parts.programs,
+            [*arguments, workspace, tensors[0].numel(), parts.tiles, *more],
+            **{"COUNTS": first, computes: second},
+            **constants,
+            DTYPE=TRITON_DTYPE[precise],
+            INDEX=index_type(tensors, parts),
+            BLOCK=parts.block,
+            POWER=parts.power,
+            num_warps=WARPS,
+        )
+        for first, second in phases
+    ]
+    return Plan(launches, [workspace])
 
 
 def walked(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:

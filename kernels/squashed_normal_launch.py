@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -36,7 +35,7 @@ def log_prob(loc: Tensor, scale: Tensor, action: Tensor, squash: Squash | None) 
     limit = 1.0 if squash is None else squash.limit_of_inverse(loc, scale, action)
     if not loc.numel():
         return found.zero_()  # of actions without dimensions: an empty sum
-    _log_prob(_dtype(loc, scale, action), *map(_rows, (loc, scale, action)), found, *_interval(loc, squash, limit))
+    _log_prob(None, *map(_rows, (loc, scale, action)), found, *_interval(loc, squash, limit))
     return found
 
 
@@ -49,9 +48,7 @@ def log_prob_backward(
     limit = 1.0 if squash is None else squash.limit_of_inverse(*inputs)
     if loc.numel():
         written = map(_rows, gradients)
-        _log_prob_gradient(
-            _dtype(*inputs), *map(_rows, inputs), grad.reshape(-1), *written, *_interval(loc, squash, limit)
-        )
+        _log_prob_gradient(None, *map(_rows, inputs), grad.reshape(-1), *written, *_interval(loc, squash, limit))
     return [g for g in gradients if g is not None]
 
 
@@ -63,7 +60,7 @@ def sample(loc: Tensor, scale: Tensor, noise: Tensor, squash: Squash | None) -> 
     if not loc.numel():
         return action, found.zero_()  # likewise
     inputs = map(_rows, (loc, scale, noise, action))
-    _sample(_dtype(loc, scale, noise), *inputs, found, *_interval(loc, squash, limit))
+    _sample(None, *inputs, found, *_interval(loc, squash, limit))
     return action, found
 
 
@@ -83,13 +80,8 @@ def sample_backward(
     if loc.numel():
         grads = _rows(grad_action), None if grad_log_prob is None else grad_log_prob.reshape(-1)
         written = map(_rows, gradients[:2])
-        _sample_gradient(_dtype(*inputs), *map(_rows, inputs), *grads, *written, *_interval(loc, squash, limit))
+        _sample_gradient(None, *map(_rows, inputs), *grads, *written, *_interval(loc, squash, limit))
     return [g for g in gradients if g is not None]
-
-
-def _dtype(*inputs: Tensor) -> torch.dtype:
-    """The dtype that is computed in."""
-    return compute_dtype(result_dtype(*inputs))
 
 
 def _interval(loc: Tensor, squash: Squash | None, limit: float) -> tuple[Any, ...]:
@@ -106,7 +98,7 @@ def _interval(loc: Tensor, squash: Squash | None, limit: float) -> tuple[Any, ..
 def _launcher(kernel: Any) -> Launcher:
     """Of a kernel whose arguments are tensors, then those of `_interval`."""
 
-    def plan(dtype: torch.dtype, *arguments: Any) -> Plan:
+    def plan(_: None, *arguments: Any) -> Plan:
         *tensors, center, half, limit = arguments
         rows, columns = tensors[0].shape
         tile_rows, tile_columns = tiling(columns)
@@ -127,7 +119,7 @@ def _launcher(kernel: Any) -> Launcher:
                 columns,
             ],
             SQUASHED=limit is not None,
-            DTYPE=TRITON_DTYPE[dtype],
+            DTYPE=TRITON_DTYPE[compute_dtype(result_dtype(*tensors[:3]))],
             INDEX=tl.int64 if reach >= 1 << 31 else tl.int32,
             ROWS=tile_rows,
             COLUMNS=tile_columns,

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launching import TRITON_DTYPE, Launch, Launcher, Plan, Workspace, number_and_tensor, scalar
-from .samples_launch import WARPS, divided, index_type, phases, walked, with_stride
+from .launching import Launcher, Plan, scalar, scalar_arguments
+from .samples_launch import plan, walked, with_stride
 from .value_loss_kernel import ROWS, value_loss_kernel
 from .value_loss_problem import ValueConstants, dtypes, outputs, smallest_variance
 
@@ -33,40 +33,20 @@ def _plan(settings: tuple[str, str, torch.dtype, torch.dtype], *arguments: Any) 
     kind, reduction, dtype, precise = settings
     value, target, old_value, mask, weights, clip, coefficient, of_samples, slope, *of_batch = arguments
     tensors = value, target, old_value, mask, weights, of_samples, slope
-    parts = divided(value, precise)
     mean = reduction == "mean"
-    counts = mean and (mask is not None or weights is not None)
-    # The count of finished programs starts at zero, which the first phase sees to if there is one.
-    workspace = Workspace(ROWS.value * parts.programs + 1, precise, zeros=not counts)
     walk = list(map(with_stride, tensors))
-    launches = [
-        Launch(
-            value_loss_kernel,
-            parts.programs,
-            [
-                *walk[:5],
-                *number_and_tensor(clip),
-                *number_and_tensor(coefficient),
-                *walk[5:],
-                *of_batch,
-                workspace,
-                value.numel(),
-                parts.tiles,
-                smallest_variance(target, dtype),
-            ],
-            COUNTS=first,
-            LOSSES=second,
-            KIND=kind,
-            MEAN=mean,
-            DTYPE=TRITON_DTYPE[precise],
-            INDEX=index_type(tensors, parts),
-            BLOCK=parts.block,
-            POWER=parts.power,
-            num_warps=WARPS,
-        )
-        for first, second in phases(counts, parts)
-    ]
-    return Plan(launches, [workspace])
+    return plan(
+        value_loss_kernel,
+        "LOSSES",
+        tensors,
+        [*walk[:5], *scalar_arguments(clip), *scalar_arguments(coefficient), *walk[5:], *of_batch],
+        smallest_variance(target, dtype),
+        counts=mean and (mask is not None or weights is not None),
+        rows=ROWS.value,
+        precise=precise,
+        KIND=kind,
+        MEAN=mean,
+    )
 
 
 _value_loss = Launcher(_plan, one_shape=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import launching
 from .launch import lay_out
-from .launching import Launcher, Plan, number_and_tensor, scalar
+from .launching import Launcher, Plan, scalar, scalar_arguments
 from .vtrace_kernel import vtrace_kernel
 from .vtrace_problem import VTrace
 
@@ -75,12 +75,12 @@ def _plan(settings: tuple[int, torch.dtype, bool], *arguments: Any) -> Plan | No
     )
     if layout is None:
         return None
-    scalars = *number_and_tensor(gamma), *number_and_tensor(rho), *number_and_tensor(c)
+    scalars = *scalar_arguments(gamma), *scalar_arguments(rho), *scalar_arguments(c)
     strided = map(layout.argument, tensors, layout.strides)
     return layout.plan(vtrace_kernel, [*strided, *scalars], dtype, ADJOINT=is_adjoint)
 
 
-_TENSORS = 16  # what `vtrace_kernel` takes
+_TENSORS = vtrace_kernel.arg_names.index("gamma")
 
 _vtrace = Launcher(_plan, one_shape=True)
 

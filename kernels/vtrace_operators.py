@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operators import number_or_tensor, requires_grad, runs_plainly, tensors_among
+from .operators import gradients_of_tensors, number_or_tensor, requires_grad, runs_plainly, tensors_among
 from .vtrace_composed import composed
 from .vtrace_problem import VTrace
 
@@ -68,11 +68,7 @@ class _SolvePlainly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *fields, _ = ctx.saved_tensors  # None where there was no tensor
-        needed = iter(ctx.needs_input_grad[1:])
-        needs = [x is not None and next(needed) for x in fields[:5]]
-        found = (*_gradients(ctx, grads, needs), *[None] * 5)
-        return (None, *[g for g, x in zip(found, fields, strict=True) if x is not None])
+        return gradients_of_tensors(_gradients, ctx, grads)
 
 
 def _keep(ctx: Any, backend: str, time_dim: int, *fields: Any, value_target: Tensor) -> None:

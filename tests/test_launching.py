@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from fusedrl.kernels import launching
-from fusedrl.kernels.launching import Launch, Launcher, Plan, Workspace, number_and_tensor, scalar, strided
+from fusedrl.kernels.launching import Launch, Launcher, Plan, Workspace, scalar, scalar_arguments, strided
 
 
 class Kernel:
@@ -38,7 +38,7 @@ def planned(kernel):
         if setting == "impossible":
             return None
         workspace = Workspace(3, torch.float64, zeros=True)
-        arguments = [strided(x), y, *number_and_tensor(s), workspace]
+        arguments = [strided(x), y, *scalar_arguments(s), workspace]
         return Plan([Launch(kernel, len(x), arguments, BLOCK=block) for block in (1, 2)], [workspace])
 
     return Launcher(plan), settings
