@@ -7,12 +7,11 @@ The unit of "per element" is an element that a thread owns: static instructions,
 divided by the elements of a tile per thread. What an element is, each kernel's class in `static_variants` says.
 
 Widths and bytes are those of global loads and stores. The minimum is each input read once and each output written once,
-in the dtypes of the tensors of the variant. Rows that are split read their inputs twice by design, in two launches that
-are two rows here, and their bytes include the compositions of shares, which are moved once per share and not per
-element. V-trace reads neighbouring steps as well, whose bytes come from a cache; it has no minimum here. A wait is a
-use of loaded data before which nothing more is loaded until it has come: one per tile is the least; a split row's solve
-has one or more for the compositions as well. Spills are bytes of memory: a scalar register that gfx942 keeps in a lane
-of a vector register is none.
+in the dtypes of the tensors of the variant. Rows that are split are two launches, which are two rows here; the bytes
+include the compositions of shares, which are moved once per share and not per element. V-trace reads neighbouring steps
+as well, whose bytes come from a cache; it has no minimum here. A wait is a use of loaded data before which nothing more
+is loaded until it has come: one per tile is the least, and a split row's solve has some for the compositions as well.
+Spills are bytes of memory: a scalar register that gfx942 keeps in a lane of a vector register is none.
 
 A lane owns 4 steps, and a warp of 32 threads 16 elements per thread: 128 bits of float32 or float64. Of bfloat16, 4
 adjacent steps (contiguous time) or the 4 adjacent rows of a thread (time-major) are 64 bits. A warp's 64-bit load is

@@ -24,8 +24,10 @@ A program has BLOCKS times TILE_ROWS rows: more than one block where rows are so
 take longer to start than to run.
 
 Few long rows are split over SPLIT programs each, in two launches. The first (COMPOSE) reduces every share of a row to
-its composition, the pair (a, b) with x_out = b + a·x_in. The second composes the shares before its own to the state
-that enters it, and solves its share. There are no atomics: results are bitwise reproducible.
+its composition, the pair (a, b) with x_out = b + a·x_in. It walks a share from its end and stops where a is 0: an ended
+trajectory, or the discount of many steps, leaves nothing of what came before, so that a few tiles of most shares are
+enough. The second composes the shares before its own to the state that enters it, and solves its share. There are no
+atomics: results are bitwise reproducible.
 
 A tensor is passed as (pointer, outer stride, inner stride, time stride), or as (pointer,) if its strides are those of
 `layout`, so that addresses that tensors have in common are computed once. Row n lies at outer index n // inner and
@@ -100,7 +102,8 @@ def scan_kernel(
     position = lane if ADJOINT else TILE_LANES - 1 - lane
     for block in range(tl.program_id(0) // SPLIT * BLOCKS, tl.program_id(0) // SPLIT * BLOCKS + BLOCKS):
         row = (block * TILE_ROWS + tl.arange(0, TILE_ROWS)).to(INDEX)
-        a = tl.full((TILE_ROWS,), 1.0, DTYPE)  # the composition of the steps walked so far, needed in COMPOSE only
+        # The composition (a, x) of the steps walked so far, in COMPOSE. Where there is no row, nothing is looked for.
+        a = tl.where(row < rows, 1.0, 0.0).to(DTYPE)
         x = tl.full((TILE_ROWS,), 0.0, DTYPE)
         if SPLIT > 1 and not COMPOSE:
             # 32 compositions of a thread at once, except where the gradients of γ and λ leave time-major tiles no room
@@ -108,8 +111,10 @@ def scan_kernel(
             AT_ONCE: tl.constexpr = 4 if grad_gamma is not None and not TIME_IS_CONTIGUOUS else 32
             x = _entering_state(compositions, row, share, TILE_ROWS, SPLIT_POWER, AT_ONCE, DTYPE)
 
-        start = (first if ADJOINT else tiles - 1 - first) * TILE
-        for _ in range(first, last):
+        tile = last - 1 if COMPOSE else first
+        start = (tile if ADJOINT else tiles - 1 - tile) * TILE
+        left = last - first
+        while left > 0:
             if TIME_IS_CONTIGUOUS:
                 step = tl.arange(0, _STEPS)[None, None, :]
                 t = start + position[None, :, None] * _STEPS + step
@@ -138,7 +143,8 @@ def scan_kernel(
                 else:
                     lane_a, lane_b = _compose_lane(c3, c2, c1, c0, d3, d2, d1, d0, ADJOINT)
                 if COMPOSE:
-                    a, x = _append(a, x, lane_a, lane_b, lane, AXIS)
+                    a, x = _prepend(a, x, lane_a, lane_b, lane, AXIS)
+                    left = tl.where(tl.sum((a != 0).to(tl.int32), 0) == 0, 0, left)
                 else:
                     entering, x = _enter_lanes(lane_a, lane_b, x, lane, AXIS)
                     if ADJOINT:
@@ -152,7 +158,8 @@ def scan_kernel(
                         _epilogue(inputs, outputs, at, 1, o1, kept1, KIND, ADJOINT)
                         _epilogue(inputs, outputs, at, 2, o2, kept2, KIND, ADJOINT)
                         _epilogue(inputs, outputs, at, 3, o3, kept3, KIND, ADJOINT)
-            start += TILE if ADJOINT else -TILE
+            start += TILE if ADJOINT != COMPOSE else -TILE
+            left -= 1
         if COMPOSE:
             place = compositions + row * (2 * SPLIT_POWER) + _place(share, TILE_ROWS, SPLIT_POWER)
             tl.store(place, a)
@@ -329,11 +336,11 @@ def _compose_keeping_previous(
 
 
 @triton.jit
-def _append(a, x, lane_a, lane_b, lane, AXIS: tl.constexpr):
-    """The composition (a, x) followed by that of a tile's lanes."""
+def _prepend(a, x, lane_a, lane_b, lane, AXIS: tl.constexpr):
+    """The composition of a tile's lanes followed by (a, x)."""
     lane = tl.expand_dims(lane, 1 - AXIS)
     tile_a, tile_b = tl.associative_scan((lane_a, lane_b), AXIS, _compose)
-    return _compose(a, x, _last(tile_a, lane, AXIS), _last(tile_b, lane, AXIS))
+    return _compose(_last(tile_a, lane, AXIS), _last(tile_b, lane, AXIS), a, x)
 
 
 @triton.jit

@@ -17,12 +17,12 @@ import triton.language as tl
 from .samples_kernel import scalar
 from .scan import (
     _STEPS,
-    _append,
     _enter_lanes,
     _entering_state,
     _join4,
     _load,
     _place,
+    _prepend,
     _split4,
     _store,
 )
@@ -90,13 +90,15 @@ def vtrace_kernel(
     position = lane if ADJOINT else TILE_LANES - 1 - lane
     for block in range(tl.program_id(0) // SPLIT * BLOCKS, tl.program_id(0) // SPLIT * BLOCKS + BLOCKS):
         row = (block * TILE_ROWS + tl.arange(0, TILE_ROWS)).to(INDEX)
-        a = tl.full((TILE_ROWS,), 1.0, DTYPE)
+        a = tl.where(row < rows, 1.0, 0.0).to(DTYPE)
         x = tl.full((TILE_ROWS,), 0.0, DTYPE)
         if SPLIT > 1 and not COMPOSE:
             x = _entering_state(compositions, row, share, TILE_ROWS, SPLIT_POWER, 32, DTYPE)
 
-        start = (first if ADJOINT else tiles - 1 - first) * TILE
-        for _ in range(first, last):
+        tile = last - 1 if COMPOSE else first
+        start = (tile if ADJOINT else tiles - 1 - tile) * TILE
+        left = last - first
+        while left > 0:
             if TIME_IS_CONTIGUOUS:
                 step = tl.arange(0, _STEPS)[None, None, :]
                 t = start + position[None, :, None] * _STEPS + step
@@ -126,7 +128,8 @@ def vtrace_kernel(
                 else:
                     lane_b = d0 + c0 * (d1 + c1 * (d2 + c2 * d3))
                 if COMPOSE:
-                    a, x = _append(a, x, lane_a, lane_b, lane, AXIS)
+                    a, x = _prepend(a, x, lane_a, lane_b, lane, AXIS)
+                    left = tl.where(tl.sum((a != 0).to(tl.int32), 0) == 0, 0, left)
                 else:
                     entering, x = _enter_lanes(lane_a, lane_b, x, lane, AXIS)
                     # o, and the state that entered the step.
@@ -154,7 +157,8 @@ def vtrace_kernel(
                         _epilogue(read1, inputs, outputs, scalars, at, 1, o1, x1, ADJOINT, DTYPE)
                         _epilogue(read2, inputs, outputs, scalars, at, 2, o2, x2, ADJOINT, DTYPE)
                         _epilogue(read3, inputs, outputs, scalars, at, 3, o3, x3, ADJOINT, DTYPE)
-            start += TILE if ADJOINT else -TILE
+            start += TILE if ADJOINT != COMPOSE else -TILE
+            left -= 1
         if COMPOSE:
             place = compositions + row * (2 * SPLIT_POWER) + _place(share, TILE_ROWS, SPLIT_POWER)
             tl.store(place, a)

@@ -131,15 +131,6 @@ def test_a_tensor_that_is_the_negative_of_its_memory_is_read_as_what_it_says(bac
         torch.testing.assert_close(tuple(function(x)), tuple(function(plain)))
 
 
-def test_few_long_rows_are_split_and_many_rows_are_not() -> None:
-    def split(rows: int, steps: int) -> int:
-        return tiling(rows, steps, 4, time_is_contiguous=True, processors=132).split
-
-    assert split(1, 1_000_000) >= 132
-    assert split(4096, 1_000_000) == 1
-    assert split(1, 128) == 1
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

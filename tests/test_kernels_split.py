@@ -1,0 +1,131 @@
+"""Rows that are split over several programs: composed from the end of each share, as far back as anything is left."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from fusedrl import kernels
+from fusedrl.kernels import launch, launching
+from fusedrl.kernels.launch import STEPS_PER_LANE, tiling
+from fusedrl.kernels.vtrace_launch import _ADJOINT_WARP_BYTES, _WARP_BYTES
+from helpers_launches import plan_with
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+BYTES = {False: _WARP_BYTES, True: _ADJOINT_WARP_BYTES}  # that V-trace has in flight, by whether it is the adjoint
+
+
+@pytest.fixture(autouse=True)
+def _tiles_of_a_warp(monkeypatch):
+    """Time-major, too; larger ones take the interpreter minutes."""
+    plan_with(monkeypatch, launch, _MOST_WARPS=1)
+
+
+def td_lambda(gamma: float, x: Tensor, done: Tensor, **options) -> tuple[Tensor, ...]:
+    return (kernels.td_lambda_return(gamma, gamma, x.cos(), x, done, **options),)
+
+
+def gae(gamma: float, x: Tensor, done: Tensor, **options) -> tuple[Tensor, ...]:
+    return kernels.gae(gamma, gamma, x.sin(), x.cos(), x, done, **options)
+
+
+def vtrace(gamma: float, x: Tensor, done: Tensor, **options) -> tuple[Tensor, ...]:
+    return kernels.vtrace(gamma, x.sin(), x.sin(), x.cos(), x, done, **options)
+
+
+either_kernel = pytest.mark.parametrize("estimate", [gae, vtrace])
+either_layout = pytest.mark.parametrize("time_dim", [0, 1], ids=["time-major", "contiguous time"])
+
+
+def size(estimate: Callable, time_dim: int) -> tuple[int, int]:
+    """Rows and steps, such that a few shares have a few tiles each."""
+    return (1, 1100) if time_dim == 1 else (3, 140) if estimate is vtrace else (3, 300)
+
+
+def random(estimate: Callable, time_dim: int, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(size(estimate, time_dim), dtype=torch.float64, generator=generator).to(device)
+    return x.t().contiguous() if time_dim == 0 else x
+
+
+def shares(estimate: Callable, time_dim: int, device: torch.device, *, adjoint: bool = False) -> tuple[int, int, int]:
+    """The steps of a tile, the tiles of a share, and the tiles of a row."""
+    rows, steps = size(estimate, time_dim)
+    in_flight = {} if estimate is not vtrace else {"warp_bytes": BYTES[adjoint]}
+    processors = launching.processors(device)
+    _, lanes, split, *_ = tiling(rows, steps, 8, time_is_contiguous=time_dim == 1, processors=processors, **in_flight)
+    tile = lanes * STEPS_PER_LANE
+    tiles = math.ceil(steps / tile)
+    share = math.ceil(tiles / split)
+    assert 1 < share < tiles
+    return tile, share, tiles
+
+
+@either_kernel
+@either_layout
+@pytest.mark.parametrize(
+    ("gamma", "ends"), [(0.99, False), (0.3, False), (0.99, True)], ids=["nowhere", "by discount", "in some rows"]
+)
+def test_what_enters_a_share_is_all_that_came_before(estimate, time_dim, gamma, ends, device) -> None:
+    """Whether what came before is forgotten within a share, or not."""
+    shares(estimate, time_dim, device)
+    x = random(estimate, time_dim, device)
+    done = torch.zeros_like(x, dtype=torch.bool)
+    if ends:
+        done.select(1 - time_dim, 0).copy_(x.select(1 - time_dim, 0) > 2)
+
+    def solved(backend: str) -> tuple[Tensor, ...]:
+        leaf = x.clone().requires_grad_()
+        outputs = estimate(gamma, leaf, done, time_dim=time_dim, backend=backend)
+        return *outputs, *torch.autograd.grad(outputs[0], leaf, x.cos())
+
+    for found, wanted in zip(solved("triton"), solved("torch"), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("estimate", [td_lambda, gae, vtrace])
+@either_layout
+@pytest.mark.parametrize("gamma", [1.0, 0.0], ids=["by an end", "by discount"])
+def test_of_a_share_whose_last_tile_forgets_nothing_else_is_composed(estimate, time_dim, gamma, device) -> None:
+    """What isn't composed may be NaN, and the shares that follow are as if it weren't."""
+    tile, share, tiles = shares(estimate, time_dim, device)
+    x = random(estimate, time_dim, device)
+    done = x > 1 if gamma else torch.zeros_like(x, dtype=torch.bool)
+    # Of the share that the recurrence solves first, all tiles but the last in its order.
+    start = (tiles - share + 1) * tile
+    poisoned = x.clone()
+    poisoned.narrow(time_dim, start, x.shape[time_dim] - start).fill_(math.nan)
+    results = estimate(gamma, poisoned, done, time_dim=time_dim, backend="triton")
+    for found, wanted in zip(results, estimate(gamma, x, done, time_dim=time_dim, backend="torch"), strict=True):
+        assert found.narrow(time_dim, start, 1).isnan().all()
+        following = 0, (tiles - share) * tile  # the shares that the recurrence solves after it
+        torch.testing.assert_close(found.narrow(time_dim, *following), wanted.narrow(time_dim, *following))
+
+
+@either_kernel
+@either_layout
+def test_nor_is_anything_else_in_the_adjoint(estimate, time_dim, device) -> None:
+    tile, share, _ = shares(estimate, time_dim, device, adjoint=True)
+    x = random(estimate, time_dim, device)
+    done = x > 1
+
+    def gradient(cotangent: Tensor, backend: str) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        output = estimate(1.0, leaf, done, time_dim=time_dim, backend=backend)[-1]
+        (found,) = torch.autograd.grad(output, leaf, cotangent)
+        return found.narrow(time_dim, share * tile, x.shape[time_dim] - share * tile)
+
+    poisoned = x.clone()  # the adjoint solves the first steps first
+    poisoned.narrow(time_dim, 0, (share - 1) * tile).fill_(math.nan)
+    torch.testing.assert_close(gradient(poisoned, "triton"), gradient(x, "torch"))
+
+
+def test_few_long_rows_are_split_and_many_rows_are_not() -> None:
+    def split(rows: int, steps: int) -> int:
+        return tiling(rows, steps, 4, time_is_contiguous=True, processors=132).split
+
+    assert split(1, 1_000_000) >= 132
+    assert split(4096, 1_000_000) == 1
+    assert split(1, 128) == 1
