@@ -53,8 +53,7 @@ def tiling(
     thread; and four lines with four warps where that leaves programs enough. Few rows get up to 8 warps, one after the
     other in time.
 
-    Rows are split where there are less than 4 warps per processor; a share is two tiles or more. A program holds the
-    compositions of all shares of its rows, hence the limit on their number.
+    Rows are split where there are less than 4 warps per processor; a share is two tiles or more.
     """
     most_lanes = min(_WARP_STEPS, warp_bytes // itemsize) // STEPS_PER_LANE  # of a warp
     lanes_of_row = triton.next_power_of_2(triton.cdiv(steps, STEPS_PER_LANE))
@@ -76,11 +75,8 @@ def tiling(
         warps, blocks = max(1, tile_rows * lanes // most_lanes), 1
     split = 1
     if programs * warps < 4 * processors:
-        if not time_is_contiguous:
-            tile_rows = min(tile_rows, 32)
         tiles = triton.cdiv(steps, lanes * STEPS_PER_LANE)
-        most = max(1024 // tile_rows, 128)
-        split = max(1, min(tiles // 2, triton.cdiv(8 * processors, programs * warps), most))
+        split = max(1, min(tiles // 2, triton.cdiv(8 * processors, programs * warps)))
     return Tiling(tile_rows, lanes, split, warps, blocks)
 
 

@@ -26,8 +26,8 @@ take longer to start than to run.
 Few long rows are split over SPLIT programs each, in two launches. The first (COMPOSE) reduces every share of a row to
 its composition, the pair (a, b) with x_out = b + a·x_in. It walks a share from its end and stops where a is 0: an ended
 trajectory, or the discount of many steps, leaves nothing of what came before, so that a few tiles of most shares are
-enough. The second composes the shares before its own to the state that enters it, and solves its share. There are no
-atomics: results are bitwise reproducible.
+enough. The second likewise composes the shares before its own, from the nearest back, to the state that enters it, and
+solves its share. There are no atomics: results are bitwise reproducible.
 
 A tensor is passed as (pointer, outer stride, inner stride, time stride), or as (pointer,) if its strides are those of
 `layout`, so that addresses that tensors have in common are computed once. Row n lies at outer index n // inner and
@@ -106,10 +106,7 @@ def scan_kernel(
         a = tl.where(row < rows, 1.0, 0.0).to(DTYPE)
         x = tl.full((TILE_ROWS,), 0.0, DTYPE)
         if SPLIT > 1 and not COMPOSE:
-            # 32 compositions of a thread at once, except where the gradients of γ and λ leave time-major tiles no room
-            # for it in their budget of instructions: there a launch waits for the L2 cache 8 times as often.
-            AT_ONCE: tl.constexpr = 4 if grad_gamma is not None and not TIME_IS_CONTIGUOUS else 32
-            x = _entering_state(compositions, row, share, TILE_ROWS, SPLIT_POWER, AT_ONCE, DTYPE)
+            x = _entering_state(compositions, row, share, TIME_IS_CONTIGUOUS, TILE_LANES, SPLIT_POWER, DTYPE)
 
         tile = last - 1 if COMPOSE else first
         start = (tile if ADJOINT else tiles - 1 - tile) * TILE
@@ -144,7 +141,7 @@ def scan_kernel(
                     lane_a, lane_b = _compose_lane(c3, c2, c1, c0, d3, d2, d1, d0, ADJOINT)
                 if COMPOSE:
                     a, x = _prepend(a, x, lane_a, lane_b, lane, AXIS)
-                    left = tl.where(tl.sum((a != 0).to(tl.int32), 0) == 0, 0, left)
+                    left = tl.where(_is_forgotten(a, lane, AXIS), 0, left)
                 else:
                     entering, x = _enter_lanes(lane_a, lane_b, x, lane, AXIS)
                     if ADJOINT:
@@ -161,7 +158,7 @@ def scan_kernel(
             start += TILE if ADJOINT != COMPOSE else -TILE
             left -= 1
         if COMPOSE:
-            place = compositions + row * (2 * SPLIT_POWER) + _place(share, TILE_ROWS, SPLIT_POWER)
+            place = compositions + row * (2 * SPLIT_POWER) + share
             tl.store(place, a)
             tl.store(place + SPLIT_POWER, x)
 
@@ -337,7 +334,7 @@ def _compose_keeping_previous(
 
 @triton.jit
 def _prepend(a, x, lane_a, lane_b, lane, AXIS: tl.constexpr):
-    """The composition of a tile's lanes followed by (a, x)."""
+    """The composition of a tile's lanes (or of several shares) followed by (a, x)."""
     lane = tl.expand_dims(lane, 1 - AXIS)
     tile_a, tile_b = tl.associative_scan((lane_a, lane_b), AXIS, _compose)
     return _compose(_last(tile_a, lane, AXIS), _last(tile_b, lane, AXIS), a, x)
@@ -355,12 +352,14 @@ def _last(tile, lane, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _place(share, TILE_ROWS: tl.constexpr, SPLIT_POWER: tl.constexpr):
-    """Where the composition of a share lies among those of its row; see `_entering_state`."""
-    OWNERS: tl.constexpr = min(32 // TILE_ROWS, SPLIT_POWER // _STEPS)
-    OWNED: tl.constexpr = SPLIT_POWER // OWNERS
-    owner, own = share // OWNED, share % OWNED
-    return (own // _STEPS * OWNERS + owner) * _STEPS + own % _STEPS
+def _is_forgotten(a, lane, AXIS: tl.constexpr):
+    """Whether nothing is left of the state that entered any row; of NaN, NaN is left.
+
+    The sum is over lanes as well, though they agree: its result is known to be that of all threads of a warp, while on
+    a condition that looks as if threads could differ every exchange in the loop would be compiled for that.
+    """
+    everywhere = tl.expand_dims(tl.zeros_like(lane).to(tl.int32), 1 - AXIS)
+    return tl.sum(tl.expand_dims((a != 0).to(tl.int32), AXIS) + everywhere) == 0
 
 
 @triton.jit
@@ -368,43 +367,30 @@ def _entering_state(
     compositions,
     row,
     share,
-    TILE_ROWS: tl.constexpr,
+    TIME_IS_CONTIGUOUS: tl.constexpr,
+    TILE_LANES: tl.constexpr,
     SPLIT_POWER: tl.constexpr,
-    AT_ONCE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """The state that enters a share: the composition of all shares before it, from state 0.
+    """The state that enters a share: the composition of the shares before it, as far back as anything is left.
 
-    Again sequential within a thread, parallel across threads: each of a row's OWNERS threads owns OWNED consecutive
-    shares and composes those that come before this one; one scan over the threads does the rest. The compositions lie
-    such that the threads' loads of 4 are adjacent. AT_ONCE shares of a thread are loaded at once.
+    A thread loads 4 adjacent shares at once where one warp may have many of a row to go through; one share where a tile
+    has several warps, which exchange compositions through shared memory.
     """
-    OWNERS: tl.constexpr = min(32 // TILE_ROWS, SPLIT_POWER // _STEPS)
-    OWNED: tl.constexpr = SPLIT_POWER // OWNERS
-    TURN: tl.constexpr = min(AT_ONCE, OWNED)
-    owner = tl.arange(0, OWNERS)[None, :]
-    column = owner[:, :, None] * _STEPS + tl.arange(0, _STEPS)[None, None, :]
-    at = compositions + row[:, None, None] * (2 * SPLIT_POWER) + column
-    before = share - owner * OWNED  # how many of a thread's shares come before this one
-    a = tl.full((TILE_ROWS, OWNERS), 1.0, DTYPE)
-    b = tl.full((TILE_ROWS, OWNERS), 0.0, DTYPE)
-    for first in range(0, OWNED, TURN):
-        for i in tl.static_range(0, TURN, _STEPS):
-            k = first + i
-            a0, a1, a2, a3 = _split4(tl.load(at + k * OWNERS))
-            b0, b1, b2, b3 = _split4(tl.load(at + k * OWNERS + SPLIT_POWER))
-            a, b = _compose_if(k < before, a, b, a0, b0)
-            a, b = _compose_if(k + 1 < before, a, b, a1, b1)
-            a, b = _compose_if(k + 2 < before, a, b, a2, b2)
-            a, b = _compose_if(k + 3 < before, a, b, a3, b3)
-    a, b = tl.associative_scan((a, b), 1, _compose)
-    return _last(b, owner, 1)
-
-
-@triton.jit
-def _compose_if(condition, a_first, b_first, a_second, b_second):
-    a, b = _compose(a_first, b_first, a_second, b_second)
-    return tl.where(condition, a, a_first), tl.where(condition, b, b_first)
+    AT_ONCE: tl.constexpr = min(TILE_LANES if TIME_IS_CONTIGUOUS else max(4, TILE_LANES // 4), SPLIT_POWER)
+    a = tl.full(row.shape, 1.0, DTYPE)
+    x = tl.full(row.shape, 0.0, DTYPE)
+    column = tl.arange(0, AT_ONCE)
+    left = share
+    while left > 0:
+        first = (left - 1) // AT_ONCE * AT_ONCE
+        at = compositions + row[:, None] * (2 * SPLIT_POWER) + (first + column)[None, :]
+        is_before = (first + column < left)[None, :]
+        share_a = tl.load(at, mask=is_before, other=1.0)
+        share_b = tl.load(at + SPLIT_POWER, mask=is_before, other=0.0)
+        a, x = _prepend(a, x, share_a, share_b, column, 1)
+        left = tl.where(_is_forgotten(a, column, 1), 0, first)
+    return x
 
 
 @triton.jit

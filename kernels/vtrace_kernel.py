@@ -19,9 +19,9 @@ from .scan import (
     _STEPS,
     _enter_lanes,
     _entering_state,
+    _is_forgotten,
     _join4,
     _load,
-    _place,
     _prepend,
     _split4,
     _store,
@@ -93,7 +93,7 @@ def vtrace_kernel(
         a = tl.where(row < rows, 1.0, 0.0).to(DTYPE)
         x = tl.full((TILE_ROWS,), 0.0, DTYPE)
         if SPLIT > 1 and not COMPOSE:
-            x = _entering_state(compositions, row, share, TILE_ROWS, SPLIT_POWER, 32, DTYPE)
+            x = _entering_state(compositions, row, share, TIME_IS_CONTIGUOUS, TILE_LANES, SPLIT_POWER, DTYPE)
 
         tile = last - 1 if COMPOSE else first
         start = (tile if ADJOINT else tiles - 1 - tile) * TILE
@@ -129,7 +129,7 @@ def vtrace_kernel(
                     lane_b = d0 + c0 * (d1 + c1 * (d2 + c2 * d3))
                 if COMPOSE:
                     a, x = _prepend(a, x, lane_a, lane_b, lane, AXIS)
-                    left = tl.where(tl.sum((a != 0).to(tl.int32), 0) == 0, 0, left)
+                    left = tl.where(_is_forgotten(a, lane, AXIS), 0, left)
                 else:
                     entering, x = _enter_lanes(lane_a, lane_b, x, lane, AXIS)
                     # o, and the state that entered the step.
@@ -160,7 +160,7 @@ def vtrace_kernel(
             start += TILE if ADJOINT != COMPOSE else -TILE
             left -= 1
         if COMPOSE:
-            place = compositions + row * (2 * SPLIT_POWER) + _place(share, TILE_ROWS, SPLIT_POWER)
+            place = compositions + row * (2 * SPLIT_POWER) + share
             tl.store(place, a)
             tl.store(place + SPLIT_POWER, x)
 

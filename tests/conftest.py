@@ -1,5 +1,6 @@
 """Where the tests run: on the CUDA device if there is one, otherwise the Triton kernels run in the interpreter."""
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ if not CUDA:
     # everywhere, so the tests that don't name a backend get the one that `auto` means on a CPU.
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ.setdefault("FUSEDRL_BACKEND", "torch")
+    if importlib.util.find_spec("triton"):
+        importlib.import_module("helpers_interpreter").speed_up()
 # The compiler turns this off for the process when it is first used, and can't trace distributions where it is on: a
 # test that put back what it found would decide for those that follow.
 torch.distributions.Distribution.set_default_validate_args(False)

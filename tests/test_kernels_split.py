@@ -40,8 +40,8 @@ either_layout = pytest.mark.parametrize("time_dim", [0, 1], ids=["time-major", "
 
 
 def size(estimate: Callable, time_dim: int) -> tuple[int, int]:
-    """Rows and steps, such that a few shares have a few tiles each."""
-    return (1, 1100) if time_dim == 1 else (3, 140) if estimate is vtrace else (3, 300)
+    """Rows and steps, such that a few shares have a few tiles each, and some of them come after many others."""
+    return (1, 1100) if time_dim == 1 else (3, 140) if estimate is vtrace else (17, 256)
 
 
 def random(estimate: Callable, time_dim: int, device: torch.device) -> Tensor:
@@ -63,10 +63,17 @@ def shares(estimate: Callable, time_dim: int, device: torch.device, *, adjoint: 
     return tile, share, tiles
 
 
+def test_a_share_comes_after_more_than_are_composed_at_once(device) -> None:
+    tile, share, tiles = shares(gae, 0, device)
+    lanes = tile // STEPS_PER_LANE
+    assert (tiles - 1) // share > max(4, lanes // 4)
+
+
 @either_kernel
-@either_layout
 @pytest.mark.parametrize(
-    ("gamma", "ends"), [(0.99, False), (0.3, False), (0.99, True)], ids=["nowhere", "by discount", "in some rows"]
+    ("time_dim", "gamma", "ends"),
+    [(1, 0.99, False), (1, 0.3, False), (0, 0.99, True)],
+    ids=["no row forgets", "by discount", "one of several rows does"],
 )
 def test_what_enters_a_share_is_all_that_came_before(estimate, time_dim, gamma, ends, device) -> None:
     """Whether what came before is forgotten within a share, or not."""
@@ -92,7 +99,7 @@ def test_of_a_share_whose_last_tile_forgets_nothing_else_is_composed(estimate, t
     """What isn't composed may be NaN, and the shares that follow are as if it weren't."""
     tile, share, tiles = shares(estimate, time_dim, device)
     x = random(estimate, time_dim, device)
-    done = x > 1 if gamma else torch.zeros_like(x, dtype=torch.bool)
+    done = x > 0 if gamma else torch.zeros_like(x, dtype=torch.bool)
     # Of the share that the recurrence solves first, all tiles but the last in its order.
     start = (tiles - share + 1) * tile
     poisoned = x.clone()
@@ -109,7 +116,7 @@ def test_of_a_share_whose_last_tile_forgets_nothing_else_is_composed(estimate, t
 def test_nor_is_anything_else_in_the_adjoint(estimate, time_dim, device) -> None:
     tile, share, _ = shares(estimate, time_dim, device, adjoint=True)
     x = random(estimate, time_dim, device)
-    done = x > 1
+    done = x > 0
 
     def gradient(cotangent: Tensor, backend: str) -> Tensor:
         leaf = x.clone().requires_grad_()

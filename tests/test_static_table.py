@@ -75,15 +75,9 @@ def test_whole_rows_move_each_input_and_each_output_once(table) -> None:
 
 
 def test_a_tile_waits_for_memory_once(table) -> None:
-    """And a split row's solve for the compositions of the shares before its own, 32 of a row at once."""
-
-    def turns(row: dict) -> int:
-        if "solve" not in row["kernel"]:
-            return 0
-        return 4 if has_several_warps(row) else 1
-
+    """And a split row's solve once for the compositions of shares before its own."""
     rows = [row for row in scans(table) if row["target"].startswith("sm_")]
-    assert {row["kernel"]: row["waits"] for row in rows if row["waits"] > 1 + turns(row)} == {}
+    assert {row["kernel"]: row["waits"] for row in rows if row["waits"] > 1 + ("solve" in row["kernel"])} == {}
 
 
 def test_aligned_elements_of_4_or_8_bytes_are_loaded_and_stored_128_bits_at_a_time(table) -> None:
@@ -100,7 +94,7 @@ def test_gae_forward_on_sm_90_stays_where_it_is(table, layout, instructions, shu
     assert row["shuffles_per_element"] <= shuffles
 
 
-@pytest.mark.parametrize(("direction", "instructions"), [("recurrence", 140), ("adjoint", 255)])
+@pytest.mark.parametrize(("direction", "instructions"), [("recurrence", 140), ("adjoint", 230)])
 def test_vtrace_in_float32_stays_where_it_is(table, direction, instructions) -> None:
     """On an H200 it moves 91 to 97% of what a copy does with whole rows of these numbers."""
     rows = [r for r in table if r["kernel"].startswith(f"vtrace, {direction}") and r["kernel"].endswith("fp32")]
@@ -111,9 +105,7 @@ def test_vtrace_in_float32_stays_where_it_is(table, direction, instructions) -> 
 
 def test_vtrace_waits_for_memory_once_and_adjoint_time_major_a_few_times(table) -> None:
     def most(kernel: str) -> int:
-        if kernel.startswith("vtrace, adjoint, time-major"):
-            return 8 if "solve" in kernel else 3
-        return 2 if "solve" in kernel else 1
+        return (3 if kernel.startswith("vtrace, adjoint, time-major") else 1) + ("solve" in kernel)
 
     rows = [row for row in table if row["kernel"].startswith("vtrace") and row["target"] != "gfx942"]
     assert [row["kernel"] for row in rows if row["waits"] > most(row["kernel"])] == []
