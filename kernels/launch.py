@@ -81,7 +81,7 @@ def tiling(
 
 
 def split_power(tile: Tiling) -> int:
-    """The places for compositions that a row has: a power of 2, and enough for a load of 4."""
+    """The places for compositions that a row has: a power of 2, as are those that are composed at once."""
     return max(STEPS_PER_LANE, triton.next_power_of_2(tile.split))
 
 

@@ -24,10 +24,10 @@ A program has BLOCKS times TILE_ROWS rows: more than one block where rows are so
 take longer to start than to run.
 
 Few long rows are split over SPLIT programs each, in two launches. The first (COMPOSE) reduces every share of a row to
-its composition, the pair (a, b) with x_out = b + a·x_in. It walks a share from its end and stops where a is 0: an ended
-trajectory, or the discount of many steps, leaves nothing of what came before, so that a few tiles of most shares are
-enough. The second likewise composes the shares before its own, from the nearest back, to the state that enters it, and
-solves its share. There are no atomics: results are bitwise reproducible.
+its composition, the pair (a, b) with x_out = b + a·x_in. It walks a share from its end and stops where a trajectory
+ended in every row of the tile: of what came before nothing is left. The second likewise composes the shares before its
+own, from the nearest back, to the state that enters it, and solves its share. Where trajectories are short against a
+share, little is read twice. There are no atomics: results are bitwise reproducible.
 
 A tensor is passed as (pointer, outer stride, inner stride, time stride), or as (pointer,) if its strides are those of
 `layout`, so that addresses that tensors have in common are computed once. Row n lies at outer index n // inner and
@@ -102,8 +102,10 @@ def scan_kernel(
     position = lane if ADJOINT else TILE_LANES - 1 - lane
     for block in range(tl.program_id(0) // SPLIT * BLOCKS, tl.program_id(0) // SPLIT * BLOCKS + BLOCKS):
         row = (block * TILE_ROWS + tl.arange(0, TILE_ROWS)).to(INDEX)
-        # The composition (a, x) of the steps walked so far, in COMPOSE. Where there is no row, nothing is looked for.
-        a = tl.where(row < rows, 1.0, 0.0).to(DTYPE)
+        # In COMPOSE (a, x) is the composition of the steps walked so far, and whether a trajectory ended in them. Where
+        # there is no row, nothing is looked for.
+        a = tl.full((TILE_ROWS,), 1.0, DTYPE)
+        ended = tl.where(row < rows, 0, 1)
         x = tl.full((TILE_ROWS,), 0.0, DTYPE)
         if SPLIT > 1 and not COMPOSE:
             x = _entering_state(compositions, row, share, TIME_IS_CONTIGUOUS, TILE_LANES, SPLIT_POWER, DTYPE)
@@ -141,7 +143,13 @@ def scan_kernel(
                     lane_a, lane_b = _compose_lane(c3, c2, c1, c0, d3, d2, d1, d0, ADJOINT)
                 if COMPOSE:
                     a, x = _prepend(a, x, lane_a, lane_b, lane, AXIS)
-                    left = tl.where(_is_forgotten(a, lane, AXIS), 0, left)
+                    if TIME_IS_CONTIGUOUS:
+                        ends = tl.max(_ends(read, inputs, at), 2)
+                    else:
+                        ends = _ends(read0, inputs, at) | _ends(read1, inputs, at)
+                        ends = ends | _ends(read2, inputs, at) | _ends(read3, inputs, at)
+                    ended = ended | tl.max(ends, AXIS)
+                    left = tl.where(_all_ended(ended, lane, AXIS), 0, left)
                 else:
                     entering, x = _enter_lanes(lane_a, lane_b, x, lane, AXIS)
                     if ADJOINT:
@@ -159,7 +167,7 @@ def scan_kernel(
             left -= 1
         if COMPOSE:
             place = compositions + row * (2 * SPLIT_POWER) + share
-            tl.store(place, a)
+            tl.store(place, _a_of_share(a, ended, DTYPE))
             tl.store(place + SPLIT_POWER, x)
 
 
@@ -352,14 +360,36 @@ def _last(tile, lane, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _is_forgotten(a, lane, AXIS: tl.constexpr):
-    """Whether nothing is left of the state that entered any row; of NaN, NaN is left.
+def _ends(read, inputs, at):
+    """1 where a trajectory ends; nothing of what came before passes such a step, be it NaN."""
+    if inputs[3] is None:
+        ends = at[2] & (at[1] < 0)  # nowhere
+    else:
+        ends = read[3] != 0
+        if inputs[4] is not None:
+            ends = ends | (read[4] != 0)
+    return ends.to(tl.int32)
+
+
+@triton.jit
+def _all_ended(ended, lane, AXIS: tl.constexpr):
+    """Whether all rows have ended.
 
     The sum is over lanes as well, though they agree: its result is known to be that of all threads of a warp, while on
     a condition that looks as if threads could differ every exchange in the loop would be compiled for that.
     """
     everywhere = tl.expand_dims(tl.zeros_like(lane).to(tl.int32), 1 - AXIS)
-    return tl.sum(tl.expand_dims((a != 0).to(tl.int32), AXIS) + everywhere) == 0
+    return tl.sum(tl.expand_dims(1 - ended, AXIS) + everywhere) == 0
+
+
+@triton.jit
+def _a_of_share(a, ended, DTYPE: tl.constexpr):
+    """The a of a share as it is stored: 0 where a trajectory ended, and nowhere else.
+
+    Where many discounts have made it 0 it is the least of numbers, which a NaN or an infinity passes, and nothing else.
+    """
+    least = tl.full(a.shape, 5e-324 if tl.float64 == DTYPE else 1.4e-45, DTYPE)
+    return tl.where(ended != 0, 0.0, tl.where(a == 0, least, a))
 
 
 @triton.jit
@@ -372,14 +402,15 @@ def _entering_state(
     SPLIT_POWER: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """The state that enters a share: the composition of the shares before it, as far back as anything is left.
+    """The state that enters a share: the composition of the shares before it, back to one in which each row ended.
 
-    A thread loads 4 adjacent shares at once where one warp may have many of a row to go through; one share where a tile
-    has several warps, which exchange compositions through shared memory.
+    A thread has up to 4 shares at once where one warp may have many of a row to go through; one share where a tile has
+    several warps, which exchange compositions through shared memory.
     """
     AT_ONCE: tl.constexpr = min(TILE_LANES if TIME_IS_CONTIGUOUS else max(4, TILE_LANES // 4), SPLIT_POWER)
     a = tl.full(row.shape, 1.0, DTYPE)
     x = tl.full(row.shape, 0.0, DTYPE)
+    ended = tl.full(row.shape, 0, tl.int32)
     column = tl.arange(0, AT_ONCE)
     left = share
     while left > 0:
@@ -389,7 +420,8 @@ def _entering_state(
         share_a = tl.load(at, mask=is_before, other=1.0)
         share_b = tl.load(at + SPLIT_POWER, mask=is_before, other=0.0)
         a, x = _prepend(a, x, share_a, share_b, column, 1)
-        left = tl.where(_is_forgotten(a, column, 1), 0, first)
+        ended = ended | tl.max((share_a == 0).to(tl.int32), 1)
+        left = tl.where(_all_ended(ended, column, 1), 0, first)
     return x
 
 

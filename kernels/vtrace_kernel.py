@@ -17,9 +17,10 @@ import triton.language as tl
 from .samples_kernel import scalar
 from .scan import (
     _STEPS,
+    _a_of_share,
+    _all_ended,
     _enter_lanes,
     _entering_state,
-    _is_forgotten,
     _join4,
     _load,
     _prepend,
@@ -90,7 +91,8 @@ def vtrace_kernel(
     position = lane if ADJOINT else TILE_LANES - 1 - lane
     for block in range(tl.program_id(0) // SPLIT * BLOCKS, tl.program_id(0) // SPLIT * BLOCKS + BLOCKS):
         row = (block * TILE_ROWS + tl.arange(0, TILE_ROWS)).to(INDEX)
-        a = tl.where(row < rows, 1.0, 0.0).to(DTYPE)
+        a = tl.full((TILE_ROWS,), 1.0, DTYPE)
+        ended = tl.where(row < rows, 0, 1)
         x = tl.full((TILE_ROWS,), 0.0, DTYPE)
         if SPLIT > 1 and not COMPOSE:
             x = _entering_state(compositions, row, share, TIME_IS_CONTIGUOUS, TILE_LANES, SPLIT_POWER, DTYPE)
@@ -129,7 +131,12 @@ def vtrace_kernel(
                     lane_b = d0 + c0 * (d1 + c1 * (d2 + c2 * d3))
                 if COMPOSE:
                     a, x = _prepend(a, x, lane_a, lane_b, lane, AXIS)
-                    left = tl.where(_is_forgotten(a, lane, AXIS), 0, left)
+                    if TIME_IS_CONTIGUOUS:
+                        ends = tl.max(_ends(read, inputs), 2)
+                    else:
+                        ends = _ends(read0, inputs) | _ends(read1, inputs) | _ends(read2, inputs) | _ends(read3, inputs)
+                    ended = ended | tl.max(ends, AXIS)
+                    left = tl.where(_all_ended(ended, lane, AXIS), 0, left)
                 else:
                     entering, x = _enter_lanes(lane_a, lane_b, x, lane, AXIS)
                     # o, and the state that entered the step.
@@ -161,7 +168,7 @@ def vtrace_kernel(
             left -= 1
         if COMPOSE:
             place = compositions + row * (2 * SPLIT_POWER) + share
-            tl.store(place, a)
+            tl.store(place, _a_of_share(a, ended, DTYPE))
             tl.store(place + SPLIT_POWER, x)
 
 
@@ -222,6 +229,13 @@ def _masks(done, terminated, has_terminated: tl.constexpr):
         terminal = terminated != 0
         ends = ends | terminal
     return ends, terminal
+
+
+@triton.jit
+def _ends(read, inputs):
+    """1 where a trajectory ends."""
+    ends, _ = _masks(read[5], read[6], inputs[6] is not None)
+    return ends.to(tl.int32)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Triton's interpreter in a fraction of the time: two of its functions are replaced by others that do the same.
+"""Triton's interpreter in a fraction of the time: two of its functions are replaced by others, and a check is left out.
 
 Its associative scan visits one element after the other. Here all are visited at once, in as many rounds as their number
 has bits; so are they on a device, which combines them in other groups than from the first to the last.
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from triton.runtime import interpreter
 
-tritons_scan = interpreter.ScanOps.generic_scan
+TRITONS = interpreter.ScanOps.generic_scan, interpreter.InterpretedFunction.__call__
 
 
 def speed_up() -> None:

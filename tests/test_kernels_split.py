@@ -1,4 +1,4 @@
-"""Rows that are split over several programs: composed from the end of each share, as far back as anything is left."""
+"""Rows that are split over several programs: shares are composed from their ends, back to where every row ended."""
 
 import math
 from collections.abc import Callable
@@ -6,15 +6,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from fusedrl import kernels
-from fusedrl.kernels import launch, launching
+from fusedrl.kernels import launch, launching, vtrace_launch
 from fusedrl.kernels.launch import STEPS_PER_LANE, tiling
-from fusedrl.kernels.vtrace_launch import _ADJOINT_WARP_BYTES, _WARP_BYTES
 from helpers_launches import plan_with
 from torch import Tensor
 
 pytest.importorskip("triton")
-
-BYTES = {False: _WARP_BYTES, True: _ADJOINT_WARP_BYTES}  # that V-trace has in flight, by whether it is the adjoint
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +50,8 @@ def random(estimate: Callable, time_dim: int, device: torch.device) -> Tensor:
 def shares(estimate: Callable, time_dim: int, device: torch.device, *, adjoint: bool = False) -> tuple[int, int, int]:
     """The steps of a tile, the tiles of a share, and the tiles of a row."""
     rows, steps = size(estimate, time_dim)
-    in_flight = {} if estimate is not vtrace else {"warp_bytes": BYTES[adjoint]}
+    of_vtrace = vtrace_launch._ADJOINT_WARP_BYTES if adjoint else vtrace_launch._WARP_BYTES
+    in_flight = {"warp_bytes": of_vtrace} if estimate is vtrace else {}
     processors = launching.processors(device)
     _, lanes, split, *_ = tiling(rows, steps, 8, time_is_contiguous=time_dim == 1, processors=processors, **in_flight)
     tile = lanes * STEPS_PER_LANE
@@ -72,11 +70,10 @@ def test_a_share_comes_after_more_than_are_composed_at_once(device) -> None:
 @either_kernel
 @pytest.mark.parametrize(
     ("time_dim", "gamma", "ends"),
-    [(1, 0.99, False), (1, 0.3, False), (0, 0.99, True)],
-    ids=["no row forgets", "by discount", "one of several rows does"],
+    [(1, 0.99, False), (1, 0.99, True), (0, 0.99, True)],
+    ids=["no row ends", "the row does", "one of several rows does"],
 )
 def test_what_enters_a_share_is_all_that_came_before(estimate, time_dim, gamma, ends, device) -> None:
-    """Whether what came before is forgotten within a share, or not."""
     shares(estimate, time_dim, device)
     x = random(estimate, time_dim, device)
     done = torch.zeros_like(x, dtype=torch.bool)
@@ -92,23 +89,54 @@ def test_what_enters_a_share_is_all_that_came_before(estimate, time_dim, gamma, 
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("estimate", [td_lambda, gae, vtrace])
+def test_a_row_of_many_shares_composes_them_in_several_turns(monkeypatch, device) -> None:
+    plan_with(monkeypatch, vtrace_launch, _WARP_BYTES=128)
+    lanes = 128 // 8 // STEPS_PER_LANE
+    x = random(vtrace, 1, device)[:, : 16 * lanes * STEPS_PER_LANE]  # 16 tiles, of which a share has 2
+    done = torch.zeros_like(x, dtype=torch.bool)
+    assert lanes < 16 // 2 - 1
+    for found, wanted in zip(
+        vtrace(0.99, x, done, backend="triton"), vtrace(0.99, x, done, backend="torch"), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+every_recurrence = pytest.mark.parametrize("estimate", [td_lambda, gae, vtrace])
+
+
+@every_recurrence
 @either_layout
-@pytest.mark.parametrize("gamma", [1.0, 0.0], ids=["by an end", "by discount"])
-def test_of_a_share_whose_last_tile_forgets_nothing_else_is_composed(estimate, time_dim, gamma, device) -> None:
-    """What isn't composed may be NaN, and the shares that follow are as if it weren't."""
+def test_of_a_share_nothing_is_composed_but_the_tile_at_its_end_if_all_rows_end_there(
+    estimate, time_dim, device
+) -> None:
+    """What isn't composed may be NaN, and the shares that follow are as the reference, which an end protects."""
     tile, share, tiles = shares(estimate, time_dim, device)
     x = random(estimate, time_dim, device)
-    done = x > 0 if gamma else torch.zeros_like(x, dtype=torch.bool)
-    # Of the share that the recurrence solves first, all tiles but the last in its order.
-    start = (tiles - share + 1) * tile
-    poisoned = x.clone()
-    poisoned.narrow(time_dim, start, x.shape[time_dim] - start).fill_(math.nan)
-    results = estimate(gamma, poisoned, done, time_dim=time_dim, backend="triton")
-    for found, wanted in zip(results, estimate(gamma, x, done, time_dim=time_dim, backend="torch"), strict=True):
-        assert found.narrow(time_dim, start, 1).isnan().all()
-        following = 0, (tiles - share) * tile  # the shares that the recurrence solves after it
-        torch.testing.assert_close(found.narrow(time_dim, *following), wanted.narrow(time_dim, *following))
+    done = x > 0
+    start = (tiles - share + 1) * tile  # of all tiles but the last, in its order, of what the recurrence solves first
+    x.narrow(time_dim, start, x.shape[time_dim] - start).fill_(math.nan)
+    assert_as_reference(estimate, 1.0, x, done, time_dim, steps=(tiles - share) * tile)
+
+
+def test_compositions_before_those_in_which_all_rows_ended_are_not_looked_at(device) -> None:
+    """Of rows with more shares than are composed at once, the first is NaN."""
+    tile, share, tiles = shares(gae, 0, device)
+    x = random(gae, 0, device)
+    start = (tiles - share) * tile
+    x[start:].fill_(math.nan)
+    done = torch.zeros_like(x, dtype=torch.bool)
+    ends = (tiles - 4 * share - 1) * tile  # in the fifth share, which begins the second turn
+    done[ends] = True
+    assert_as_reference(gae, 1.0, x, done, 0, steps=(tiles - 5 * share) * tile)
+
+
+def assert_as_reference(estimate, gamma, x, done, time_dim, *, steps: int) -> None:
+    """The first ``steps`` are finite, and what the reference gives."""
+    results = (estimate(gamma, x, done, time_dim=time_dim, backend=name) for name in ("triton", "reference"))
+    for found, wanted in zip(*results, strict=True):
+        assert steps > 0
+        assert wanted.narrow(time_dim, 0, steps).isfinite().all()
+        torch.testing.assert_close(found.narrow(time_dim, 0, steps), wanted.narrow(time_dim, 0, steps))
 
 
 @either_kernel
@@ -127,6 +155,19 @@ def test_nor_is_anything_else_in_the_adjoint(estimate, time_dim, device) -> None
     poisoned = x.clone()  # the adjoint solves the first steps first
     poisoned.narrow(time_dim, 0, (share - 1) * tile).fill_(math.nan)
     torch.testing.assert_close(gradient(poisoned, "triton"), gradient(x, "torch"))
+
+
+@every_recurrence
+@either_layout
+@pytest.mark.parametrize("gamma", [0.0, 0.1])
+def test_a_nan_that_no_end_stops_reaches_every_step_before_it(estimate, time_dim, gamma, device) -> None:
+    """Whatever the discount has made of it: 0.1 to the power of a row's length is 0."""
+    shares(estimate, time_dim, device)
+    x = random(estimate, time_dim, device)
+    x.select(time_dim, -1).fill_(math.nan)
+    done = torch.zeros_like(x, dtype=torch.bool)
+    for name in ("triton", "reference"):
+        assert estimate(gamma, x, done, time_dim=time_dim, backend=name)[-1].isnan().all(), name
 
 
 def test_few_long_rows_are_split_and_many_rows_are_not() -> None:
