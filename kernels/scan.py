@@ -412,16 +412,17 @@ def _entering_state(
     x = tl.full(row.shape, 0.0, DTYPE)
     ended = tl.full(row.shape, 0, tl.int32)
     column = tl.arange(0, AT_ONCE)
-    left = share
-    while left > 0:
-        first = (left - 1) // AT_ONCE * AT_ONCE
-        at = compositions + row[:, None] * (2 * SPLIT_POWER) + (first + column)[None, :]
-        is_before = (first + column < left)[None, :]
+    turns = tl.cdiv(share, AT_ONCE)
+    while turns > 0:
+        turns -= 1
+        earlier = turns * AT_ONCE + column
+        at = compositions + row[:, None] * (2 * SPLIT_POWER) + earlier[None, :]
+        is_before = (earlier < share)[None, :]
         share_a = tl.load(at, mask=is_before, other=1.0)
         share_b = tl.load(at + SPLIT_POWER, mask=is_before, other=0.0)
         a, x = _prepend(a, x, share_a, share_b, column, 1)
         ended = ended | tl.max((share_a == 0).to(tl.int32), 1)
-        left = tl.where(_all_ended(ended, column, 1), 0, first)
+        turns = tl.where(tl.sum(1 - ended) == 0, 0, turns)
     return x
 
 
