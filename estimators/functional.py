@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..kernels.recurrence import TD_LAMBDA, Recurrence, checked
-from ..kernels.vtrace import vtrace
+from ..kernels.operators import solve
+from ..kernels.recurrence import FIXED_DISCOUNT, GAE, TD_LAMBDA, Recurrence, checked
+from ..kernels.vtrace_operators import solve as solve_vtrace
+from ..kernels.vtrace_problem import VTrace
 
 Scalar = float | Tensor
 
@@ -40,6 +42,9 @@ __all__ = [
 ]
 
 REFERENCE = "reference"
+
+# What the kernels call otherwise.
+_NAMES = {"value": "state_value", "next_value": "next_state_value"}
 
 
 # -- generalised advantage -------------------------------------------------------------------------------------------
@@ -71,18 +76,13 @@ def vec_generalized_advantage_estimate(
         tensor([1.5625, 2.2500, 5.0000])
 
     """
-    _check_shapes(reward, state_value=state_value, next_state_value=next_state_value, done=done, terminated=terminated)
-    return kernels.gae(
-        gamma,
-        lmbda,
-        state_value,
-        next_state_value,
-        reward,
-        done,
-        terminated,
-        time_dim=time_dim,
-        backend=backend,
+    advantage, value_target = solve(
+        Recurrence(GAE, gamma, lmbda, reward, state_value, next_state_value, done, terminated),
+        time_dim,
+        backend,
+        _NAMES,
     )
+    return advantage, value_target
 
 
 def generalized_advantage_estimate(
@@ -285,11 +285,11 @@ def vec_td_lambda_return_estimate(
         tensor([2.7500, 3.5000, 5.0000])
 
     """
-    _check_shapes(reward, next_state_value=next_state_value, done=done, terminated=terminated)
-    rest = (lmbda, next_state_value, reward, done, terminated)
-    if rolling_gamma is False and isinstance(gamma, Tensor) and gamma.ndim:
-        return kernels.fixed_discount_td_lambda_return(gamma, *rest, time_dim=time_dim, backend=backend)
-    return kernels.td_lambda_return(gamma, *rest, time_dim=time_dim, backend=backend)
+    fixed = rolling_gamma is False and isinstance(gamma, Tensor) and gamma.ndim
+    kind = FIXED_DISCOUNT if fixed else TD_LAMBDA
+    problem = Recurrence(kind, gamma, lmbda, reward, None, next_state_value, done, terminated)
+    (value_target,) = solve(problem, time_dim, backend, _NAMES)
+    return value_target
 
 
 def td_lambda_return_estimate(
@@ -411,22 +411,10 @@ def vtrace_advantage_estimate(
         tensor([1.8750, 1.7500, 5.0000])
 
     """
-    shapes = {"log_pi": log_pi, "log_mu": log_mu, "state_value": state_value, "next_state_value": next_state_value}
-    _check_shapes(reward, **shapes, done=done, terminated=terminated)
-    return vtrace(
-        gamma,
-        log_pi,
-        state_value,
-        next_state_value,
-        reward,
-        done,
-        terminated,
-        rho_thresh,
-        c_thresh,
-        log_mu=log_mu,
-        time_dim=time_dim,
-        backend=backend,
+    problem = VTrace(
+        log_pi, log_mu, state_value, next_state_value, reward, done, terminated, gamma, rho_thresh, c_thresh
     )
+    return solve_vtrace(problem, time_dim, backend, _NAMES)
 
 
 def log_ratio(log_pi: Tensor, log_mu: Tensor) -> Tensor:

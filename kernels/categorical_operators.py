@@ -28,7 +28,7 @@ from .categorical_problem import (
 )
 from .dtypes import compute_dtype
 from .function import apply
-from .operators import called, number_or_tensor, runs_plainly, tensors_among
+from .operators import called, number_or_tensor, runs_plainly
 
 # Where each backend's `forward`, `backward` and `project` live; imported at the first use, since Triton may be absent.
 _BACKEND_MODULES = {
@@ -61,7 +61,7 @@ def loss(transition: Transition, bellman: Bellman, backend: str | None) -> Tenso
     differentiated = torch.is_grad_enabled() and transition.log_prob.requires_grad
     # Forward-mode tangents don't show in requires_grad. _Loss has no rule for them and says so.
     if differentiated or forward_ad._current_level >= 0:
-        function = _LossPlainly if runs_plainly(tensors_among((transition.log_prob, *constants))) else _Loss
+        function = _LossPlainly if runs_plainly(_loss_operator, (transition.log_prob, *constants)) else _Loss
         return apply(function, name, transition.log_prob, *constants)[0]
     return _forward(name, False, transition.log_prob.detach(), *constants)[0]
 

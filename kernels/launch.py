@@ -161,7 +161,7 @@ def _plan(settings: tuple[str, bool, int, torch.dtype], *arguments: Any) -> Plan
 
 _TENSORS = scan_kernel.arg_names.index("gamma")
 
-_scan = Launcher(_plan, one_shape=True)
+_scan = Launcher(_plan)
 
 
 def _dense(problem: Recurrence) -> Recurrence:

@@ -7,13 +7,15 @@ Triton's dispatch looks at every argument of every call, to find the binary that
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cache, reduce
-from operator import itemgetter, or_
+from operator import or_
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .recognition import Recognition, items
 
 # What a compiled kernel's launcher takes was read from these versions. With any other, Triton dispatches.
 _is_known = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
@@ -126,17 +128,15 @@ class Launcher:
         plan: ``plan(settings, *arguments)`` gives the `Plan`, or None if there is none for arguments of this form. It
             may ask a tensor for all but what it holds; where the call has a number it gets a `Number`. Each launch
             must take all tensors and numbers, in the call's order.
-        one_shape: the first tensor's shape is that of all others but those of 0 dimensions, which have arguments of
-            their own. It is then the only shape that is asked for in a call.
 
     """
 
     _all: ClassVar[list["Launcher"]] = []
 
-    def __init__(self, plan: Callable[..., Plan | None], *, one_shape: bool = False) -> None:
+    def __init__(self, plan: Callable[..., Plan | None]) -> None:
         self._plan = plan
-        self._one_shape = one_shape
-        self._of_kinds: dict[tuple[type, ...], _OfKinds] = {}
+        self._recent = Recognition()
+        self._plans: dict[Hashable, Plan | None] = {}  # by form
         self._all.append(self)
 
     def __call__(self, settings: Hashable, *arguments: Any) -> bool:
@@ -146,42 +146,41 @@ class Launcher:
             TypeError: an argument is something else.
 
         """
-        kinds = tuple(map(type, arguments))
-        of_kinds = self._of_kinds.get(kinds) or self._new_kinds(kinds)
-        tensors = of_kinds.tensors(arguments)
-        first = tensors[0]
-        device = first.get_device()
-        form = (
-            settings,
-            device,
-            tuple(map(_dtype, tensors)),
-            first.shape if self._one_shape else tuple(map(_shape, tensors)),
-            all(map(Tensor.is_contiguous, tensors)) or tuple(map(Tensor.stride, tensors)),
-        )
-        plan = of_kinds.plans.get(form, _UNKNOWN)
-        if plan is _UNKNOWN:
-            plan = of_kinds.plans[form] = self._find(settings, arguments)
+        tensors, found = self._recent(settings, arguments)
+        plan, device, numbers = found or self._find(settings, arguments)
         if plan is None:
             return False
         launches, workspaces = plan
         if workspaces:
-            tensors += tuple([x.new(first) for x in workspaces])
-        numbers = of_kinds.numbers(arguments)
+            tensors += tuple([x.new(tensors[0]) for x in workspaces])
         for launch in launches:
-            launch(device, tensors, numbers)
+            launch(device, tensors, numbers(arguments))
         return True
 
-    def _new_kinds(self, kinds: tuple[type, ...]) -> "_OfKinds":
-        """Get ready for arguments of these ``kinds``."""
-        for kind in kinds:
-            if not (kind is float or kind is type(None) or issubclass(kind, Tensor)):
-                raise TypeError(f"a launch takes tensors, floats and None, but got {kind.__name__}")
-        tensors = _items([i for i, kind in enumerate(kinds) if issubclass(kind, Tensor)])
-        numbers = _items([i for i, kind in enumerate(kinds) if kind is float])
-        self._of_kinds[kinds] = found = _OfKinds(tensors, numbers, {})
+    def _find(self, settings: Hashable, arguments: Sequence[Any]) -> tuple[Plan | None, int, Callable[..., Any]]:
+        """The plan for arguments of this form, made now if there is none; the device; and what picks the numbers.
+
+        Raises:
+            TypeError: an argument is neither a tensor nor a float nor None.
+
+        """
+        for x in arguments:
+            if not (x is None or type(x) is float or isinstance(x, Tensor)):
+                raise TypeError(f"a launch takes tensors, floats and None, but got {type(x).__name__}")
+        forms = [(x.dtype, x.shape, x.stride()) if isinstance(x, Tensor) else type(x) for x in arguments]
+        device = next(x for x in arguments if isinstance(x, Tensor)).get_device()
+        form = settings, device, *forms
+        if form not in self._plans:
+            plan = self._new_plan(settings, arguments)
+            if len(self._plans) >= _MOST_PLANS:
+                self._forget()
+            self._plans[form] = plan
+        numbers = items([i for i, x in enumerate(arguments) if type(x) is float])
+        found = self._plans[form], device, numbers
+        self._recent.remember(settings, arguments, found)
         return found
 
-    def _find(self, settings: Hashable, arguments: Sequence[Any]) -> Plan | None:
+    def _new_plan(self, settings: Hashable, arguments: Sequence[Any]) -> Plan | None:
         """Make the plan for arguments of a form.
 
         Raises:
@@ -198,38 +197,20 @@ class Launcher:
                 if list(map(id, launch.taken)) != list(map(id, given)):
                     raise RuntimeError(f"the launches planned by {self._plan.__name__} don't take what the call brings")
                 launch.taken.clear()
-        if sum(len(x.plans) for x in self._of_kinds.values()) >= _MOST_PLANS:
-            for x in self._of_kinds.values():
-                x.plans.clear()
         return plan
 
     @classmethod
     def forget(cls) -> None:
         """Plan anew from here on: something changed that plans are made from."""
         for launcher in cls._all:
-            launcher._of_kinds.clear()
+            launcher._forget()
+
+    def _forget(self) -> None:
+        self._recent = Recognition()
+        self._plans.clear()
 
 
-class _OfKinds(NamedTuple):
-    """For arguments of the same types: functions that pick tensors and numbers, without a loop, and plans by form."""
-
-    tensors: Callable[[Sequence[Any]], tuple[Any, ...]]
-    numbers: Callable[[Sequence[Any]], tuple[Any, ...]]
-    plans: dict[tuple[Any, ...], Plan | None]
-
-
-def _items(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """A function that gives what is at the ``places`` of a sequence."""
-    if len(places) > 1:
-        return itemgetter(*places)
-    return lambda sequence: tuple([sequence[i] for i in places])
-
-
-_UNKNOWN: Any = object()
 _MOST_PLANS = 4096
-
-_dtype = Tensor.dtype.__get__  # type: ignore[attr-defined]  # the getter of a property in C
-_shape = Tensor.shape.__get__  # type: ignore[attr-defined]  # likewise
 
 
 @cache

@@ -6,7 +6,7 @@ so that compile time doesn't depend on the length of time and nothing inside is 
 """
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -17,7 +17,8 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from .backend import resolve_backend
-from .recurrence import Recurrence, Scalar, checked, fit
+from .recognition import Recognition
+from .recurrence import Recurrence, Scalar, checked, fit, with_one_mask
 from .second_order import differentiable_backward
 
 # Where each backend's `forward` and `backward` live; imported at the first use, since Triton may be absent.
@@ -37,22 +38,38 @@ _library.define(f"recurrence({_ARGUMENTS}) -> Tensor[]")
 _library.define(f"recurrence_backward({_ARGUMENTS}, Tensor? y, Tensor?[] grads, bool[] needs) -> Tensor[]")
 
 
-def solve(problem: Recurrence, time_dim: int, backend: str | None) -> Sequence[Tensor]:
+def solve(
+    problem: Recurrence, time_dim: int, backend: str | None, names: Mapping[str, str] | None = None
+) -> Sequence[Tensor]:
     """The outputs of ``problem`` (see `fusedrl.kernels.recurrence`), differentiable.
 
-    Raises what `checked` and `resolve_backend` raise, before anything is computed.
+    Raises what `checked` and `resolve_backend` raise, before anything is computed; ``names`` are for `checked`.
     """
-    problem, time_dim = checked(problem, time_dim)
     name = resolve_backend(backend, problem.reward)
-    tensors = tensors_among(problem[1:3]) + [x for x in problem[3:] if x is not None]
-    differentiated = torch.is_grad_enabled() and any(map(requires_grad, tensors))
-    # Forward-mode tangents don't show in requires_grad. _Solve has no rule for them and says so.
-    plainly = runs_plainly(tensors)
-    if not differentiated and forward_ad._current_level < 0:
-        return _solved(problem, name, time_dim) if plainly else _forward(name, time_dim, problem)
+    problem = with_one_mask(problem)
+    plainly, known = is_unwatched(), None
     if plainly:
-        return _solve_plainly((name, time_dim, problem), *tensors)
-    return _Solve.apply(name, time_dim, *problem)
+        tensors, known = _checked(time_dim, problem)
+    if known is None:
+        given = problem
+        problem, dim = checked(problem, time_dim, names)
+        tensors = tuple(tensors_among(problem))
+        requires = any(map(requires_grad, tensors))
+        plainly = plainly and are_plain(tensors)
+        if plainly and problem is given:
+            _checked.remember(time_dim, problem, (dim, requires))
+    else:
+        dim, requires = known
+    # Forward-mode tangents don't show in requires_grad. _Solve has no rule for them and says so.
+    if not (requires and torch.is_grad_enabled()) and forward_ad._current_level < 0:
+        return _solved(problem, name, dim) if plainly else _forward(name, dim, problem)
+    if plainly:
+        return _solve_plainly((name, dim, problem), *tensors)
+    return _Solve.apply(name, dim, *problem)
+
+
+# Problems that passed their checks, with tensors on which operators run plainly.
+_checked = Recognition()
 
 
 def tensors_among(fields: Iterable[Any]) -> list[Tensor]:
@@ -63,23 +80,42 @@ def tensors_among(fields: Iterable[Any]) -> list[Tensor]:
 _NO_TENSORS = frozenset((float, int, bool, str, list, type(None)))
 
 
-def runs_plainly(tensors: Collection[Tensor]) -> bool:
-    """Whether an operator on these tensors would do nothing but call its implementation, unseen by anybody.
+def runs_plainly(operator: Hashable, arguments: Sequence[Any]) -> bool:
+    """Whether ``operator`` would do nothing with these arguments but call its implementation, unseen by anybody."""
+    if not is_unwatched():
+        return False
+    tensors, plain = _plain(operator, arguments)
+    if plain is None:
+        plain = are_plain(tensors)
+        _plain.remember(operator, arguments, plain)
+    return plain
 
-    That is so in eager mode, on tensors of no subclass (fake tensors are one) whose memory is what they say (not its
-    negative, as in the imaginary part of a conjugate), with no mode that intercepts functions
-    or operators (``FakeTensorMode``, ``make_fx``, a counter of operators), no transform of ``torch.func`` (nor a
-    tensor that has outlived one), and neither ``torch.jit.trace`` nor a profiler recording.
+
+# Whether the tensors that operators were called with are plain.
+_plain = Recognition()
+
+
+def is_unwatched() -> bool:
+    """Whether this is eager mode, and nobody is told what is called.
+
+    That is no mode that intercepts functions or operators (``FakeTensorMode``, ``make_fx``, a counter of operators),
+    no transform of ``torch.func``, and neither ``torch.jit.trace`` nor a profiler recording.
     """
-    if (
+    return not (
         torch.compiler.is_compiling()
         or _dispatch_modes()
         or _function_modes()
         or _transform() is not None
         or _trace() is not None
         or _profiler()
-    ):
-        return False
+    )
+
+
+def are_plain(tensors: Collection[Tensor]) -> bool:
+    """Whether the tensors are of no subclass (fake tensors are one) and their memory is what they say.
+
+    It isn't in a negated tensor, such as the imaginary part of a conjugate, nor in one that has outlived a transform.
+    """
     return (
         _PLAIN.issuperset(map(type, tensors))
         and not any(map(_is_meta, tensors))
@@ -90,7 +126,7 @@ def runs_plainly(tensors: Collection[Tensor]) -> bool:
 
 def called(operator: Any, implementation: Callable[..., Any], *arguments: Any) -> Any:
     """What ``operator`` gives: asked for by its implementation where that is all that the operator would do."""
-    return (implementation if runs_plainly(tensors_among(arguments)) else operator)(*arguments)
+    return (implementation if runs_plainly(operator, arguments) else operator)(*arguments)
 
 
 # Looked up once, and mapped without a loop in Python: these are a fair part of what a call costs.
@@ -120,7 +156,8 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        _keep(ctx, *inputs, output[0])
+        name, time_dim, *fields = inputs
+        _keep(ctx, name, time_dim, Recurrence(*fields), output[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -138,7 +175,7 @@ class _SolvePlainly(torch.autograd.Function):
     def forward(ctx: Any, call: tuple[str, int, Recurrence], *tensors: Tensor) -> tuple[Tensor, ...]:
         name, time_dim, problem = call
         outputs = tuple(_solved(problem, name, time_dim))
-        _keep(ctx, name, time_dim, *problem, outputs[0])
+        _keep(ctx, name, time_dim, problem, outputs[0])
         return outputs
 
     @staticmethod
@@ -159,18 +196,18 @@ def gradients_of_tensors(gradients: Callable[..., list[Any]], ctx: Any, grads: S
     return (None, *[g for g, x in zip(found, fields, strict=True) if x is not None])
 
 
-def _keep(ctx: Any, name: str, time_dim: int, kind: str, gamma: Any, lmbda: Any, *tensors: Tensor | None) -> None:
-    """Save for backward what `_Solve` got, with y after the other ``tensors``."""
-    *inputs, y = tensors
+def _keep(ctx: Any, name: str, time_dim: int, problem: Recurrence, y: Tensor) -> None:
+    """Save for backward what `_Solve` got, and what it found."""
+    kind, gamma, lmbda = problem[:3]
+    scalars: Sequence[Tensor | None] = (None, None)
     needs_y = False  # which enters only the gradients of γ and λ
-    gamma_tensor = lmbda_tensor = None
-    if type(gamma) is not float and isinstance(gamma, Tensor):  # a float is known by its type much sooner
-        gamma, gamma_tensor, needs_y = None, gamma, gamma.requires_grad
-    if type(lmbda) is not float and isinstance(lmbda, Tensor):
-        lmbda, lmbda_tensor, needs_y = None, lmbda, needs_y or lmbda.requires_grad
+    if tensors_among((gamma, lmbda)):
+        scalars = [x if isinstance(x, Tensor) else None for x in (gamma, lmbda)]
+        gamma, lmbda = (None if isinstance(x, Tensor) else x for x in (gamma, lmbda))
+        needs_y = any(x is not None and x.requires_grad for x in scalars)
     ctx.settings = name, time_dim, kind, gamma, lmbda
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(gamma_tensor, lmbda_tensor, *inputs, y if needs_y else None)
+    ctx.save_for_backward(*scalars, *problem[3:], y if needs_y else None)
 
 
 def _gradients(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -209,7 +246,7 @@ def _backward(
     grads: Sequence[Tensor | None],
     needs: list[bool],
 ) -> list[Tensor]:
-    if runs_plainly([x for x in (*problem, y, *grads) if isinstance(x, Tensor)]):
+    if runs_plainly("recurrence_backward", (*problem, y, *grads)):
         return _solved_backward(problem, name, time_dim, y, grads, needs)
     return torch.ops.fusedrl.recurrence_backward(
         problem.kind, name, time_dim, *_flatten(problem), y, list(grads), needs

@@ -47,4 +47,4 @@ def _plan(settings: tuple[bool, str, torch.dtype], *arguments: Any) -> Plan:
     )
 
 
-_clip_ppo = Launcher(_plan, one_shape=True)
+_clip_ppo = Launcher(_plan)

@@ -13,6 +13,7 @@ FIXED_DISCOUNT  as TD_LAMBDA, but γ and λ of the trajectory's first step hold 
 trajectory bootstraps from v' whether or not it goes on.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -65,8 +66,10 @@ class Recurrence(NamedTuple):
         return [output, torch.empty_like(output)] if self.kind == GAE else [output]
 
 
-def checked(problem: Recurrence, time_dim: int) -> tuple[Recurrence, int]:
+def checked(problem: Recurrence, time_dim: int, names: Mapping[str, str] | None = None) -> tuple[Recurrence, int]:
     """``problem`` with bool masks, and ``time_dim`` counted from the front.
+
+    ``names`` are those of the fields that the caller knows by others.
 
     Raises:
         RuntimeError: an argument's shape or device isn't the reward's, or γ or λ doesn't broadcast to it.
@@ -77,18 +80,23 @@ def checked(problem: Recurrence, time_dim: int) -> tuple[Recurrence, int]:
     shape, device = reward.shape, reward.device
     for x in (value, next_value, done, terminated):
         if x is not None and (_shape(x) != shape or _device(x) != device):
-            _name_disagreement(problem)
+            _name_disagreement(problem, names or {})
     if type(gamma) is not float or (lmbda is not None and type(lmbda) is not float):
         _check_scalars(problem)
     if not -len(shape) <= time_dim < len(shape):
         raise IndexError(f"time_dim is {time_dim}, but reward has shape {tuple(shape)}")
-    # One mask for both means what None means; the compiler refuses a function of one tensor twice.
-    if terminated is not None and terminated is done:
-        problem = problem._replace(terminated=None)
-    for name, mask in (("done", done), ("terminated", problem.terminated)):
+    for name, mask in (("done", done), ("terminated", terminated)):
         if mask is not None and mask.dtype != torch.bool:  # non-zero means true
             problem = problem._replace(**{name: mask != 0})
     return problem, time_dim % len(shape)
+
+
+def with_one_mask(problem: Any) -> Any:
+    """``problem`` with no ``terminated`` where it is ``done`` itself, which means the same.
+
+    The compiler refuses a function of one tensor twice, and a `Recognition` does not know it again.
+    """
+    return problem._replace(terminated=None) if problem.terminated is problem.done else problem
 
 
 # The getters of properties in C: what a call costs is also what it looks up.
@@ -96,15 +104,15 @@ _shape = Tensor.shape.__get__  # type: ignore[attr-defined]
 _device = Tensor.device.__get__
 
 
-def _name_disagreement(problem: Recurrence) -> None:
+def _name_disagreement(problem: Recurrence, names: Mapping[str, str]) -> None:
     """Raise for the first tensor that is not of the reward's shape and on its device."""
     reward = problem.reward
     for name in ("value", "next_value", "done", "terminated"):
         x = getattr(problem, name)
         if x is not None and (x.shape != reward.shape or x.device != reward.device):
             raise RuntimeError(
-                f"{name} has shape {tuple(x.shape)} on {x.device}, but reward has shape {tuple(reward.shape)} on "
-                f"{reward.device}: both must agree"
+                f"{names.get(name, name)} has shape {tuple(x.shape)} on {x.device}, but reward has shape "
+                f"{tuple(reward.shape)} on {reward.device}: both must agree"
             )
 
 

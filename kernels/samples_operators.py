@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operators import number_or_tensor, runs_plainly, tensors_among
+from .operators import number_or_tensor, runs_plainly
 from .samples import solver
 
 # The type of a constant that is a number or a 0-d tensor, or None.
@@ -66,7 +66,7 @@ def loss_operator(
     operator = getattr(torch.ops.fusedrl, name).default
 
     def run(backend: str, keep: bool, x: Tensor, fields: Any) -> list[Tensor]:
-        if runs_plainly(tensors_among((x, *fields))):
+        if runs_plainly(operator, (x, *fields)):
             return solved(backend, keep, x, fields)
         scalars = [part for scalar in fields[first:last] for part in number_or_tensor(scalar, x)]
         return operator(backend, keep, x, *fields[:first], *scalars, *fields[last:])

@@ -49,4 +49,4 @@ def _plan(settings: tuple[str, str, torch.dtype, torch.dtype], *arguments: Any) 
     )
 
 
-_value_loss = Launcher(_plan, one_shape=True)
+_value_loss = Launcher(_plan)

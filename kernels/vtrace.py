@@ -4,14 +4,8 @@ One kernel solves it where Triton runs; elsewhere, and where γ or a threshold w
 the backend in force between elementwise operations (`vtrace_composed`).
 """
 
-import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .backend import fastest_backend, resolve_backend
-from .operators import tensors_among
-from .recurrence import GAE, Recurrence, broadcasts, checked
-from .vtrace_composed import composed
 from .vtrace_operators import solve
 from .vtrace_problem import VTrace
 
@@ -67,6 +61,7 @@ def vtrace(
         ValueError: a threshold is negative; the backend doesn't exist.
 
     Examples:
+        >>> import torch
         >>> value, next_value, reward = torch.zeros(3), torch.tensor([0.0, 0.0, 8.0]), torch.ones(3)
         >>> done, log_weight = torch.tensor([False, False, True]), torch.tensor([1.0, 0.5, 2.0]).log()
         >>> vtrace(0.5, log_weight, value, next_value, reward, done, torch.zeros_like(done))
@@ -75,37 +70,8 @@ def vtrace(
     See Espeholt et al. 2018, IMPALA (arXiv:1802.01561), equations 1 and 4.
 
     """
-    recurrence, dim = checked(Recurrence(GAE, gamma, None, reward, value, next_value, done, terminated), time_dim)
-    _check("log_weight", log_weight, reward, same=True)
-    if log_mu is not None:
-        _check("log_mu", log_mu, reward, same=True)
-    for name, threshold in (("rho_thresh", rho_thresh), ("c_thresh", c_thresh)):
-        _check(name, threshold, reward)
-    masks = recurrence.done, recurrence.terminated
-    problem = VTrace(log_weight, log_mu, value, next_value, reward, *masks, gamma, rho_thresh, c_thresh)
-    name = resolve_backend(backend, reward)
-    if _is_fused(problem, name):
-        advantage, value_target = solve(problem, dim, name)
-        return advantage, value_target
-    return composed(problem, dim, name)
+    problem = VTrace(log_weight, log_mu, value, next_value, reward, done, terminated, gamma, rho_thresh, c_thresh)
+    return solve(problem, time_dim, backend, _NAMES)
 
 
-def _is_fused(problem: VTrace, backend: str) -> bool:
-    """Whether one kernel does it all, which takes constants that are numbers or 0-d and that want no gradient."""
-    if backend != "triton" and not (backend == "verify" and fastest_backend(problem.reward) == "triton"):
-        return False
-    for x in tensors_among((problem.gamma, problem.rho, problem.c)):
-        if x.ndim or (x.requires_grad and torch.is_grad_enabled()):
-            return False
-    return forward_ad._current_level < 0 and problem.has_one_precision
-
-
-def _check(name: str, x: Scalar, reward: Tensor, *, same: bool = False) -> None:
-    if type(x) is float or not isinstance(x, Tensor):
-        if not x >= 0:
-            raise ValueError(f"{name} is {x}, but must not be negative")
-    elif (x.shape != reward.shape) if same else not broadcasts(x.shape, reward.shape):
-        wanted = "both must agree" if same else "it must broadcast to that"
-        raise RuntimeError(f"{name} has shape {tuple(x.shape)}, but reward has shape {tuple(reward.shape)}: {wanted}")
-    elif x.ndim and x.device != reward.device:
-        raise RuntimeError(f"{name} is on {x.device}, but reward is on {reward.device}")
+_NAMES = {"log_pi": "log_weight"}

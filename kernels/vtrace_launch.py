@@ -82,7 +82,7 @@ def _plan(settings: tuple[int, torch.dtype, bool], *arguments: Any) -> Plan | No
 
 _TENSORS = vtrace_kernel.arg_names.index("gamma")
 
-_vtrace = Launcher(_plan, one_shape=True)
+_vtrace = Launcher(_plan)
 
 
 def _dense(problem: VTrace) -> VTrace:

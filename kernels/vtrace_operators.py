@@ -1,17 +1,29 @@
-"""From a V-trace problem to its solution by a fused backend: opaque operators, and the autograd.Function around."""
+"""From a V-trace problem to its solution: opaque operators of the fused backends, and the autograd.Function around."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from .operators import gradients_of_tensors, number_or_tensor, requires_grad, runs_plainly, tensors_among
+from .backend import fastest_backend, resolve_backend
+from .operators import (
+    are_plain,
+    gradients_of_tensors,
+    is_unwatched,
+    number_or_tensor,
+    requires_grad,
+    runs_plainly,
+    tensors_among,
+)
+from .recognition import Recognition
+from .recurrence import with_one_mask
 from .vtrace_composed import composed
-from .vtrace_problem import VTrace
+from .vtrace_problem import VTrace, check_thresholds, checked
 
 # Where the `forward` and `backward` of the backends live that solve all of it; imported at the first use.
 _BACKEND_MODULES = {"triton": ".vtrace_launch", "verify": ".vtrace_verify"}
@@ -29,15 +41,55 @@ _library.define(
 )
 
 
-def solve(problem: VTrace, time_dim: int, backend: str) -> Sequence[Tensor]:
-    """Advantage and value target, differentiable in the inputs of that name."""
-    tensors = [x for x in problem[:7] if x is not None] + tensors_among(problem[7:])
-    plainly = runs_plainly(tensors)
-    if not (torch.is_grad_enabled() and any(map(requires_grad, tensors))):
-        return (_solved if plainly else _forward)(backend, time_dim, problem)
+def solve(
+    problem: VTrace, time_dim: int, backend: str | None, names: Mapping[str, str] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Advantage and value target, differentiable.
+
+    Raises what `checked`, `check_thresholds` and `resolve_backend` raise, before anything is computed; ``names`` are
+    for `checked`.
+    """
+    name = resolve_backend(backend, problem.reward)
+    check_thresholds(problem)
+    problem = with_one_mask(problem)
+    # Forward-mode tangents don't show in requires_grad, and the fused backends have no rule for them.
+    plainly, known = is_unwatched() and forward_ad._current_level < 0, None
     if plainly:
-        return _solve_plainly((backend, time_dim, problem), *tensors)
-    return _Solve.apply(backend, time_dim, *problem)
+        setting = name, time_dim, torch.is_grad_enabled()
+        tensors, known = _fused(setting, problem)
+    if known is None:
+        given = problem
+        problem, dim = checked(problem, time_dim, names)
+        if not _is_fused(problem, name):
+            return composed(problem, dim, name)
+        tensors = tuple(tensors_among(problem))
+        differentiated = torch.is_grad_enabled() and any(map(requires_grad, tensors))
+        plainly = plainly and are_plain(tensors)
+        if plainly and problem is given:
+            _fused.remember(setting, problem, (dim, differentiated))
+    else:
+        dim, differentiated = known
+    if not differentiated:
+        advantage, value_target = (_solved if plainly else _forward)(name, dim, problem)
+    elif plainly:
+        advantage, value_target = _solve_plainly((name, dim, problem), *tensors)
+    else:
+        advantage, value_target = _Solve.apply(name, dim, *problem)
+    return advantage, value_target
+
+
+# Problems that passed their checks and that a fused backend solves, with tensors on which operators run plainly.
+_fused = Recognition()
+
+
+def _is_fused(problem: VTrace, backend: str) -> bool:
+    """Whether one kernel does it all, which takes constants that are numbers or 0-d and that want no gradient."""
+    if backend != "triton" and not (backend == "verify" and fastest_backend(problem.reward) == "triton"):
+        return False
+    for x in tensors_among((problem.gamma, problem.rho, problem.c)):
+        if x.ndim or (x.requires_grad and torch.is_grad_enabled()):
+            return False
+    return forward_ad._current_level < 0 and problem.has_one_precision
 
 
 class _Solve(torch.autograd.Function):
@@ -49,7 +101,8 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        _keep(ctx, *inputs, value_target=output[1])
+        backend, time_dim, *fields = inputs
+        _keep(ctx, backend, time_dim, VTrace(*fields), output[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -63,7 +116,7 @@ class _SolvePlainly(torch.autograd.Function):
     def forward(ctx: Any, call: tuple[str, int, VTrace], *tensors: Tensor) -> tuple[Tensor, ...]:
         backend, time_dim, problem = call
         outputs = tuple(_solved(backend, time_dim, problem))
-        _keep(ctx, backend, time_dim, *problem, value_target=outputs[1])
+        _keep(ctx, backend, time_dim, problem, outputs[1])
         return outputs
 
     @staticmethod
@@ -71,17 +124,17 @@ class _SolvePlainly(torch.autograd.Function):
         return gradients_of_tensors(_gradients, ctx, grads)
 
 
-def _keep(ctx: Any, backend: str, time_dim: int, *fields: Any, value_target: Tensor) -> None:
+def _keep(ctx: Any, backend: str, time_dim: int, problem: VTrace, value_target: Tensor) -> None:
     """Save for backward what `_Solve` got, and what it found."""
-    *tensors, gamma, rho, c = fields
-    scalars = gamma, rho, c
-    ctx.settings = backend, time_dim, scalars
+    scalars = problem[7:]
+    numbers: Sequence[Any] = scalars
     of_scalars: Sequence[Tensor | None] = (None, None, None)
     if tensors_among(scalars):
         of_scalars = [x if isinstance(x, Tensor) else None for x in scalars]
-        ctx.settings = backend, time_dim, [None if isinstance(x, Tensor) else x for x in scalars]
+        numbers = [None if isinstance(x, Tensor) else x for x in scalars]
+    ctx.settings = backend, time_dim, numbers
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *of_scalars, value_target)
+    ctx.save_for_backward(*problem[:7], *of_scalars, value_target)
 
 
 def _gradients(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -101,7 +154,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[bool]) 
         found = torch.autograd.grad(
             [x for x, _ in used], inputs, [g for _, g in used], create_graph=True, allow_unused=True
         )
-    elif runs_plainly(tensors_among((*problem, *grads))):
+    elif runs_plainly("vtrace_backward", (*problem, *grads)):
         found = _solved_backward(backend, time_dim, problem, value_target, grads, needs)
     else:
         found = torch.ops.fusedrl.vtrace_backward(backend, time_dim, *_flat(problem), value_target, *grads, needs)

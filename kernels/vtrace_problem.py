@@ -1,17 +1,20 @@
-"""The problem of V-trace that the fused backends solve, and which inputs have gradients."""
+"""The problem of V-trace, its checks, and which inputs have gradients in the fused backends."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .dtypes import compute_dtype, result_dtype
+from .recurrence import GAE, Recurrence, broadcasts
+from .recurrence import checked as checked_recurrence
 
 _PRECISE = {torch.float32, torch.float64}
 
 
 class VTrace(NamedTuple):
-    """Tensors of one shape; γ and the thresholds are numbers or 0-d tensors, which get no gradient here.
+    """Tensors of one shape; γ and the thresholds are numbers, or tensors that broadcast to it.
 
     Log-weights are log π − log μ, or ``log_pi`` itself where ``log_mu`` is None.
     """
@@ -62,3 +65,43 @@ class VTrace(NamedTuple):
         like = self.reward
         first = torch.empty_like(like) if dtype == like.dtype else torch.empty_like(like, dtype=dtype)
         return [first, torch.empty_like(first)]
+
+
+def checked(problem: VTrace, time_dim: int, names: Mapping[str, str] | None = None) -> tuple[VTrace, int]:
+    """``problem`` with bool masks, and ``time_dim`` counted from the front.
+
+    ``names`` are those of the fields that the caller knows by others.
+
+    Raises:
+        RuntimeError: an argument's shape or device isn't the reward's, or γ or a threshold doesn't broadcast to it.
+        IndexError: ``time_dim`` is out of range.
+
+    """
+    log_pi, log_mu, value, next_value, reward, done, terminated, gamma, rho, c = problem
+    recurrence, dim = checked_recurrence(
+        Recurrence(GAE, gamma, None, reward, value, next_value, done, terminated), time_dim, names
+    )
+    for name, x in (("log_pi", log_pi), ("log_mu", log_mu)):
+        if x is not None:
+            _check_tensor((names or {}).get(name, name), x, reward, agrees=x.shape == reward.shape)
+    for name, x in (("rho_thresh", rho), ("c_thresh", c)):
+        if isinstance(x, Tensor):
+            _check_tensor(name, x, reward, agrees=broadcasts(x.shape, reward.shape))
+    masks = {"done": recurrence.done, "terminated": recurrence.terminated}
+    return (problem if masks["done"] is done and masks["terminated"] is terminated else problem._replace(**masks)), dim
+
+
+def _check_tensor(name: str, x: Tensor, reward: Tensor, *, agrees: bool) -> None:
+    if not agrees:
+        raise RuntimeError(
+            f"{name} has shape {tuple(x.shape)}, which does not agree with the reward's {tuple(reward.shape)}"
+        )
+    if x.ndim and x.device != reward.device:
+        raise RuntimeError(f"{name} is on {x.device}, but reward is on {reward.device}")
+
+
+def check_thresholds(problem: VTrace) -> None:
+    """Raise ValueError if a threshold is negative, as far as the host knows."""
+    for name, x in (("rho_thresh", problem.rho), ("c_thresh", problem.c)):
+        if not isinstance(x, Tensor) and not x >= 0:
+            raise ValueError(f"{name} is {x}, but must not be negative")

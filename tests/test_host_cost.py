@@ -15,16 +15,12 @@ BENCH = Path(__file__).parent.parent / "bench"
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the clock of a thread is read on Linux")
 def test_an_estimator_costs_the_host_little_more_than_a_bare_function() -> None:
-    """At most 1.5 times the bare function is the aim. Where the caches are shared with others it is more: hence 2.
-
-    V-trace, which has twice the arguments and checks them, is beyond the aim where a forward alone is recorded.
-    """
+    """At most 1.5 times the bare function is the aim. Where the caches are shared with others it is more: hence 2."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FUSEDRL_BACKEND")}
     command = [sys.executable, str(BENCH / "host_cost.py"), "--json", "--rounds", "15", "--calls", "100"]
     rows = json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
     assert len(rows) == 12
-    beyond = {("vtrace_advantage_estimate", "forward"): 3}
-    assert [row for row in rows if row["ratio"] > beyond.get((row["function"], row["mode"]), 2)] == []
+    assert [row for row in rows if row["ratio"] > 2] == []
 
 
 LAUNCHES = """
@@ -212,20 +208,20 @@ for mode in (Seen, Functions):
 with torch.profiler.profile() as profiler:
     kernels.reward_to_go(0.9, reward, done)
 assert any("fusedrl" in event.key for event in profiler.key_averages())
-assert runs_plainly([reward, torch.nn.Parameter(reward)])
-assert not runs_plainly([reward.as_subclass(Subclass)])
-assert not runs_plainly([torch.empty(3, device="meta")])
+assert runs_plainly(None, [reward, torch.nn.Parameter(reward)])
+assert not runs_plainly(None, [reward.as_subclass(Subclass)])
+assert not runs_plainly(None, [torch.empty(3, device="meta")])
 left = []
 torch.func.grad(lambda x: (left.append(x), x.sum())[1])(reward)
-assert not runs_plainly(left), "a tensor that has outlived its transform"
+assert not runs_plainly(None, left), "a tensor that has outlived its transform"
 inside = []
-torch.func.grad(lambda x: (inside.append(runs_plainly([reward])), x.sum())[1])(reward)
+torch.func.grad(lambda x: (inside.append(runs_plainly(None, [reward])), x.sum())[1])(reward)
 assert inside == [False]
 with torch._subclasses.FakeTensorMode() as fake:
-    assert not runs_plainly([reward])
+    assert not runs_plainly(None, [reward])
     held = fake.from_tensor(reward)
-assert not runs_plainly([held])
-torch.jit.trace(lambda x: (inside.append(runs_plainly([reward])), x + 1)[1], reward)
+assert not runs_plainly(None, [held])
+torch.jit.trace(lambda x: (inside.append(runs_plainly(None, [reward])), x + 1)[1], reward)
 assert inside[1] is False, inside
 """
 )

@@ -75,27 +75,27 @@ def test_a_tensor_that_is_passed_twice_may_be_two_in_the_next_call(kernel, plann
     assert kernel.launched[-1][1][1] is y
 
 
-FIRST = torch.zeros(4, 5)
+FIRST, SECOND = torch.zeros(2, 4, 5)
 FORMS = {
-    "another setting": ("b", FIRST, FIRST, 0.5),
+    "another setting": ("b", FIRST, SECOND, 0.5),
     "another dtype": ("a", FIRST, FIRST.double(), 0.5),
     "another shape": ("a", torch.zeros(5, 4), torch.zeros(5, 4), 0.5),
     "another shape of the second": ("a", FIRST, torch.zeros(5), 0.5),
     "other strides": ("a", torch.zeros(5, 4).t(), FIRST, 0.5),
     "strides alike in sum": ("a", FIRST, torch.zeros(5, 4).t(), 0.5),
     "nothing": ("a", FIRST, None, 0.5),
-    "a tensor for the number": ("a", FIRST, FIRST, torch.tensor(0.5)),
-    "no number": ("a", FIRST, FIRST, None),
+    "a tensor for the number": ("a", FIRST, SECOND, torch.tensor(0.5)),
+    "no number": ("a", FIRST, SECOND, None),
 }
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_another_form_is_planned_anew(planned, name) -> None:
     launcher, settings = planned
-    launcher("a", FIRST, FIRST, 0.5)
+    launcher("a", FIRST, SECOND, 0.5)
     for _ in range(2):
         launcher(*FORMS[name])
-        launcher("a", FIRST, FIRST, 0.75)
+        launcher("a", FIRST, SECOND, 0.75)
     assert settings == ["a", FORMS[name][0]]
 
 
@@ -113,31 +113,17 @@ def test_all_forms_are_told_from_one_another(kernel, planned) -> None:
 
 def test_where_there_is_no_plan_nothing_is_launched(kernel, planned) -> None:
     launcher, settings = planned
-    assert not launcher("impossible", FIRST, FIRST, 0.5)
-    assert not launcher("impossible", FIRST, FIRST, 0.5)
+    assert not launcher("impossible", FIRST, SECOND, 0.5)
+    assert not launcher("impossible", FIRST, SECOND, 0.5)
     assert settings == ["impossible"]
     assert kernel.launched == []
-
-
-def test_where_all_have_one_shape_it_is_told_from_others(kernel) -> None:
-    settings = []
-
-    def plan(_, x, y):
-        settings.append(x.shape)
-        return Plan([Launch(kernel, len(x), [strided(x), y, None, None, None], BLOCK=1)])
-
-    launcher = Launcher(plan, one_shape=True)
-    for shape in ((4, 5), (5, 4), (20,), (4, 5)):
-        launcher(None, *torch.zeros(2, *shape))
-        assert kernel.launched[-1][0] == shape[:1]
-    assert settings == [(4, 5), (5, 4), (20,)]
 
 
 def test_what_is_neither_tensor_nor_float_is_refused(kernel, planned) -> None:
     launcher, _ = planned
     for number in (1, "1"):
         with pytest.raises(TypeError, match="a launch takes tensors, floats and None, but got "):
-            launcher("a", FIRST, FIRST, number)
+            launcher("a", FIRST, SECOND, number)
     assert kernel.launched == []
 
 
@@ -145,17 +131,17 @@ def test_plans_are_not_kept_without_bound(planned, monkeypatch) -> None:
     monkeypatch.setattr(launching, "_MOST_PLANS", 2)
     launcher, settings = planned
     for name in "abca":
-        launcher(name, FIRST, FIRST, 0.5)
+        launcher(name, FIRST, SECOND, 0.5)
     assert settings == ["a", "b", "c", "a"]
-    launcher("c", FIRST, FIRST, 0.5)
+    launcher("c", FIRST, SECOND, 0.5)
     assert settings == ["a", "b", "c", "a"]
 
 
 def test_plans_can_be_forgotten(planned) -> None:
     launcher, settings = planned
-    launcher("a", FIRST, FIRST, 0.5)
+    launcher("a", FIRST, SECOND, 0.5)
     Launcher.forget()
-    launcher("a", FIRST, FIRST, 0.5)
+    launcher("a", FIRST, SECOND, 0.5)
     assert settings == ["a", "a"]
 
 
