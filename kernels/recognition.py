@@ -22,9 +22,9 @@ _MOST_SETTINGS = 1024
 class Recognition:
     """What was found out about arguments, kept for others of the same form.
 
-    The form is the type of each argument, and of each tensor shape, strides, dtype, device, whether it requires a
-    gradient, and the keys that its operators are dispatched by, those that modes and transforms add among them. The
-    value of a number isn't part of it. Arguments of which two are one tensor are not recognised. No tensor is kept.
+    The form is the type of each argument, which of them are one tensor, and of each tensor shape, strides, dtype,
+    device, whether it requires a gradient, and the keys that its operators are dispatched by, those that modes and
+    transforms add among them. The value of a number isn't part of it. No tensor is kept.
     """
 
     def __init__(self) -> None:
@@ -37,14 +37,21 @@ class Recognition:
         for is_form_of, found in of_kinds.forms.get(setting, ()):
             if is_form_of(*tensors):
                 return tensors, found
+        if _repeats(tensors):  # which no form is of
+            setting, distinct = _without_repetitions(setting, tensors)
+            for is_form_of, found in of_kinds.forms.get(setting, ()):
+                if is_form_of(*distinct):
+                    return tensors, found
         return tensors, None
 
     def remember(self, setting: Hashable, arguments: Sequence[Any], found: Any) -> None:
         """Keep what was found out about arguments of this form, the latest few of each setting."""
+        if TensorGuards is None:
+            return
         of_kinds = self._of_kinds.get(tuple(map(type, arguments))) or self._new_kinds(arguments)
         tensors = of_kinds.tensors(arguments)
-        if TensorGuards is None or len(set(map(id, tensors))) < len(tensors):
-            return
+        if _repeats(tensors):
+            setting, tensors = _without_repetitions(setting, tensors)
         if len(of_kinds.forms) >= _MOST_SETTINGS:
             of_kinds.forms.clear()
         form = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check  # crashes without them
@@ -62,6 +69,17 @@ class _OfKinds(NamedTuple):
 
     tensors: Callable[[Sequence[Any]], tuple[Tensor, ...]]
     forms: dict[Hashable, tuple[tuple[Callable[..., bool], Any], ...]]
+
+
+def _repeats(tensors: Sequence[Tensor]) -> bool:
+    return len(set(map(id, tensors))) < len(tensors)
+
+
+def _without_repetitions(setting: Hashable, tensors: Sequence[Tensor]) -> tuple[Hashable, tuple[Tensor, ...]]:
+    """The distinct ones of the ``tensors``, and the ``setting`` with the places of all among them."""
+    distinct = {id(x): x for x in tensors}
+    places = {key: place for place, key in enumerate(distinct)}
+    return (setting, tuple([places[id(x)] for x in tensors])), tuple(distinct.values())
 
 
 def items(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

@@ -94,7 +94,7 @@ def checked(problem: Recurrence, time_dim: int, names: Mapping[str, str] | None 
 def with_one_mask(problem: Any) -> Any:
     """``problem`` with no ``terminated`` where it is ``done`` itself, which means the same.
 
-    The compiler refuses a function of one tensor twice, and a `Recognition` does not know it again.
+    The compiler refuses a function of one tensor twice.
     """
     return problem._replace(terminated=None) if problem.terminated is problem.done else problem
 

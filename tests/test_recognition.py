@@ -71,12 +71,19 @@ def test_another_setting_and_other_types_are_not_recognised(recognised) -> None:
     assert recognised("a", (MATRIX, 0.5, None))[1] is None
 
 
-def test_one_tensor_twice_is_not_recognised(recognised) -> None:
-    recognised.remember("b", (MATRIX, MATRIX), "known")
-    assert recognised("b", (MATRIX, MATRIX))[1] is None
-    assert recognised("b", (MATRIX, MATRIX.clone()))[1] is None, "and not kept for others, either"
-    recognised.remember("b", (MATRIX, MATRIX.clone()), "known")
-    assert recognised("b", (MATRIX, MATRIX))[1] is None
+def test_which_arguments_are_one_tensor_is_part_of_the_form() -> None:
+    found, x, y, z = Recognition(), *torch.zeros(3, 4, 5)
+    calls = {"xyz": (x, y, z), "xxz": (x, x, z), "xyx": (x, y, x), "xyy": (x, y, y), "xxx": (x, x, x)}
+    for known, (name, call) in enumerate(calls.items()):
+        assert [found("a", other)[1] for other in calls.values()][known:] == [None] * (5 - known)
+        found.remember("a", call, name)
+    for name, call in calls.items():
+        tensors, known = found("a", call)
+        assert known == name
+        assert all(a is b for a, b in zip(tensors, call, strict=True))
+    assert found("a", (y, y, x))[1] == "xxz"
+    assert found("a", (x.t(), x.t(), y))[1] is None
+    assert found("b", (x, x, z))[1] is None
 
 
 class Mode(TorchDispatchMode):
