@@ -138,7 +138,7 @@ def td0_return_estimate(
         one = td0_return_estimate(gamma, next_state_value[None], reward[None], terminated[None])
         return one.squeeze(0)
     problem, _ = checked(
-        Recurrence(TD_LAMBDA, gamma, None, reward, None, next_state_value, None, terminated), time_dim=0
+        Recurrence(TD_LAMBDA, gamma, None, reward, None, next_state_value, None, terminated), 0, _NAMES
     )
     assert problem.terminated is not None
     compute = torch.float64 if problem.dtype == torch.float64 else torch.float32

@@ -135,7 +135,7 @@ class Launcher:
 
     def __init__(self, plan: Callable[..., Plan | None]) -> None:
         self._plan = plan
-        self._recent = Recognition()
+        self._recent = Recognition()  # found at once, but of the latest forms alone
         self._plans: dict[Hashable, Plan | None] = {}  # by form
         self._all.append(self)
 
@@ -153,8 +153,9 @@ class Launcher:
         launches, workspaces = plan
         if workspaces:
             tensors += tuple([x.new(tensors[0]) for x in workspaces])
+        given = numbers(arguments)
         for launch in launches:
-            launch(device, tensors, numbers(arguments))
+            launch(device, tensors, given)
         return True
 
     def _find(self, settings: Hashable, arguments: Sequence[Any]) -> tuple[Plan | None, int, Callable[..., Any]]:
@@ -170,13 +171,14 @@ class Launcher:
         forms = [(x.dtype, x.shape, x.stride()) if isinstance(x, Tensor) else type(x) for x in arguments]
         device = next(x for x in arguments if isinstance(x, Tensor)).get_device()
         form = settings, device, *forms
-        if form not in self._plans:
+        plan = self._plans.get(form, _UNKNOWN)
+        if plan is _UNKNOWN:
             plan = self._new_plan(settings, arguments)
             if len(self._plans) >= _MOST_PLANS:
                 self._forget()
             self._plans[form] = plan
         numbers = items([i for i, x in enumerate(arguments) if type(x) is float])
-        found = self._plans[form], device, numbers
+        found = plan, device, numbers
         self._recent.remember(settings, arguments, found)
         return found
 
@@ -210,6 +212,7 @@ class Launcher:
         self._plans.clear()
 
 
+_UNKNOWN: Any = object()
 _MOST_PLANS = 4096
 
 

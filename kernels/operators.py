@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
+from operator import index
 from typing import Any
 
 import torch
@@ -46,20 +47,7 @@ def solve(
     Raises what `checked` and `resolve_backend` raise, before anything is computed; ``names`` are for `checked`.
     """
     name = resolve_backend(backend, problem.reward)
-    problem = with_one_mask(problem)
-    plainly, known = is_unwatched(), None
-    if plainly:
-        tensors, known = _checked(time_dim, problem)
-    if known is None:
-        given = problem
-        problem, dim = checked(problem, time_dim, names)
-        tensors = tuple(tensors_among(problem))
-        requires = any(map(requires_grad, tensors))
-        plainly = plainly and are_plain(tensors)
-        if plainly and problem is given:
-            _checked.remember(time_dim, problem, (dim, requires))
-    else:
-        dim, requires = known
+    problem, dim, tensors, requires, plainly = _recognised_or_checked(with_one_mask(problem), time_dim, names)
     # Forward-mode tangents don't show in requires_grad. _Solve has no rule for them and says so.
     if not (requires and torch.is_grad_enabled()) and forward_ad._current_level < 0:
         return _solved(problem, name, dim) if plainly else _forward(name, dim, problem)
@@ -68,8 +56,29 @@ def solve(
     return _Solve.apply(name, dim, *problem)
 
 
+def _recognised_or_checked(
+    problem: Recurrence, time_dim: int, names: Mapping[str, str] | None
+) -> tuple[Recurrence, int, tuple[Tensor, ...], bool, bool]:
+    """What `checked` gives, the tensors, whether one of them requires a gradient, and whether operators run plainly."""
+    unwatched = is_unwatched()
+    if unwatched:
+        time_dim = index(time_dim)
+        tensors, known = _checked_forms(time_dim, problem)
+        if known is not None:
+            dim, requires = known
+            return problem, dim, tensors, requires, True
+    given = problem
+    problem, dim = checked(problem, time_dim, names)
+    tensors = tuple(tensors_among(problem))
+    requires = any(map(requires_grad, tensors))
+    plainly = unwatched and are_plain(tensors)
+    if plainly and problem is given:
+        _checked_forms.remember(time_dim, problem, (dim, requires))
+    return problem, dim, tensors, requires, plainly
+
+
 # Problems that passed their checks, with tensors on which operators run plainly.
-_checked = Recognition()
+_checked_forms = Recognition()
 
 
 def tensors_among(fields: Iterable[Any]) -> list[Tensor]:
@@ -84,15 +93,15 @@ def runs_plainly(operator: Hashable, arguments: Sequence[Any]) -> bool:
     """Whether ``operator`` would do nothing with these arguments but call its implementation, unseen by anybody."""
     if not is_unwatched():
         return False
-    tensors, plain = _plain(operator, arguments)
+    tensors, plain = _plain_forms(operator, arguments)
     if plain is None:
         plain = are_plain(tensors)
-        _plain.remember(operator, arguments, plain)
+        _plain_forms.remember(operator, arguments, plain)
     return plain
 
 
 # Whether the tensors that operators were called with are plain.
-_plain = Recognition()
+_plain_forms = Recognition()
 
 
 def is_unwatched() -> bool:

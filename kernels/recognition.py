@@ -8,7 +8,9 @@ from collections.abc import Callable, Hashable, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 try:  # what `torch.compile` guards its code with: one call into C++ for all tensors
     from torch._C._dynamo.guards import TensorGuards
@@ -17,6 +19,7 @@ except ImportError:  # then nothing is recognised
 
 _MOST_FORMS = 8  # of one setting: looking through them must take less than finding out anew
 _MOST_SETTINGS = 1024
+_KINDS = frozenset((Tensor, Parameter, float, int, bool, str, list, type(None)))
 
 
 class Recognition:
@@ -24,7 +27,8 @@ class Recognition:
 
     The form is the type of each argument, which of them are one tensor, and of each tensor shape, strides, dtype,
     device, whether it requires a gradient, and the keys that its operators are dispatched by, those that modes and
-    transforms add among them. The value of a number isn't part of it. No tensor is kept.
+    transforms add among them. The value of a number isn't part of it. No tensor is kept. Tensors of a subclass, and
+    such as have no strides, are not recognised, and neither are arguments of uncommon types.
     """
 
     def __init__(self) -> None:
@@ -32,7 +36,9 @@ class Recognition:
 
     def __call__(self, setting: Hashable, arguments: Sequence[Any]) -> tuple[tuple[Tensor, ...], Any]:
         """The tensors among the arguments, and what was found out about such with the same ``setting``, or None."""
-        of_kinds = self._of_kinds.get(tuple(map(type, arguments))) or self._new_kinds(arguments)
+        of_kinds = self._of_kinds.get(tuple(map(type, arguments)))
+        if of_kinds is None:
+            return tuple([x for x in arguments if isinstance(x, Tensor)]), None
         tensors = of_kinds.tensors(arguments)
         for is_form_of, found in of_kinds.forms.get(setting, ()):
             if is_form_of(*tensors):
@@ -45,23 +51,22 @@ class Recognition:
         return tensors, None
 
     def remember(self, setting: Hashable, arguments: Sequence[Any], found: Any) -> None:
-        """Keep what was found out about arguments of this form, the latest few of each setting."""
-        if TensorGuards is None:
+        """Keep what was found out about arguments of this form (not None), the latest few of each setting."""
+        kinds = tuple(map(type, arguments))
+        tensors: Sequence[Tensor] = [x for x in arguments if isinstance(x, Tensor)]
+        if TensorGuards is None or not _KINDS.issuperset(kinds) or not all(map(_has_strides, tensors)):
             return
-        of_kinds = self._of_kinds.get(tuple(map(type, arguments))) or self._new_kinds(arguments)
-        tensors = of_kinds.tensors(arguments)
+        of_kinds = self._of_kinds.get(kinds)
+        if of_kinds is None:
+            places = [i for i, x in enumerate(arguments) if isinstance(x, Tensor)]
+            of_kinds = self._of_kinds[kinds] = _OfKinds(items(places), {})
         if _repeats(tensors):
             setting, tensors = _without_repetitions(setting, tensors)
         if len(of_kinds.forms) >= _MOST_SETTINGS:
             of_kinds.forms.clear()
-        form = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check  # crashes without them
-        of_kinds.forms[setting] = ((form, found), *of_kinds.forms.get(setting, ())[: _MOST_FORMS - 1])
-
-    def _new_kinds(self, arguments: Sequence[Any]) -> "_OfKinds":
-        """Get ready for arguments of these types."""
-        tensors = items([i for i, x in enumerate(arguments) if isinstance(x, Tensor)])
-        found = self._of_kinds[tuple(map(type, arguments))] = _OfKinds(tensors, {})
-        return found
+        # Without the two keywords it crashes.
+        is_form_of = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        of_kinds.forms[setting] = ((is_form_of, found), *of_kinds.forms.get(setting, ())[: _MOST_FORMS - 1])
 
 
 class _OfKinds(NamedTuple):
@@ -69,6 +74,10 @@ class _OfKinds(NamedTuple):
 
     tensors: Callable[[Sequence[Any]], tuple[Tensor, ...]]
     forms: dict[Hashable, tuple[tuple[Callable[..., bool], Any], ...]]
+
+
+def _has_strides(x: Tensor) -> bool:
+    return x.layout == torch.strided and not x.is_nested
 
 
 def _repeats(tensors: Sequence[Tensor]) -> bool:

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
+from operator import index
 from typing import Any
 
 import torch
@@ -51,24 +52,10 @@ def solve(
     """
     name = resolve_backend(backend, problem.reward)
     check_thresholds(problem)
-    problem = with_one_mask(problem)
-    # Forward-mode tangents don't show in requires_grad, and the fused backends have no rule for them.
-    plainly, known = is_unwatched() and forward_ad._current_level < 0, None
-    if plainly:
-        setting = name, time_dim, torch.is_grad_enabled()
-        tensors, known = _fused(setting, problem)
-    if known is None:
-        given = problem
-        problem, dim = checked(problem, time_dim, names)
-        if not _is_fused(problem, name):
-            return composed(problem, dim, name)
-        tensors = tuple(tensors_among(problem))
-        differentiated = torch.is_grad_enabled() and any(map(requires_grad, tensors))
-        plainly = plainly and are_plain(tensors)
-        if plainly and problem is given:
-            _fused.remember(setting, problem, (dim, differentiated))
-    else:
-        dim, differentiated = known
+    problem, dim, how = _recognised_or_checked(with_one_mask(problem), time_dim, name, names)
+    if how is None:
+        return composed(problem, dim, name)
+    tensors, differentiated, plainly = how
     if not differentiated:
         advantage, value_target = (_solved if plainly else _forward)(name, dim, problem)
     elif plainly:
@@ -78,8 +65,37 @@ def solve(
     return advantage, value_target
 
 
+def _recognised_or_checked(
+    problem: VTrace, time_dim: int, backend: str, names: Mapping[str, str] | None
+) -> tuple[VTrace, int, tuple[tuple[Tensor, ...], bool, bool] | None]:
+    """What `checked` gives, and how it is fused, or None if it isn't.
+
+    That is the tensors, whether the solution is differentiated, and whether operators run plainly.
+    """
+    # Forward-mode tangents don't show in requires_grad, and the fused backends have no rule for them.
+    unwatched = is_unwatched() and forward_ad._current_level < 0
+    if unwatched:
+        time_dim = index(time_dim)
+        # The default dtype is that of integers.
+        setting = backend, time_dim, torch.is_grad_enabled(), torch.get_default_dtype()
+        tensors, known = _fused_forms(setting, problem)
+        if known is not None:
+            dim, differentiated = known
+            return problem, dim, (tensors, differentiated, True)
+    given = problem
+    problem, dim = checked(problem, time_dim, names)
+    if not _is_fused(problem, backend):
+        return problem, dim, None
+    tensors = tuple(tensors_among(problem))
+    differentiated = torch.is_grad_enabled() and any(map(requires_grad, tensors))
+    plainly = unwatched and are_plain(tensors)
+    if plainly and problem is given:
+        _fused_forms.remember(setting, problem, (dim, differentiated))
+    return problem, dim, (tensors, differentiated, plainly)
+
+
 # Problems that passed their checks and that a fused backend solves, with tensors on which operators run plainly.
-_fused = Recognition()
+_fused_forms = Recognition()
 
 
 def _is_fused(problem: VTrace, backend: str) -> bool:

@@ -82,22 +82,22 @@ def checked(problem: VTrace, time_dim: int, names: Mapping[str, str] | None = No
         Recurrence(GAE, gamma, None, reward, value, next_value, done, terminated), time_dim, names
     )
     for name, x in (("log_pi", log_pi), ("log_mu", log_mu)):
-        if x is not None:
-            _check_tensor((names or {}).get(name, name), x, reward, agrees=x.shape == reward.shape)
+        if x is not None and x.shape != reward.shape:
+            raise RuntimeError(
+                f"{(names or {}).get(name, name)} has shape {tuple(x.shape)}, but reward has shape "
+                f"{tuple(reward.shape)}: both must agree"
+            )
     for name, x in (("rho_thresh", rho), ("c_thresh", c)):
-        if isinstance(x, Tensor):
-            _check_tensor(name, x, reward, agrees=broadcasts(x.shape, reward.shape))
-    masks = {"done": recurrence.done, "terminated": recurrence.terminated}
-    return (problem if masks["done"] is done and masks["terminated"] is terminated else problem._replace(**masks)), dim
-
-
-def _check_tensor(name: str, x: Tensor, reward: Tensor, *, agrees: bool) -> None:
-    if not agrees:
-        raise RuntimeError(
-            f"{name} has shape {tuple(x.shape)}, which does not agree with the reward's {tuple(reward.shape)}"
-        )
-    if x.ndim and x.device != reward.device:
-        raise RuntimeError(f"{name} is on {x.device}, but reward is on {reward.device}")
+        if isinstance(x, Tensor) and not broadcasts(x.shape, reward.shape):
+            raise RuntimeError(
+                f"{name} has shape {tuple(x.shape)}, which does not broadcast to the reward's {tuple(reward.shape)}"
+            )
+    for name, x in (("log_pi", log_pi), ("log_mu", log_mu), ("rho_thresh", rho), ("c_thresh", c)):
+        if isinstance(x, Tensor) and x.ndim and x.device != reward.device:
+            raise RuntimeError(f"{(names or {}).get(name, name)} is on {x.device}, but reward is on {reward.device}")
+    if recurrence.done is not done or recurrence.terminated is not terminated:
+        problem = problem._replace(done=recurrence.done, terminated=recurrence.terminated)
+    return problem, dim
 
 
 def check_thresholds(problem: VTrace) -> None:

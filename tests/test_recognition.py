@@ -8,6 +8,7 @@ import torch
 from fusedrl import kernels
 from fusedrl.kernels import operators, recognition
 from fusedrl.kernels.recognition import Recognition, items
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -59,7 +60,7 @@ def test_another_form_is_not_recognised(recognised, name) -> None:
     assert found is None
     assert tensors[-1] is vector
     recognised.remember("a", (OTHERS[name], 0.5, None, vector), name)
-    assert recognised("a", (OTHERS[name], 0.25, None, vector))[1] == name
+    assert recognised("a", (OTHERS[name], 0.25, None, vector))[1] == (None if name == "a subclass" else name)
     assert recognised("a", (MATRIX, 0.5, None, vector))[1] == "known"
 
 
@@ -126,6 +127,42 @@ def test_settings_are_not_kept_without_bound(monkeypatch) -> None:
     assert [found(name, [MATRIX])[1] for name in "abc"] == [None, None, "c"]
 
 
+STRANGE = {
+    "compressed": lambda: torch.zeros(4, 5).to_sparse_csr(),
+    "sparse": lambda: torch.zeros(4, 5).to_sparse(),
+    "nested": lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+    "a subclass": lambda: torch.zeros(4, 5).as_subclass(Subclass),
+    "fake": lambda: FakeTensorMode().from_tensor(torch.zeros(4, 5)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(Sparse|nested):UserWarning")
+@pytest.mark.parametrize("name", STRANGE)
+def test_what_has_no_strides_or_is_of_a_subclass_is_never_remembered(name) -> None:
+    found = Recognition()
+    for _ in range(2):
+        tensors, known = found("a", [MATRIX, STRANGE[name]()])
+        assert known is None
+        assert len(tensors) == 2
+        found.remember("a", tensors, "known")
+
+
+def test_no_type_of_the_users_is_kept_alive() -> None:
+    class Mine(torch.Tensor):
+        pass
+
+    class Number(float):
+        pass
+
+    found, types = Recognition(), [weakref.ref(Mine), weakref.ref(Number)]
+    found.remember("a", [MATRIX.as_subclass(Mine), 0.5], "known")
+    found.remember("a", [MATRIX, Number(0.5)], "known")
+    found("a", [MATRIX.as_subclass(Mine), Number(0.5)])
+    del Mine, Number
+    gc.collect()
+    assert [alive() for alive in types] == [None, None]
+
+
 def test_no_tensor_is_kept_alive() -> None:
     found = Recognition()
     x = torch.zeros(3)
@@ -145,7 +182,7 @@ def test_without_the_guards_of_the_compiler_nothing_is_recognised(monkeypatch) -
     tensors, known = found("a", [MATRIX])
     assert known is None
     assert tensors[0] is MATRIX
-    monkeypatch.setattr(operators, "_checked", found)
+    monkeypatch.setattr(operators, "_checked_forms", found)
     done = torch.tensor([False, True])
     for _ in range(2):
         assert kernels.reward_to_go(0.5, torch.ones(2), done).tolist() == [1.5, 1]
@@ -167,7 +204,7 @@ def steps(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str,
 
 ESTIMATES = {
     "gae": lambda gamma=0.9, **x: kernels.gae(gamma, 0.8, **x),
-    "vtrace": lambda gamma=0.9, **x: kernels.vtrace(gamma, x["reward"] / 2, **x),
+    "vtrace": lambda gamma=0.9, **x: kernels.vtrace(gamma, x["reward"].float() / 2, **x),
 }
 
 
@@ -219,6 +256,41 @@ def test_a_recognised_call_depends_on_what_is_not_in_the_form(estimate, backend,
     with kernels.use_backend("verify"):
         found({})
     assert not torch.equal(expected[0][0], expected[2][0]), "or the masks make no difference"
+
+
+@pytest.mark.parametrize("estimate", ESTIMATES)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_time_dim_that_is_no_integer_changes_nothing_for_those_that_are(estimate, backend, device) -> None:
+    function, x = ESTIMATES[estimate], steps(device)
+    with kernels.use_backend(backend):
+        for _ in range(2):
+            with pytest.raises(TypeError, match="integer"):
+                function(**x, time_dim=1.0)
+            last = function(**x, time_dim=1)[0]
+        which = torch.tensor(1)
+        torch.testing.assert_close(function(**x, time_dim=which)[0], last)
+        which.fill_(0)
+        torch.testing.assert_close(function(**x, time_dim=which)[0], function(**x, time_dim=0)[0])
+
+
+@pytest.mark.parametrize("estimate", ESTIMATES)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_integers_are_of_the_default_dtype_of_the_call(estimate, backend, device) -> None:
+    function, x = ESTIMATES[estimate], steps(device)
+    x |= {name: (9 * x[name]).long() for name in ("value", "next_value", "reward")}
+    before = torch.get_default_dtype()
+    try:
+        for _ in range(2):
+            for dtype in (torch.float32, torch.float64, torch.bfloat16):
+                torch.set_default_dtype(dtype)
+                with kernels.use_backend("reference"):
+                    expected = function(**x)[0]
+                with kernels.use_backend(backend):
+                    found = function(**x)[0]
+                assert found.dtype == dtype
+                torch.testing.assert_close(found, expected)
+    finally:
+        torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("estimate", ESTIMATES)
