@@ -20,7 +20,7 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/$(EXAMPLE).py $(if $(BACKEND),--backend $(BACKEND)) $(if $(SEED),--seed $(SEED))
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --dist loadgroup $(PYTEST)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
