@@ -2,7 +2,8 @@
 
 A pass of stride s folds into each step the result of the step s later, ``y[t] += c[t] · y[t+s]``, and doubles the
 reach of the coefficients, ``c[t] *= c[t+s]``; after log₂(steps) passes over y = d, y is the solution. The adjoint
-recurrence runs forwards in time, with the transposed passes ``a[t+s] += c[t] · a[t]`` and the same coefficients.
+recurrence runs forwards in time, with the transposed passes ``a[t+s] += c[t] · a[t]`` and the same coefficients. A
+few steps are walked one by one.
 
 Tiles keep the passes in cache and bound the work: rows are split first, then time, whose tiles are walked in the
 direction of the recurrence with a carry between them, so that the cost is O(B·T) for any T. Nothing is transposed:
@@ -24,6 +25,8 @@ from .recurrence import FIXED_DISCOUNT, GAE, SCAN, TD_LAMBDA, Recurrence
 # cores busy, each of the hundreds of passes would wait at a barrier for a thread that isn't running. A tile four times
 # as large is up to twice as fast on idle cores, and was 70 times slower (65536×32) beside one other process on two.
 _TILE = 1 << 15
+# Steps of a tile that are walked one by one: an operation for each, of a doubling's 3·log₂(steps) over all of them.
+_FEW_STEPS = 24
 
 
 def forward(problem: Recurrence, time_dim: int) -> list[Tensor]:
@@ -116,17 +119,32 @@ def _write_gradients(
 
 
 def _solve(coefficient: Tensor, y: Tensor, time_dim: int) -> None:
-    """y_t ← y_t + c_t · y_{t+1}, solved in place by doubling."""
+    """y_t ← y_t + c_t · y_{t+1}, solved in place: by doubling, or step by step where they are few."""
+    if _walks(y, time_dim):
+        following, *earlier = reversed(y.unbind(time_dim))
+        for step, c in zip(earlier, reversed(coefficient.unbind(time_dim)[:-1]), strict=True):
+            following = step.addcmul_(c, following)
+        return
     for stride, reach in _passes(coefficient, y.shape[time_dim], time_dim):
         steps = reach.shape[time_dim]
         y.narrow(time_dim, 0, steps).add_(reach * y.narrow(time_dim, stride, steps))
 
 
 def _solve_adjoint(coefficient: Tensor, adjoint: Tensor, time_dim: int) -> None:
-    """a_{t+1} ← a_{t+1} + c_t · a_t, solved in place by doubling."""
+    """a_{t+1} ← a_{t+1} + c_t · a_t, solved in place likewise."""
+    if _walks(adjoint, time_dim):
+        before, *later = adjoint.unbind(time_dim)
+        for step, c in zip(later, coefficient.unbind(time_dim)[:-1], strict=True):
+            before = step.addcmul_(c, before)
+        return
     for stride, reach in _passes(coefficient, adjoint.shape[time_dim], time_dim):
         steps = reach.shape[time_dim]
         adjoint.narrow(time_dim, stride, steps).add_(reach * adjoint.narrow(time_dim, 0, steps))
+
+
+def _walks(y: Tensor, time_dim: int) -> bool:
+    """Whether to go step by step. On another device than the CPU each step is a launch, however many rows it has."""
+    return y.shape[time_dim] <= _FEW_STEPS and y.device.type == "cpu"
 
 
 def _passes(coefficient: Tensor, steps: int, time_dim: int) -> Iterator[tuple[int, Tensor]]:

@@ -21,17 +21,20 @@ def composed(problem: VTrace, time_dim: int, backend: str) -> tuple[Tensor, Tens
     if log_mu is not None:
         log_weight = log_weight - log_mu
     log_weight, value, next_value, reward = (x.to(compute) for x in (log_weight, value, next_value, reward))
+    gamma = as_input(gamma, reward)
     if isinstance(gamma, Tensor):
-        gamma = gamma.to(compute)
+        gamma = gamma.to(reward.device, compute, non_blocking=True)
 
-    rho, c = _clipped(log_weight, rho_thresh), _clipped(log_weight, c_thresh)
+    rho = _clipped(log_weight, rho_thresh)
+    c = rho if _is_same_number(rho_thresh, c_thresh) else _clipped(log_weight, c_thresh)
     # Selected before the products, so that a terminal NaN stays out of the gradients of γ and the weights as well.
     bootstrap = torch.where(terminated, 0, next_value)
-    delta = rho * (reward + gamma * bootstrap - value)
+    gain = reward - value
+    delta = rho * _add_product(gain, gamma, bootstrap)
     value_target = value + reward_to_go(gamma * c, delta, ends, time_dim=time_dim, backend=backend)
 
     next_target = torch.where(ends | _last_step(ends, time_dim), bootstrap, value_target.roll(-1, time_dim))
-    advantage = rho * (reward + gamma * next_target - value)
+    advantage = rho * _add_product(gain, gamma, next_target)
     return advantage.to(dtype), value_target.to(dtype)
 
 
@@ -41,6 +44,16 @@ def _clipped(log_weight: Tensor, threshold: Any) -> Tensor:
     if isinstance(threshold, Tensor):
         return torch.minimum(log_weight, threshold.to(log_weight.dtype).log()).exp()
     return log_weight.clamp_max(math.log(threshold) if threshold > 0 else -math.inf).exp()
+
+
+def _add_product(x: Tensor, gamma: Any, y: Tensor) -> Tensor:
+    """x + γy in one pass over them."""
+    return torch.addcmul(x, y, gamma) if isinstance(gamma, Tensor) else torch.add(x, y, alpha=gamma)
+
+
+def _is_same_number(x: Any, y: Any) -> bool:
+    """Whether both are one number. Compiled code must serve others, too, and of tensors only the device knows."""
+    return not torch.compiler.is_compiling() and type(x) is type(y) is float and x == y
 
 
 def _last_step(like: Tensor, dim: int) -> Tensor:
