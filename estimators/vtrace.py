@@ -8,6 +8,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from ..kernels.vtrace import vtrace
+from ..kernels.vtrace_problem import check_thresholds
 from .base import ValueEstimatorBase, as_hyperparameter
 from .calls import distribution
 from .functional import log_ratio
@@ -82,9 +83,8 @@ class VTrace(BothValuesEstimatorBase):
     ) -> None:
         super().__init__(**kwargs)
         check_distribution(actor_network, "VTrace")
+        check_thresholds(rho_thresh, c_thresh)
         for name, threshold in (("rho_thresh", rho_thresh), ("c_thresh", c_thresh)):
-            if not isinstance(threshold, Tensor) and not threshold >= 0:
-                raise ValueError(f"{name} is {threshold}, but must not be negative")
             self.register_buffer(name, as_hyperparameter(threshold, self.gamma.device))
         self.actor_network = actor_network
         self.average_adv = average_adv

@@ -207,16 +207,20 @@ def gradients_of_tensors(gradients: Callable[..., list[Any]], ctx: Any, grads: S
 
 def _keep(ctx: Any, name: str, time_dim: int, problem: Recurrence, y: Tensor) -> None:
     """Save for backward what `_Solve` got, and what it found."""
-    kind, gamma, lmbda = problem[:3]
-    scalars: Sequence[Tensor | None] = (None, None)
-    needs_y = False  # which enters only the gradients of γ and λ
-    if tensors_among((gamma, lmbda)):
-        scalars = [x if isinstance(x, Tensor) else None for x in (gamma, lmbda)]
-        gamma, lmbda = (None if isinstance(x, Tensor) else x for x in (gamma, lmbda))
-        needs_y = any(x is not None and x.requires_grad for x in scalars)
-    ctx.settings = name, time_dim, kind, gamma, lmbda
+    (gamma, lmbda), scalars = numbers_and_tensors(problem[1:3])
+    needs_y = any(x is not None and x.requires_grad for x in scalars)  # it enters only the gradients of γ and λ
+    ctx.settings = name, time_dim, problem.kind, gamma, lmbda
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*scalars, *problem[3:], y if needs_y else None)
+
+
+def numbers_and_tensors(scalars: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Tensor | None]]:
+    """The ``scalars`` with None for those that are tensors, and these, with None for the others."""
+    if not tensors_among(scalars):
+        return scalars, [None] * len(scalars)
+    return [None if isinstance(x, Tensor) else x for x in scalars], [
+        x if isinstance(x, Tensor) else None for x in scalars
+    ]
 
 
 def _gradients(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:

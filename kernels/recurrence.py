@@ -106,27 +106,33 @@ _device = Tensor.device.__get__
 
 def _name_disagreement(problem: Recurrence, names: Mapping[str, str]) -> None:
     """Raise for the first tensor that is not of the reward's shape and on its device."""
-    reward = problem.reward
     for name in ("value", "next_value", "done", "terminated"):
-        x = getattr(problem, name)
-        if x is not None and (x.shape != reward.shape or x.device != reward.device):
-            raise RuntimeError(
-                f"{names.get(name, name)} has shape {tuple(x.shape)} on {x.device}, but reward has shape "
-                f"{tuple(reward.shape)} on {reward.device}: both must agree"
-            )
+        check_agrees(names.get(name, name), getattr(problem, name), problem.reward)
 
 
 def _check_scalars(problem: Recurrence) -> None:
-    reward = problem.reward
     for name in ("gamma", "lmbda"):
-        x = getattr(problem, name)
-        if isinstance(x, Tensor) and x.ndim:
-            if not broadcasts(x.shape, reward.shape):
-                raise RuntimeError(
-                    f"{name} has shape {tuple(x.shape)}, which does not broadcast to the reward's {tuple(reward.shape)}"
-                )
-            if x.device != reward.device:
-                raise RuntimeError(f"{name} is on {x.device}, but reward is on {reward.device}")
+        check_broadcasts(name, getattr(problem, name), problem.reward)
+
+
+def check_agrees(name: str, x: Tensor | None, reward: Tensor) -> None:
+    """Raise RuntimeError for a tensor ``x`` that is not of the reward's shape and on its device."""
+    if x is not None and (x.shape != reward.shape or x.device != reward.device):
+        raise RuntimeError(
+            f"{name} has shape {tuple(x.shape)} on {x.device}, but reward has shape {tuple(reward.shape)} on "
+            f"{reward.device}: both must agree"
+        )
+
+
+def check_broadcasts(name: str, x: Any, reward: Tensor) -> None:
+    """Raise RuntimeError for a tensor ``x`` with dimensions that doesn't broadcast to the reward, or lies elsewhere."""
+    if isinstance(x, Tensor) and x.ndim:
+        if not broadcasts(x.shape, reward.shape):
+            raise RuntimeError(
+                f"{name} has shape {tuple(x.shape)}, which does not broadcast to the reward's {tuple(reward.shape)}"
+            )
+        if x.device != reward.device:
+            raise RuntimeError(f"{name} is on {x.device}, but reward is on {reward.device}")
 
 
 def fit(gradient: Tensor, x: Tensor) -> Tensor:

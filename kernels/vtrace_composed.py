@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .operators import as_input
 from .returns import reward_to_go
+from .samples import as_scalar
 from .vtrace_problem import VTrace
 
 
@@ -21,9 +22,7 @@ def composed(problem: VTrace, time_dim: int, backend: str) -> tuple[Tensor, Tens
     if log_mu is not None:
         log_weight = log_weight - log_mu
     log_weight, value, next_value, reward = (x.to(compute) for x in (log_weight, value, next_value, reward))
-    gamma = as_input(gamma, reward)
-    if isinstance(gamma, Tensor):
-        gamma = gamma.to(reward.device, compute, non_blocking=True)
+    gamma = as_scalar(as_input(gamma, reward), compute, reward.device)
 
     rho = _clipped(log_weight, rho_thresh)
     c = rho if _is_same_number(rho_thresh, c_thresh) else _clipped(log_weight, c_thresh)

@@ -17,6 +17,7 @@ from .operators import (
     gradients_of_tensors,
     is_unwatched,
     number_or_tensor,
+    numbers_and_tensors,
     requires_grad,
     runs_plainly,
     tensors_among,
@@ -51,7 +52,7 @@ def solve(
     for `checked`.
     """
     name = resolve_backend(backend, problem.reward)
-    check_thresholds(problem)
+    check_thresholds(problem.rho, problem.c)
     problem, dim, how = _recognised_or_checked(with_one_mask(problem), time_dim, name, names)
     if how is None:
         return composed(problem, dim, name)
@@ -142,15 +143,10 @@ class _SolvePlainly(torch.autograd.Function):
 
 def _keep(ctx: Any, backend: str, time_dim: int, problem: VTrace, value_target: Tensor) -> None:
     """Save for backward what `_Solve` got, and what it found."""
-    scalars = problem[7:]
-    numbers: Sequence[Any] = scalars
-    of_scalars: Sequence[Tensor | None] = (None, None, None)
-    if tensors_among(scalars):
-        of_scalars = [x if isinstance(x, Tensor) else None for x in scalars]
-        numbers = [None if isinstance(x, Tensor) else x for x in scalars]
+    numbers, scalars = numbers_and_tensors(problem[7:])
     ctx.settings = backend, time_dim, numbers
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*problem[:7], *of_scalars, value_target)
+    ctx.save_for_backward(*problem[:7], *scalars, value_target)
 
 
 def _gradients(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .dtypes import compute_dtype, result_dtype
-from .recurrence import GAE, Recurrence, broadcasts
+from .recurrence import GAE, Recurrence, check_agrees, check_broadcasts
 from .recurrence import checked as checked_recurrence
 
 _PRECISE = {torch.float32, torch.float64}
@@ -81,27 +81,17 @@ def checked(problem: VTrace, time_dim: int, names: Mapping[str, str] | None = No
     recurrence, dim = checked_recurrence(
         Recurrence(GAE, gamma, None, reward, value, next_value, done, terminated), time_dim, names
     )
-    for name, x in (("log_pi", log_pi), ("log_mu", log_mu)):
-        if x is not None and x.shape != reward.shape:
-            raise RuntimeError(
-                f"{(names or {}).get(name, name)} has shape {tuple(x.shape)}, but reward has shape "
-                f"{tuple(reward.shape)}: both must agree"
-            )
-    for name, x in (("rho_thresh", rho), ("c_thresh", c)):
-        if isinstance(x, Tensor) and not broadcasts(x.shape, reward.shape):
-            raise RuntimeError(
-                f"{name} has shape {tuple(x.shape)}, which does not broadcast to the reward's {tuple(reward.shape)}"
-            )
-    for name, x in (("log_pi", log_pi), ("log_mu", log_mu), ("rho_thresh", rho), ("c_thresh", c)):
-        if isinstance(x, Tensor) and x.ndim and x.device != reward.device:
-            raise RuntimeError(f"{(names or {}).get(name, name)} is on {x.device}, but reward is on {reward.device}")
+    check_agrees((names or {}).get("log_pi", "log_pi"), log_pi, reward)
+    check_agrees("log_mu", log_mu, reward)
+    check_broadcasts("rho_thresh", rho, reward)
+    check_broadcasts("c_thresh", c, reward)
     if recurrence.done is not done or recurrence.terminated is not terminated:
         problem = problem._replace(done=recurrence.done, terminated=recurrence.terminated)
     return problem, dim
 
 
-def check_thresholds(problem: VTrace) -> None:
+def check_thresholds(rho_thresh: Any, c_thresh: Any) -> None:
     """Raise ValueError if a threshold is negative, as far as the host knows."""
-    for name, x in (("rho_thresh", problem.rho), ("c_thresh", problem.c)):
+    for name, x in (("rho_thresh", rho_thresh), ("c_thresh", c_thresh)):
         if not isinstance(x, Tensor) and not x >= 0:
             raise ValueError(f"{name} is {x}, but must not be negative")

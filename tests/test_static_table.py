@@ -11,7 +11,6 @@ import pytest
 triton = pytest.importorskip("triton")
 
 ROOT = Path(__file__).parent.parent
-
 STORED = json.loads((ROOT / "bench" / "results" / "static_kernels.json").read_text())
 
 
