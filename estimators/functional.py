@@ -412,7 +412,7 @@ def vtrace_advantage_estimate(
 
     """
     problem = VTrace(
-        log_pi, log_mu, state_value, next_state_value, reward, done, terminated, gamma, rho_thresh, c_thresh
+        log_pi, log_mu, state_value, next_state_value, reward, gamma, rho_thresh, c_thresh, done, terminated
     )
     return solve_vtrace(problem, time_dim, backend, _NAMES)
 

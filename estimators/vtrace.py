@@ -141,6 +141,7 @@ class VTrace(BothValuesEstimatorBase):
         advantage, value_target = vtrace(
             steps.gamma,
             steps.log_weight,
+            None,
             value,
             next_value,
             steps.reward,

@@ -1,13 +1,15 @@
 """The ``reference`` backend: the loops of `fusedrl.kernels.reference`, with gradients from autograd."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from . import reference
 from .recurrence import FIXED_DISCOUNT, GAE, SCAN, Recurrence
+
+Problem = TypeVar("Problem", bound=tuple)
 
 
 def forward(problem: Recurrence, time_dim: int) -> list[Tensor]:
@@ -28,17 +30,22 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of the needed inputs among γ, λ, reward, value and next value: the loop again, under autograd."""
-    fields: list[Any] = list(problem)
-    inputs = []
-    for i, need in enumerate(needs, start=1):
-        if need:
-            fields[i] = fields[i].detach().requires_grad_()
-            inputs.append(fields[i])
+    names = [name for name, need in zip(Recurrence._fields[1:6], needs, strict=True) if need]
+    return gradients(lambda leaves: _solve(leaves, time_dim), problem, names, grads)
+
+
+def gradients(
+    solve: Callable[[Problem], Sequence[Tensor]], problem: Problem, names: Sequence[str], grads: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """Those of the fields ``names`` of ``problem``, from ``grads`` of what ``solve`` makes of it, by autograd."""
+    leaves = {name: getattr(problem, name).detach().requires_grad_() for name in names}
     with torch.enable_grad():
-        outputs = _solve(Recurrence(*fields), time_dim)
-    used = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
-    found = torch.autograd.grad([o for o, _ in used], inputs, [g.to(o.dtype) for o, g in used], allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
+        outputs = solve(problem._replace(**leaves))  # type: ignore[attr-defined]  # of a NamedTuple
+    used = [(x, g.to(x.dtype)) for x, g in zip(outputs, grads, strict=True) if g is not None]
+    found = torch.autograd.grad(
+        [x for x, _ in used], list(leaves.values()), [g for _, g in used], allow_unused=True, materialize_grads=True
+    )
+    return list(found)
 
 
 def _solve(problem: Recurrence, time_dim: int) -> list[Tensor]:

@@ -196,12 +196,12 @@ def gradients_of_tensors(gradients: Callable[..., list[Any]], ctx: Any, grads: S
     """Those of a Function whose inputs are a problem and the tensors in it.
 
     What is saved are the problem's fields, None where there was no tensor, and one more; ``gradients(ctx, grads,
-    needs)`` finds those of the first fields, as many as can have one, which are 5.
+    needs)`` finds those of all but the last two, which are masks.
     """
     *fields, _ = ctx.saved_tensors
     needed = iter(ctx.needs_input_grad[1:])
-    needs = [x is not None and next(needed) for x in fields[:5]]
-    found = [*gradients(ctx, grads, needs), *[None] * (len(fields) - 5)]
+    needs = [x is not None and next(needed) for x in fields[:-2]]
+    found = [*gradients(ctx, grads, needs), None, None]
     return (None, *[g for g, x in zip(found, fields, strict=True) if x is not None])
 
 

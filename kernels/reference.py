@@ -7,6 +7,7 @@ autograd. Terms that an ended trajectory excludes are *selected* away (`torch.wh
 zero, and before they meet γ or λ, so that a NaN in an excluded term stays out of results and gradients.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -96,6 +97,53 @@ def fixed_discount_td_lambda_return(
         constants = [x.narrow(time_dim, t, 1) for x in (gamma, lmbda)]
         returns.append(td_lambda_return(*constants, *rest, time_dim=time_dim).select(time_dim, 0))
     return torch.stack(returns, time_dim) if returns else torch.zeros_like(reward)
+
+
+def vtrace(
+    gamma: Scalar,
+    log_weight: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    reward: Tensor,
+    done: Tensor,
+    terminated: Tensor,
+    rho_thresh: Scalar = 1.0,
+    c_thresh: Scalar = 1.0,
+    *,
+    time_dim: int = -1,
+) -> tuple[Tensor, Tensor]:
+    """Advantage A_t and value target G_t, with ρ_t = min(ρ̄, w_t) and c_t = min(c̄, w_t).
+
+    δ_t = ρ_t(r_t + γ(1 − term_t)v'_t − v_t);  G_t = v_t + δ_t + γc_t(1 − done_t)(G_{t+1} − v_{t+1});
+    A_t = ρ_t(r_t + γG_{t+1} − v_t), where G_{t+1} is (1 − term_t)v'_t if the trajectory ends at t.
+
+    The last step of the tensor ends a trajectory whether or not done is set there. Espeholt et al. 2018
+    (arXiv:1802.01561), equations 1 and 4.
+    """
+    gamma = _expand(gamma, reward)
+    rho, c = (_clipped_weight(log_weight, threshold) for threshold in (rho_thresh, c_thresh))
+    zero = reward.new_zeros(())
+    next_value = torch.where(terminated, zero, next_value)
+    target_next = next_value.select(time_dim, -1) if reward.shape[time_dim] else next_value
+    value_next = target_next
+    advantages, targets = [], []
+    for gamma_t, rho_t, c_t, v_t, next_v_t, r_t, done_t, term_t in _backwards(
+        time_dim, gamma, rho, c, value, next_value, reward, done, terminated
+    ):
+        ended = done_t | term_t
+        delta_t = rho_t * (r_t + gamma_t * next_v_t - v_t)
+        target_t = v_t + delta_t + torch.where(ended, zero, gamma_t * c_t * (target_next - value_next))
+        advantages.append(rho_t * (r_t + gamma_t * torch.where(ended, next_v_t, target_next) - v_t))
+        targets.append(target_t)
+        target_next, value_next = target_t, v_t
+    return _stack(advantages, reward, time_dim), _stack(targets, reward, time_dim)
+
+
+def _clipped_weight(log_weight: Tensor, threshold: Scalar) -> Tensor:
+    """min(w, threshold), of the logarithms, since exp may overflow: its gradient would then be 0 · ∞."""
+    if isinstance(threshold, Tensor):
+        return torch.minimum(log_weight, threshold.to(log_weight.dtype).log()).exp()
+    return log_weight.clamp_max(math.log(threshold) if threshold > 0 else -math.inf).exp()
 
 
 def reward_to_go(gamma: Scalar, reward: Tensor, done: Tensor, *, time_dim: int = -1) -> Tensor:

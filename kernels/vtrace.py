@@ -14,7 +14,8 @@ Scalar = float | Tensor
 
 def vtrace(
     gamma: Scalar,
-    log_weight: Tensor,
+    log_pi: Tensor,
+    log_mu: Tensor | None,
     value: Tensor,
     next_value: Tensor,
     reward: Tensor,
@@ -23,7 +24,6 @@ def vtrace(
     rho_thresh: Scalar = 1.0,
     c_thresh: Scalar = 1.0,
     *,
-    log_mu: Tensor | None = None,
     time_dim: int = -1,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -40,7 +40,8 @@ def vtrace(
 
     Args:
         gamma: discount γ.
-        log_weight: log w_t, for the policy π that is learned and the policy μ that acted; or, with ``log_mu``, log π.
+        log_pi: log π(a_t|s_t), for the policy π that is learned.
+        log_mu: log μ(a_t|s_t), for the policy μ that acted. None stands for 0, for a ``log_pi`` that is log w_t itself.
         value: v_t, the value of the step's observation.
         next_value: v'_t, the value of the observation that the step led to.
         reward: r_t; integers are computed in the default floating dtype.
@@ -49,7 +50,6 @@ def vtrace(
             Defaults to ``done``. A terminated step also ends its trajectory.
         rho_thresh: ρ̄, which sets whose value function is learned: π's if it is infinite, μ's if it is near 0.
         c_thresh: c̄, which sets how far back an error reaches, and with it the variance.
-        log_mu: log μ(a_t|s_t), which is subtracted from ``log_weight``.
         time_dim: the dimension of time.
         backend: which implementation runs; None for the block's or the process's choice.
 
@@ -64,14 +64,11 @@ def vtrace(
         >>> import torch
         >>> value, next_value, reward = torch.zeros(3), torch.tensor([0.0, 0.0, 8.0]), torch.ones(3)
         >>> done, log_weight = torch.tensor([False, False, True]), torch.tensor([1.0, 0.5, 2.0]).log()
-        >>> vtrace(0.5, log_weight, value, next_value, reward, done, torch.zeros_like(done))
+        >>> vtrace(0.5, log_weight, None, value, next_value, reward, done, torch.zeros_like(done))
         (tensor([1.8750, 1.7500, 5.0000]), tensor([1.8750, 1.7500, 5.0000]))
 
     See Espeholt et al. 2018, IMPALA (arXiv:1802.01561), equations 1 and 4.
 
     """
-    problem = VTrace(log_weight, log_mu, value, next_value, reward, done, terminated, gamma, rho_thresh, c_thresh)
-    return solve(problem, time_dim, backend, _NAMES)
-
-
-_NAMES = {"log_pi": "log_weight"}
+    problem = VTrace(log_pi, log_mu, value, next_value, reward, gamma, rho_thresh, c_thresh, done, terminated)
+    return solve(problem, time_dim, backend)

@@ -15,7 +15,7 @@ from .vtrace_problem import VTrace
 def composed(problem: VTrace, time_dim: int, backend: str) -> tuple[Tensor, Tensor]:
     """Advantage and value target, differentiable in all that is a tensor, γ and the thresholds included."""
     dtype, compute = problem.dtype, problem.compute_dtype
-    log_pi, log_mu, value, next_value, reward, done, terminated, gamma, rho_thresh, c_thresh = problem
+    log_pi, log_mu, value, next_value, reward, gamma, rho_thresh, c_thresh, done, terminated = problem
     terminated = done if terminated is None else terminated
     ends = done | terminated
     log_weight = log_pi.to(problem.log_weight_dtype)

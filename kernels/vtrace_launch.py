@@ -32,9 +32,9 @@ def backward(
     found = [
         torch.empty_like(problem.reward, dtype=x.dtype) if need else None
         for x, need in zip(problem.differentiable, needs, strict=True)
-    ]
+    ]  # of γ and the thresholds none, or this isn't asked
     results = [x for x in found if x is not None]
-    if not _run(problem, time_dim, None, value_target, *grads, *found):
+    if not _run(problem, time_dim, None, value_target, *grads, *found[:5]):
         dense = [None if x is None else x.contiguous() for x in grads]
         copies = backward(_dense(problem), time_dim, value_target.contiguous(), dense, needs)
         for result, copy in zip(results, copies, strict=True):
@@ -53,11 +53,11 @@ def _run(
 
     ``adjoint`` are the gradients of advantage and value target, and where those of the inputs are written.
     """
-    *inputs, gamma, rho, c = problem
+    *inputs, gamma, rho, c, done, terminated = problem
     is_adjoint, reward = bool(adjoint), problem.reward
     scalars = scalar(gamma, reward), scalar(rho, reward), scalar(c, reward)
     settings = time_dim, value_target.dtype, is_adjoint
-    return _vtrace(settings, *inputs, advantage, value_target, *adjoint, *scalars)
+    return _vtrace(settings, *inputs, done, terminated, advantage, value_target, *adjoint, *scalars)
 
 
 def _plan(settings: tuple[int, torch.dtype, bool], *arguments: Any) -> Plan | None:
@@ -88,5 +88,5 @@ _vtrace = Launcher(_plan)
 def _dense(problem: VTrace) -> VTrace:
     """``problem`` on contiguous copies."""
     return problem._replace(
-        **{name: x.contiguous() for name, x in zip(problem._fields[:7], problem[:7], strict=True) if x is not None}
+        **{name: x.contiguous() for name, x in problem._asdict().items() if isinstance(x, Tensor) and x.ndim}
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .backend import fastest_backend, resolve_backend
+from .backend import resolve_backend
 from .operators import (
     are_plain,
     gradients_of_tensors,
@@ -28,12 +28,12 @@ from .vtrace_composed import composed
 from .vtrace_problem import VTrace, check_thresholds, checked
 
 # Where the `forward` and `backward` of the backends live that solve all of it; imported at the first use.
-_BACKEND_MODULES = {"triton": ".vtrace_launch", "verify": ".vtrace_verify"}
+_BACKEND_MODULES = {"triton": ".vtrace_launch", "reference": ".vtrace_reference", "verify": ".vtrace_verify"}
 
 _ARGUMENTS = (
     "str backend, int time_dim, Tensor log_pi, Tensor? log_mu, Tensor value, Tensor next_value, Tensor reward, "
-    "Tensor done, Tensor? terminated, float? gamma_number, Tensor? gamma, float? rho_number, Tensor? rho, "
-    "float? c_number, Tensor? c"
+    "float? gamma_number, Tensor? gamma, float? rho_number, Tensor? rho, float? c_number, Tensor? c, "
+    "Tensor done, Tensor? terminated"
 )
 _library = torch.library.Library("fusedrl", "FRAGMENT")
 _library.define(f"vtrace({_ARGUMENTS}) -> Tensor[]")
@@ -100,13 +100,10 @@ _fused_forms = Recognition()
 
 
 def _is_fused(problem: VTrace, backend: str) -> bool:
-    """Whether one kernel does it all, which takes constants that are numbers or 0-d and that want no gradient."""
-    if backend != "triton" and not (backend == "verify" and fastest_backend(problem.reward) == "triton"):
+    """Whether the backend solves all of it."""
+    if forward_ad._current_level >= 0 or backend not in _BACKEND_MODULES:
         return False
-    for x in tensors_among((problem.gamma, problem.rho, problem.c)):
-        if x.ndim or (x.requires_grad and torch.is_grad_enabled()):
-            return False
-    return forward_ad._current_level < 0 and problem.has_one_precision
+    return backend != "triton" or problem.suits_kernel(differentiated=torch.is_grad_enabled())
 
 
 class _Solve(torch.autograd.Function):
@@ -123,7 +120,7 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None, None, *_gradients(ctx, grads, ctx.needs_input_grad[2:7]), *[None] * 5)
+        return (None, None, *_gradients(ctx, grads, ctx.needs_input_grad[2:10]), None, None)
 
 
 class _SolvePlainly(torch.autograd.Function):
@@ -143,10 +140,10 @@ class _SolvePlainly(torch.autograd.Function):
 
 def _keep(ctx: Any, backend: str, time_dim: int, problem: VTrace, value_target: Tensor) -> None:
     """Save for backward what `_Solve` got, and what it found."""
-    numbers, scalars = numbers_and_tensors(problem[7:])
+    numbers, constants = numbers_and_tensors(problem.constants)
     ctx.settings = backend, time_dim, numbers
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*problem[:7], *scalars, value_target)
+    ctx.save_for_backward(*problem[:5], *constants, *problem[8:], value_target)
 
 
 def _gradients(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -156,12 +153,12 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[bool]) 
         return [None] * len(needs)
     backend, time_dim, numbers = ctx.settings
     *tensors, value_target = ctx.saved_tensors
-    scalars = (n if x is None else x for n, x in zip(numbers, tensors[7:], strict=True))
-    problem = VTrace(*tensors[:7], *scalars)
+    constants = (n if x is None else x for n, x in zip(numbers, tensors[5:8], strict=True))
+    problem = VTrace(*tensors[:5], *constants, *tensors[8:])
     found: Sequence[Tensor | None]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the gradient will be differentiated
         inputs = [x for x, need in zip(problem.differentiable, needs, strict=True) if need]
-        outputs = composed(problem, time_dim, "triton")
+        outputs = composed(problem, time_dim, backend)
         used = [(x, g) for x, g in zip(outputs, grads, strict=True) if g is not None]
         found = torch.autograd.grad(
             [x for x, _ in used], inputs, [g for _, g in used], create_graph=True, allow_unused=True
@@ -203,13 +200,14 @@ def _solved_backward(
 
 def _flat(problem: VTrace) -> list[Any]:
     """The fields as the operators take them: each scalar as a pair (number, tensor)."""
-    scalars = [part for x in problem[7:] for part in number_or_tensor(x, problem.reward)]
-    return [*problem[:7], *scalars]
+    constants = [part for x in problem.constants for part in number_or_tensor(x, problem.reward)]
+    return [*problem[:5], *constants, *problem[8:]]
 
 
 def _gathered(arguments: Sequence[Any]) -> VTrace:
-    pairs = zip(arguments[7:13:2], arguments[8:13:2], strict=True)
-    return VTrace(*arguments[:7], *(number if tensor is None else tensor for number, tensor in pairs))
+    pairs = zip(arguments[5:11:2], arguments[6:11:2], strict=True)
+    constants = (number if tensor is None else tensor for number, tensor in pairs)
+    return VTrace(*arguments[:5], *constants, *arguments[11:])
 
 
 @cache
@@ -234,8 +232,10 @@ def _vtrace_fake(backend: str, time_dim: int, *arguments: Any) -> list[Tensor]:
 def _vtrace_backward_fake(backend: str, time_dim: int, *arguments: Any) -> list[Tensor]:
     *fields, _, _, _, needs = arguments
     problem = _gathered(fields)
-    wanted = [x for x, need in zip(problem.differentiable, needs, strict=True) if need]
-    return [torch.empty_like(problem.reward, dtype=x.dtype) for x in wanted]
+    of_steps = [
+        torch.empty_like(problem.reward, dtype=x.dtype) for x, need in zip(problem[:5], needs, strict=False) if need
+    ]
+    return of_steps + [torch.empty_like(x) for x, need in zip(problem.constants, needs[5:], strict=True) if need]
 
 
 _library.impl("vtrace", _vtrace, "CompositeExplicitAutograd")

@@ -1,6 +1,6 @@
-"""The problem of V-trace, its checks, and which inputs have gradients in the fused backends."""
+"""The problem of V-trace, and its checks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ _PRECISE = {torch.float32, torch.float64}
 class VTrace(NamedTuple):
     """Tensors of one shape; γ and the thresholds are numbers, or tensors that broadcast to it.
 
-    Log-weights are log π − log μ, or ``log_pi`` itself where ``log_mu`` is None.
+    ``log_mu`` may be None, for 0: then ``log_pi`` is the logarithm of the weight itself.
     """
 
     log_pi: Tensor
@@ -24,11 +24,11 @@ class VTrace(NamedTuple):
     value: Tensor
     next_value: Tensor
     reward: Tensor
-    done: Tensor
-    terminated: Any
     gamma: Any
     rho: Any
     c: Any
+    done: Tensor
+    terminated: Any
 
     @property
     def dtype(self) -> torch.dtype:
@@ -56,8 +56,24 @@ class VTrace(NamedTuple):
 
     @property
     def differentiable(self) -> tuple[Any, ...]:
-        """The inputs that can have gradients, in the order of the fields."""
-        return self[:5]
+        """The inputs that can have gradients, in the order of the fields: all but the masks."""
+        return self[:-2]
+
+    def names(self, needs: Sequence[bool]) -> list[str]:
+        """The names of those of the `differentiable` inputs that need a gradient."""
+        return [name for name, need in zip(self._fields, needs, strict=False) if need]
+
+    @property
+    def constants(self) -> tuple[Any, Any, Any]:
+        """γ and the thresholds ρ̄ and c̄."""
+        return self[5:8]
+
+    def suits_kernel(self, *, differentiated: bool) -> bool:
+        """Whether one kernel does it all: constants are numbers or 0-d, and none of them wants a gradient."""
+        for x in self.constants:
+            if isinstance(x, Tensor) and (x.ndim or (differentiated and x.requires_grad)):
+                return False
+        return self.has_one_precision
 
     def new_outputs(self) -> list[Tensor]:
         """Uninitialised: the advantage and the value target, laid out like the reward."""
@@ -77,11 +93,11 @@ def checked(problem: VTrace, time_dim: int, names: Mapping[str, str] | None = No
         IndexError: ``time_dim`` is out of range.
 
     """
-    log_pi, log_mu, value, next_value, reward, done, terminated, gamma, rho, c = problem
+    log_pi, log_mu, value, next_value, reward, gamma, rho, c, done, terminated = problem
     recurrence, dim = checked_recurrence(
         Recurrence(GAE, gamma, None, reward, value, next_value, done, terminated), time_dim, names
     )
-    check_agrees((names or {}).get("log_pi", "log_pi"), log_pi, reward)
+    check_agrees("log_pi", log_pi, reward)
     check_agrees("log_mu", log_mu, reward)
     check_broadcasts("rho_thresh", rho, reward)
     check_broadcasts("c_thresh", c, reward)

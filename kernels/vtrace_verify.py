@@ -1,14 +1,18 @@
-"""The ``verify`` backend of V-trace: the kernel, compared with the reference in float64.
+"""The ``verify`` backend of V-trace: what ``auto`` picks, compared with the reference loop in float64.
 
 A debugging aid: it reads results on the host, which waits for the device.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import vtrace_launch
+from . import vtrace_reference
+from .backend import fastest_backend
+from .loop import gradients
+from .recurrence import fit
 from .verify import compare
 from .vtrace_composed import composed
 from .vtrace_problem import VTrace
@@ -21,12 +25,14 @@ def forward(problem: VTrace, time_dim: int) -> list[Tensor]:
         VerificationError: one differs; the message has the worst element's index and both values.
 
     """
-    found = vtrace_launch.forward(problem, time_dim)
+    name = fastest_backend(problem.reward)
+    kernel = _kernel(problem, name, differentiated=True)
+    found = list(composed(problem, time_dim, name)) if kernel is None else kernel.forward(problem, time_dim)
     precise = _in_float64(problem)
-    expected = composed(precise, time_dim, "reference")
+    expected = vtrace_reference.solve(precise, time_dim)
     scale = _scale(precise, expected, time_dim)
     for what, x, wanted in zip(("V-trace advantage", "V-trace value target"), found, expected, strict=True):
-        compare(what, "triton", problem.dtype, x, wanted, scale)
+        compare(what, name, problem.dtype, x, wanted, scale)
     return found
 
 
@@ -39,24 +45,28 @@ def backward(
         VerificationError: one differs; the message has the worst element's index and both values.
 
     """
-    found = vtrace_launch.backward(problem, time_dim, value_target, grads, needs)
+    name, names = fastest_backend(problem.reward), problem.names(needs)
+    kernel = _kernel(problem, name, differentiated=not set(names).isdisjoint(("gamma", "rho", "c")))
+    if kernel is None:
+        found = gradients(lambda leaves: composed(leaves, time_dim, name), problem, names, grads)
+    else:
+        found = kernel.backward(problem, time_dim, value_target, grads, needs)
     precise = _in_float64(problem)
-    leaves = {
-        name: x.detach().requires_grad_()
-        for name, x, need in zip(VTrace._fields, precise.differentiable, needs, strict=False)
-        if need
-    }
-    with torch.enable_grad():
-        outputs = composed(precise._replace(**leaves), time_dim, "reference")
-    used = [(x, g.double()) for x, g in zip(outputs, grads, strict=True) if g is not None]
-    expected = torch.autograd.grad(
-        [x for x, _ in used], list(leaves.values()), [g for _, g in used], allow_unused=True, materialize_grads=True
-    )
-    size = torch.stack([g.abs() for _, g in used]).sum(0).amax(time_dim, keepdim=True)
-    scale = size * (1 + _scale(precise, outputs, time_dim))
-    for name, gradient, wanted in zip(leaves, found, expected, strict=True):
-        compare(f"V-trace gradient of {name}", "triton", problem.dtype, gradient, wanted, scale.expand_as(wanted))
+    expected = gradients(lambda leaves: vtrace_reference.solve(leaves, time_dim), precise, names, grads)
+    size = torch.stack([g.double().abs() for g in grads if g is not None]).sum(0).amax(time_dim, keepdim=True)
+    scale = size * (1 + _scale(precise, vtrace_reference.solve(precise, time_dim), time_dim))
+    for what, gradient, wanted in zip(names, found, expected, strict=True):
+        compare(f"V-trace gradient of {what}", name, problem.dtype, gradient, wanted, fit(scale, wanted))
     return found
+
+
+def _kernel(problem: VTrace, name: str, *, differentiated: bool) -> Any:
+    """The module of the kernel if it solves ``problem`` for the backend ``name``, else None."""
+    if name != "triton" or not problem.suits_kernel(differentiated=differentiated):
+        return None
+    from . import vtrace_launch  # Triton may be absent
+
+    return vtrace_launch
 
 
 def _in_float64(problem: VTrace) -> VTrace:
@@ -65,7 +75,7 @@ def _in_float64(problem: VTrace) -> VTrace:
 
 def _scale(problem: VTrace, outputs: Sequence[Tensor], time_dim: int) -> Tensor:
     """The largest magnitude in an element's row, of the inputs that are finite and of the results."""
-    terms = [problem.value, problem.next_value, problem.reward, *(x.detach() for x in outputs)]
+    terms = [problem.value, problem.next_value, problem.reward, *outputs]
     largest = [x.nan_to_num(0, 0, 0).abs().amax(time_dim, keepdim=True) for x in terms]
     weight = torch.as_tensor(problem.rho, dtype=torch.float64, device=problem.reward.device).clamp(1, 1e6)
     return (weight * torch.stack(largest).sum(0)).expand_as(problem.reward)

@@ -184,7 +184,6 @@ def of_steps(function, trailing=(), **numbers):
             **x,
             "value": x["state_value"],
             "next_value": x["next_state_value"],
-            "log_weight": x["log_pi"] - x["log_mu"],
             "increment": x["reward"],
         }
         return {key: value for key, value in named.items() if key in parameters}

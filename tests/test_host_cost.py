@@ -116,8 +116,8 @@ action = torch.rand(7, 3)
 logits = leaves(5, 51, 6, n=1)
 index, column, support = torch.zeros(5, dtype=torch.long), torch.rand(5), torch.linspace(-1, 1, 51)
 cases = {
-    "vtrace": (both(lambda *x: kernels.vtrace(0.9, *x, done), *steps), 2),
-    "vtrace, split": (both(lambda *x: kernels.vtrace(alpha, *x, ended), *long), 4),
+    "vtrace": (both(lambda w, *x: kernels.vtrace(0.9, w, None, *x, done), *steps), 2),
+    "vtrace, split": (both(lambda w, *x: kernels.vtrace(alpha, w, None, *x, ended), *long), 4),
     "clip_ppo_loss": (both(lambda x: kernels.clip_ppo_loss(x, constant, constant, 0.2, alpha).loss, value), 1),
     "clip_ppo_loss, counted": (
         both(lambda x: kernels.clip_ppo_loss(x, constant, constant, 0.2, 0.2, mask=mask, normalize=True).loss, value),

@@ -122,7 +122,7 @@ def test_a_tensor_that_is_the_negative_of_its_memory_is_read_as_what_it_says(bac
     options = {"backend": backend}
     for function in (
         lambda x: kernels.gae(0.9, 0.8, value, value, x, done, **options),
-        lambda x: kernels.vtrace(0.9, value, value, value, x, done, **options),
+        lambda x: kernels.vtrace(0.9, value, None, value, value, x, done, **options),
         lambda x: kernels.value_target(value[None], x, done, 0.9, **options),
         lambda x: kernels.ensemble_loss(value[None], x, "l2", **options),
         lambda x: kernels.clip_ppo_loss(x, value, value, 0.2, 0.2, **options),

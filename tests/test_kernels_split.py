@@ -29,7 +29,7 @@ def gae(gamma: float, x: Tensor, done: Tensor, **options) -> tuple[Tensor, ...]:
 
 
 def vtrace(gamma: float, x: Tensor, done: Tensor, **options) -> tuple[Tensor, ...]:
-    return kernels.vtrace(gamma, x.sin(), x.sin(), x.cos(), x, done, **options)
+    return kernels.vtrace(gamma, x.sin(), None, x.sin(), x.cos(), x, done, **options)
 
 
 either_kernel = pytest.mark.parametrize("estimate", [gae, vtrace])

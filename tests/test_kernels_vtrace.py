@@ -11,7 +11,7 @@ from torch.library import opcheck
 pytest.importorskip("triton")
 
 FUSED = ("triton", "verify")
-LEAVES = ("log_weight", "value", "next_value", "reward", "log_mu")
+LEAVES = ("log_pi", "value", "next_value", "reward", "log_mu")
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def arguments(shape, device, *, time_major=False, log_mu=True, terminated=True, 
     found["done"] = new() > 1
     found["terminated"] = new() > 1.2 if terminated else None
     if not log_mu:
-        del found["log_mu"]
+        found["log_mu"] = None
     return found
 
 
@@ -122,7 +122,7 @@ def test_a_nan_behind_the_end_of_a_trajectory_reaches_nothing(device):
 
 def test_a_nan_that_counts_is_not_hidden_by_a_threshold(device):
     given = arguments((1, 4), device, terminated=False)
-    given["log_weight"][0, 2] = torch.nan
+    given["log_pi"][0, 2] = torch.nan
     advantage, value_target = kernels.vtrace(0.9, **given, backend="triton")
     assert advantage[0, 2].isnan()
     assert value_target[0, 2].isnan()
@@ -149,11 +149,11 @@ def test_verify_names_what_is_wrong(device, monkeypatch):
 def test_the_operators_keep_their_contract(device, wants):
     given = arguments((2, 5), device)
     x = [given[name].requires_grad_(wants) for name in LEAVES]
-    fields = (x[0], x[4], *x[1:4], given["done"], given["terminated"], 0.9, None, None, torch.tensor(1.0), 0.8, None)
+    constants = (0.9, None, None, torch.tensor(1.0), 0.8, None)
+    fields = (x[0], x[4], *x[1:4], *constants, given["done"], given["terminated"])
     kinds = ("test_schema", "test_faketensor")
     opcheck(torch.ops.fusedrl.vtrace, ("triton", 1, *fields), test_utils=kinds)
     fields = tuple(y.detach() if isinstance(y, torch.Tensor) else y for y in fields)
     grads = (x[0].detach(), x[1].detach(), None)
-    opcheck(
-        torch.ops.fusedrl.vtrace_backward, ("triton", 1, *fields, *grads, [True, wants] * 2 + [True]), test_utils=kinds
-    )
+    needs = [True, wants, True, wants, True, False, False, False]
+    opcheck(torch.ops.fusedrl.vtrace_backward, ("triton", 1, *fields, *grads, needs), test_utils=kinds)

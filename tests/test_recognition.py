@@ -204,7 +204,7 @@ def steps(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str,
 
 ESTIMATES = {
     "gae": lambda gamma=0.9, **x: kernels.gae(gamma, 0.8, **x),
-    "vtrace": lambda gamma=0.9, **x: kernels.vtrace(gamma, x["reward"].float() / 2, **x),
+    "vtrace": lambda gamma=0.9, **x: kernels.vtrace(gamma, x["reward"].float() / 2, None, **x),
 }
 
 
@@ -322,4 +322,4 @@ def test_a_negative_threshold_is_refused_after_any_number_of_right_calls(device)
     for _ in range(2):
         ESTIMATES["vtrace"](**x)
         with pytest.raises(ValueError, match="c_thresh is -1"):
-            kernels.vtrace(0.9, x["reward"], **x, c_thresh=-1.0)
+            kernels.vtrace(0.9, x["reward"], None, **x, c_thresh=-1.0)

@@ -6,6 +6,8 @@ import re
 import fusedrl.estimators as E
 import pytest
 import torch
+from fusedrl.kernels import vtrace_verify
+from fusedrl.kernels.verify import VerificationError
 from fusedrl.kernels.vtrace import vtrace
 from fusedrl.losses import A2CLoss, ClipPPOLoss, KLPENPPOLoss, PPOLoss, ReinforceLoss
 from helpers_estimators import (
@@ -42,7 +44,8 @@ def weighted(shape=(2, 9, 1), seed=0, device="cpu"):
     """The arguments of the kernel function, by name."""
     x = {key: x.to(device) for key, x in signals(shape, seed).items()}
     return {
-        "log_weight": 2 * (x["log_pi"] - x["log_mu"]),
+        "log_pi": 2 * (x["log_pi"] - x["log_mu"]),
+        "log_mu": None,
         "value": x["state_value"],
         "next_value": x["next_state_value"],
         "reward": x["reward"],
@@ -65,9 +68,9 @@ def estimator(**options):
     return E.VTrace(**{**given, **options})
 
 
-def by_sums(gamma, log_weight, value, next_value, reward, done, terminated, rho_thresh, c_thresh):
+def by_sums(gamma, log_pi, log_mu, value, next_value, reward, done, terminated, rho_thresh, c_thresh):
     """Equations 1 and 4 of the paper for one trajectory after the other, each sum from its start: no recurrence."""
-    weight, ends = log_weight.exp(), done | terminated
+    weight, ends = log_pi.exp(), done | terminated
     rho, c = weight.clamp_max(rho_thresh), weight.clamp_max(c_thresh)
     bootstrap = torch.where(terminated, 0, next_value)
     delta = rho * (reward + gamma * bootstrap - value)
@@ -104,7 +107,7 @@ def test_value_target_and_advantage_are_the_sums_of_the_paper(backend, device, r
 def test_on_policy_the_value_target_is_that_of_td1():
     inputs = weighted()
     inputs["next_value"] = torch.where(inputs["done"], inputs["next_value"], inputs["value"].roll(-1, 1))
-    inputs["log_weight"] = torch.zeros_like(inputs["reward"])
+    inputs["log_pi"] = torch.zeros_like(inputs["reward"])
     _, value_target = vtrace(GAMMA, **inputs, time_dim=1)
     rest = (inputs[key] for key in ("next_value", "reward", "done", "terminated"))
     assert_close(value_target, E.vec_td1_return_estimate(GAMMA, *rest))
@@ -113,7 +116,7 @@ def test_on_policy_the_value_target_is_that_of_td1():
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_gradients_of_all_inputs_agree_with_finite_differences(backend):
     inputs = weighted((1, 5, 1), seed=3)
-    names = ["log_weight", "value", "next_value", "reward"]
+    names = ["log_pi", "value", "next_value", "reward"]
     gamma, rho, c = (torch.tensor(x, dtype=torch.float64) for x in (0.9, 1.3, 0.8))
 
     def outputs(gamma, rho, c, *leaves):
@@ -127,13 +130,32 @@ def test_gradients_of_all_inputs_agree_with_finite_differences(backend):
 @every_backend
 def test_a_weight_that_overflows_is_clipped_and_has_a_gradient_of_zero(backend, device):
     inputs = weighted(device=device)
-    inputs["log_weight"][0, 3] = 1e4
-    inputs["log_weight"][1, 2] = -torch.inf
-    inputs["log_weight"].requires_grad_()
+    inputs["log_pi"][0, 3] = 1e4
+    inputs["log_pi"][1, 2] = -torch.inf
+    inputs["log_pi"].requires_grad_()
     outputs = vtrace(GAMMA, **inputs, time_dim=1, backend=backend)
-    (gradient,) = torch.autograd.grad(sum(x.sum() for x in outputs), inputs["log_weight"])
+    (gradient,) = torch.autograd.grad(sum(x.sum() for x in outputs), inputs["log_pi"])
     assert all(x.isfinite().all() for x in (*outputs, gradient))
     assert gradient[0, 3] == gradient[1, 2] == 0
+
+
+def test_verify_names_what_is_wrong_where_no_kernel_solves_it(device, monkeypatch):
+    inputs = weighted(device=device)
+    gamma = torch.full((2, 1, 1), GAMMA, dtype=torch.float64, device=device, requires_grad=True)
+    found = [vtrace(gamma, **inputs, time_dim=1, backend=backend) for backend in ("verify", "torch")]
+    gradients = [torch.autograd.grad(sum(x.sum() for x in results), gamma) for results in found]
+    for x, wanted in zip(found[0] + gradients[0], found[1] + gradients[1], strict=True):
+        assert_close(x, wanted)
+
+    composed = vtrace_verify.composed
+    twice = lambda x: 2 * x - x.detach()  # noqa: E731  # the same number, of which the gradient is twice as large
+    monkeypatch.setattr(vtrace_verify, "composed", lambda p, *x: composed(p._replace(gamma=twice(p.gamma)), *x))
+    results = vtrace(gamma, **inputs, time_dim=1, backend="verify")
+    with pytest.raises(VerificationError, match="V-trace gradient of gamma"):
+        sum(x.sum() for x in results).backward()
+    monkeypatch.setattr(vtrace_verify, "composed", lambda p, *x: composed(p._replace(reward=p.reward + 1), *x))
+    with pytest.raises(VerificationError, match=r"V-trace advantage.*index \(\d, \d, 0\)"):
+        vtrace(gamma, **inputs, time_dim=1, backend="verify")
 
 
 @pytest.mark.parametrize(
@@ -142,7 +164,7 @@ def test_a_weight_that_overflows_is_clipped_and_has_a_gradient_of_zero(backend, 
         ({"rho_thresh": -1.0}, ValueError, "rho_thresh is -1.0"),
         ({"c_thresh": float("nan")}, ValueError, "c_thresh is nan"),
         ({"c_thresh": torch.ones(3)}, RuntimeError, r"c_thresh has shape \(3,\).*\(2, 9, 1\)"),
-        ({"log_weight": torch.zeros(2, 9)}, RuntimeError, r"log_weight has shape \(2, 9\).*\(2, 9, 1\)"),
+        ({"log_pi": torch.zeros(2, 9)}, RuntimeError, r"log_pi has shape \(2, 9\).*\(2, 9, 1\)"),
         ({"value": torch.zeros(2, 9)}, RuntimeError, r"value has shape \(2, 9\)"),
     ],
     ids=str,
