@@ -44,6 +44,11 @@ def _key_in_use(name: str) -> property:
     return property(lambda self: getattr(self.tensor_keys, name), doc=f"The key in use for {name}; see `set_keys`.")
 
 
+def _of_network(name: str, doc: str) -> property:
+    """A setting that is the value network's (`ValueNetwork`)."""
+    return property(lambda self: getattr(self._network, name), lambda self, x: setattr(self._network, name, x), doc=doc)
+
+
 class ValueEstimatorBase(TensorDictModuleBase):
     r"""Base of the estimators that turn rewards and values into advantages and value targets.
 
@@ -55,7 +60,8 @@ class ValueEstimatorBase(TensorDictModuleBase):
             ``.to(dtype)`` or ``.half()`` changes; a number is kept in float64.
         shifted: call the network once on T + ``shifted_budget`` observations instead of 2T (see
             `fusedrl.estimators.shifted`). Steps that don't fit get advantage and value target 0 and a False under
-            ``"shifted_valid"``. Only for one-step data and without ``target_params``.
+            ``"shifted_valid"``. Only for one-step data and without ``target_params``. Values that are taken from the
+            TensorDict are taken as they are.
         differentiable: let gradients through to the values of the current observations, and to the rewards. Next
             values are constants in `forward`, and ``params`` always are.
         skip_existing: take values that are present instead of calling the network. None: as
@@ -165,15 +171,17 @@ class ValueEstimatorBase(TensorDictModuleBase):
         """The value network. Its parameters are not this module's: they belong to whoever passed it."""
         return self._network.module
 
-    @property
-    def skip_existing(self) -> bool | None:
-        """Whether values that are present are used instead of the network."""
-        return self._network.skip_existing
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "value_network":
+            super().__setattr__(name, value)
+            return
+        # Not a setter, which a torch.nn.Module doesn't ask before it takes another for its child.
+        network = self._network.calling(value)
+        _check_written(self._tensor_keys.value, value)
+        self._network = network
 
-    @property
-    def deactivate_vmap(self) -> bool:
-        """Whether the network is never called under `torch.vmap`."""
-        return self._network.deactivate_vmap
+    skip_existing = _of_network("skip_existing", "Whether values that are present are used instead of the network.")
+    deactivate_vmap = _of_network("deactivate_vmap", "Whether the network is never called under `torch.vmap`.")
 
     @property
     def vmap_randomness(self) -> str:
@@ -205,9 +213,8 @@ class ValueEstimatorBase(TensorDictModuleBase):
                 raise KeyError(f"{type(self).__name__} has no key {name!r}; it has: {', '.join(known)}")
             if not isinstance(key, str | tuple) and not (isinstance(key, list) and name in ONE_PER_HEAD):
                 raise ValueError(f"the key {name!r} must be a str or a tuple of str, but is {key!r}")
-            network = self.value_network
-            if name == "value" and network is not None and key not in network.out_keys:
-                raise KeyError(f"the value key {key!r} is not written by the value network: {network.out_keys}")
+            if name == "value":
+                _check_written(key, self.value_network)
         self._tensor_keys = self._AcceptedKeys(**{**asdict(self._tensor_keys), **keys})
 
     # The keys in use by a name of their own, as TorchRL's estimators have them.
@@ -218,6 +225,7 @@ class ValueEstimatorBase(TensorDictModuleBase):
     done_key = _key_in_use("done")
     terminated_key = _key_in_use("terminated")
     steps_to_next_obs_key = _key_in_use("steps_to_next_obs")
+    sample_log_prob_key = _key_in_use("sample_log_prob")
 
     @property
     def in_keys(self) -> list[NestedKey]:
@@ -449,8 +457,9 @@ class ValueEstimatorBase(TensorDictModuleBase):
         params = None if params is None else params.detach()
         next_params = params if target_params is None else target_params
         valid = None
+        stored = all(x.get(key, None) is not None for x in (data, next_data))
         try:
-            if self.shifted:
+            if self.shifted and not stored:
                 truncated = any_right((steps.done != 0) & (steps.terminated == 0), tensordict.ndim)
                 value, next_value, valid = shifted_values(
                     partial(self._network.value, value_key=key, params=params, **kwargs),
@@ -554,6 +563,12 @@ def _write(tensordict: TensorDictBase, key: NestedKey, x: Tensor) -> None:
         if parent is not None and x.shape[: parent.ndim] != parent.batch_size:
             parent.batch_size = tensordict.batch_size
     tensordict.set(key, x)
+
+
+def _check_written(key: NestedKey, network: Any) -> None:
+    """Raise KeyError if the value ``network``, if there is one, doesn't write the value where it is looked for."""
+    if network is not None and key not in network.out_keys:
+        raise KeyError(f"the value key {key!r} is not written by the value network: {network.out_keys}")
 
 
 def _next(key: NestedKey) -> NestedKey:

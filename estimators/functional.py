@@ -8,8 +8,8 @@ backend in force (see `fusedrl.kernels.use_backend`) or the one that a call name
 * ``done`` ends the trajectory after the step, ``terminated`` (by default ``done``) also forbids the bootstrap from
   the next value, which is then not read; a terminated step is done. Non-zero means true, whatever the dtype;
 * results have the floating dtype of reward and values together; half precision is computed in float32;
-* ``rolling_gamma=False`` makes a per-step γ (and λ) of step t hold for all of the trajectory that follows t. By
-  default each step k is discounted with its own γ_k. For a number or a 0-d γ both are the same;
+* ``rolling_gamma=False`` makes a per-step γ or λ of step t hold for all of the trajectory that follows t. By
+  default each step k has its own γ_k and λ_k. For numbers and 0-d tensors both are the same;
 * RuntimeError is raised, naming the argument, when shapes or devices disagree (`reward2go`: ValueError for shapes).
 """
 
@@ -285,8 +285,8 @@ def vec_td_lambda_return_estimate(
         tensor([2.7500, 3.5000, 5.0000])
 
     """
-    fixed = rolling_gamma is False and isinstance(gamma, Tensor) and gamma.ndim
-    kind = FIXED_DISCOUNT if fixed else TD_LAMBDA
+    per_step = any(isinstance(x, Tensor) and x.ndim for x in (gamma, lmbda))
+    kind = FIXED_DISCOUNT if rolling_gamma is False and per_step else TD_LAMBDA
     problem = Recurrence(kind, gamma, lmbda, reward, None, next_state_value, done, terminated)
     (value_target,) = solve(problem, time_dim, backend, _NAMES)
     return value_target

@@ -61,6 +61,17 @@ class ValueNetwork:
         self.chunk_dim = chunk_dim
         self.vmap_randomness = _default_randomness(module)
 
+    def calling(self, module: Any) -> "ValueNetwork":
+        """Another with the same settings, for another ``module``."""
+        return ValueNetwork(
+            module,
+            skip_existing=self.skip_existing,
+            deactivate_vmap=self.deactivate_vmap,
+            chunk_size=self.chunk_size,
+            num_chunks=self.num_chunks,
+            chunk_dim=self.chunk_dim,
+        )
+
     @property
     def in_keys(self) -> list[NestedKey]:
         """What the network reads; nothing without a network."""

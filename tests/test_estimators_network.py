@@ -324,3 +324,43 @@ def test_standardising_ignores_what_is_not_valid_even_nan():
     x = torch.tensor([1.0, 2.0, 6.0, float("nan")])
     actual = standardize(x, torch.tensor([True, True, True, False]))
     assert_close(actual[:3], (x[:3] - x[:3].mean()) / x[:3].std())
+
+
+@every_estimator
+def test_a_shifted_estimate_of_values_in_the_data_is_the_unshifted(name):
+    data = rollout((2, 5))
+    network = critic()
+    for part in (data, data["next"]):
+        network(part)
+    for options in ({"value_network": None}, {"value_network": network, "skip_existing": True}):
+        plain, shifted = (estimator(name, **options, shifted=x)(data.copy()) for x in (False, True))
+        assert "shifted_valid" not in shifted
+        for key in ("advantage", "value_target"):
+            assert_close(shifted[key], plain[key])
+
+
+@every_estimator
+def test_another_network_and_how_it_is_called_can_be_assigned(name):
+    data = rollout((2, 5))
+    module, network = recording()
+    e = estimator(name, value_network=critic())
+    e.value_network, e.deactivate_vmap = network, True
+    assert e.value_network is network
+    assert_close(e(data.copy())["advantage"], estimator(name, value_network=network)(data.copy())["advantage"])
+    assert module.shapes[:2] == [(2, 5, 3)] * 2
+    assert not list(e.parameters())
+    before = len(module.shapes)
+    e.skip_existing = True
+    data["state_value"] = data["next", "state_value"] = torch.zeros(2, 5, 1, dtype=torch.float64)
+    e(data)
+    assert len(module.shapes) == before
+
+
+def test_a_network_that_writes_another_value_is_refused_and_the_old_one_stays():
+    network = critic()
+    e = estimator("GAE", value_network=network)
+    with pytest.raises(KeyError, match="'state_value' is not written by the value network"):
+        e.value_network = TensorDictModule(nn.Linear(3, 1), ["obs"], ["other"])
+    with pytest.raises(TypeError, match="value_network must be None or have in_keys"):
+        e.value_network = nn.Linear(3, 1)
+    assert e.value_network is network

@@ -279,6 +279,23 @@ def test_without_rolling_gamma_each_trajectory_is_discounted_with_the_gamma_of_i
             assert_close(actual[b, t], expected[0, 0])
 
 
+@pytest.mark.parametrize("gamma", [GAMMA, torch.tensor(GAMMA, dtype=torch.float64)], ids=["number", "0-d"])
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("target", ["return", "advantage"])
+def test_without_rolling_gamma_a_trajectory_has_the_lambda_of_its_first_step_too(gamma, backend, target):
+    inputs = signals((2, 6, 1))
+    lmbda = torch.rand(2, 6, 1, generator=torch.Generator().manual_seed(5), dtype=torch.float64).requires_grad_()
+    found = []
+    for discount in (gamma, torch.full((2, 6, 1), GAMMA, dtype=torch.float64)):
+        name = f"{'' if backend is None else 'vec_'}td_lambda_{target}_estimate"
+        (actual,) = call(name, backend, **inputs, gamma=discount, lmbda=lmbda, rolling_gamma=False)
+        found.append((actual, *torch.autograd.grad(actual.square().sum(), lmbda)))
+    for actual, expected in zip(*found, strict=True):
+        assert_close(actual, expected)
+    (rolling,) = call("vec_td_lambda_return_estimate", "torch", **inputs, gamma=gamma, lmbda=lmbda)
+    assert (rolling - found[0][0]).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("kind", ["td1", "td_lambda"])
 def test_rolling_gamma_makes_no_difference_to_a_constant(kind):
     inputs = signals()
