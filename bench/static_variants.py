@@ -5,9 +5,9 @@ from typing import Any, NamedTuple, Protocol
 
 import triton
 import triton.language as tl
-from fusedrl.kernels import categorical_kernel, categorical_launch, launch, vtrace_launch
-from fusedrl.kernels.recurrence import GAE, SCAN, TD_LAMBDA
-from fusedrl.kernels.scan import STEPS_PER_LANE, scan_kernel
+from fusedrl.kernels import categorical_kernel, categorical_launch, scan_launch, vtrace_launch
+from fusedrl.kernels.scan_kernel import STEPS_PER_LANE, scan_kernel
+from fusedrl.kernels.scan_problem import GAE, SCAN, TD_LAMBDA
 from fusedrl.kernels.vtrace_kernel import vtrace_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -178,7 +178,7 @@ class VTrace(NamedTuple):
 def _compile_scan(
     kernel: Any, variant: Scan | VTrace, scalars: Mapping[str, Any], target: GPUTarget, **options: int
 ) -> tuple[Any, float]:
-    """Compile a kernel that scans, with the tile that `fusedrl.kernels.launch` chooses, to which the ``options`` go."""
+    """Compile a kernel that scans, with the tile of `scan_launch.tiling`, to which the ``options`` go."""
     contiguous = variant.layout == "contiguous time"
     split = variant.phase != "whole row"
     # Rows that fill a device, or don't quite; or one row (contiguous), 32 columns (time-major) of a million steps.
@@ -186,7 +186,7 @@ def _compile_scan(
     if variant.layout.endswith("few rows"):
         rows = 1 << 12
     itemsize = _ITEMSIZE[variant.dtype]
-    tile = launch.tiling(rows, steps, itemsize, time_is_contiguous=contiguous, processors=132, **options)
+    tile = scan_launch.tiling(rows, steps, itemsize, time_is_contiguous=contiguous, processors=132, **options)
     assert (tile.split > 1) == split
     strides = (steps, 0, 1) if contiguous else (1, 0, rows)
     arguments: dict[str, Any] = {
@@ -207,7 +207,7 @@ def _compile_scan(
         "TILE_LANES": tile.lanes,
         "COMPOSE": variant.phase == "compose",
         "SPLIT": tile.split,
-        "SPLIT_POWER": launch.split_power(tile),
+        "SPLIT_POWER": scan_launch.split_power(tile),
         "BLOCKS": tile.blocks,
     }
     compiled = compile_as_launched(kernel, arguments, target, tile.warps)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..kernels.operators import solve
-from ..kernels.recurrence import FIXED_DISCOUNT, GAE, TD_LAMBDA, Recurrence, checked
+from ..kernels.scan_operators import solve
+from ..kernels.scan_problem import FIXED_DISCOUNT, GAE, TD_LAMBDA, Recurrence, checked
 from ..kernels.vtrace_operators import solve as solve_vtrace
 from ..kernels.vtrace_problem import VTrace
 

@@ -6,6 +6,7 @@ Nothing here knows TensorDicts or networks; `fusedrl.estimators` and `fusedrl.lo
 from .action_value import EnsembleLoss, SoftPolicyLoss, Target, ensemble_loss, soft_policy_loss, value_target
 from .backend import BACKENDS, current_backend, fastest_backend, resolve_backend, use_backend
 from .categorical import categorical_projection, categorical_q_loss
+from .compare import VerificationError
 from .ppo import ClipPPO, clip_ppo_loss
 from .returns import (
     fixed_discount_td_lambda_return,
@@ -26,6 +27,7 @@ __all__ = [
     "SoftPolicyLoss",
     "Target",
     "ValueLoss",
+    "VerificationError",
     "categorical_projection",
     "categorical_q_loss",
     "clip_ppo_loss",

@@ -6,7 +6,6 @@ A loss returns after its results what is kept for the gradient: the derivatives 
 product.
 """
 
-import inspect
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
@@ -29,9 +28,9 @@ from .action_value_problem import (
     count_is_unknown,
 )
 from .backend import fastest_backend, resolve_backend
+from .dispatch import as_input, called, number_or_tensor
 from .dtypes import compute_dtype
-from .function import apply
-from .operators import as_input, called, number_or_tensor
+from .function import apply, signed
 
 _COMPOSITIONS: dict[str, Any] = {"torch": vectorized, "reference": reference}
 # Where `target`, `ensemble`, `ensemble_backward`, `policy` and `policy_backward` of the others live; imported at the
@@ -126,6 +125,7 @@ def backend_module(name: str) -> Any:
     return import_module(_OPERATOR_MODULES[name], __package__)
 
 
+@signed
 class _Ensemble(torch.autograd.Function):
     """Inputs: backend, then the fields of `Regression`, all constants but the values."""
 
@@ -155,6 +155,7 @@ class _Ensemble(torch.autograd.Function):
         return None, found, *[None] * 7
 
 
+@signed
 class _Policy(torch.autograd.Function):
     """Inputs: backend, then the fields of `Improvement`, all constants but the values and the log-probability."""
 
@@ -190,11 +191,6 @@ class _Policy(torch.autograd.Function):
             )
         results = iter(found)
         return (None, *(next(results) if need else None for need in needs), *[None] * 4)
-
-
-# What `apply` looks up in every call; found once.
-for _function in (_Ensemble, _Policy):
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]  # functions take attributes
 
 
 def _constants(fields: Sequence[Any]) -> list[Any]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .recurrence import broadcasts
+from .scan_problem import broadcasts
 
 L1, L2, SMOOTH_L1 = LOSS_FUNCTIONS = ("l1", "l2", "smooth_l1")
 SQUARE, ABS = PRIORITIES = ("square", "abs")

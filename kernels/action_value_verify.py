@@ -15,7 +15,7 @@ from .action_value_composed import Composed
 from .action_value_operators import backend_module
 from .action_value_problem import L1, L2, Bootstrap, Improvement, Regression
 from .backend import fastest_backend
-from .verify import compare
+from .compare import compare
 
 reference = Composed(action_value_reference)
 

@@ -6,7 +6,6 @@ of the taken action and constant in everything else, so that its gradient is all
 kept for.
 """
 
-import inspect
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -26,9 +25,9 @@ from .categorical_problem import (
     flat_transition,
     new_gradient,
 )
+from .dispatch import called, number_or_tensor, runs_plainly
 from .dtypes import compute_dtype
-from .function import apply
-from .operators import called, number_or_tensor, runs_plainly
+from .function import apply, signed
 
 # Where each backend's `forward`, `backward` and `project` live; imported at the first use, since Triton may be absent.
 _BACKEND_MODULES = {
@@ -89,6 +88,7 @@ def backend_module(name: str) -> Any:
     return import_module(_BACKEND_MODULES[name], __package__)
 
 
+@signed
 class _Loss(torch.autograd.Function):
     """Inputs: backend, log_prob, then the other fields of `Transition` and those of `Bellman`, which are constants."""
 
@@ -136,10 +136,6 @@ def _keep(ctx: Any, name: str, log_prob: Tensor, action: Tensor, projected: Tens
     ctx.mark_non_differentiable(projected)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(log_prob, action, projected)
-
-
-# What `apply` looks up in every call; found once.
-_Loss.forward.__signature__ = inspect.signature(_Loss.forward)  # type: ignore[attr-defined]  # functions take attributes
 
 
 def _constants(tensors: tuple[Any, ...]) -> list[Any]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .dtypes import compute_dtype as compute_dtype  # imported from here by its backends
-from .recurrence import broadcasts
+from .scan_problem import broadcasts
 
 _INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 

@@ -10,7 +10,7 @@ from . import categorical_reference
 from .backend import fastest_backend
 from .categorical_operators import backend_module
 from .categorical_problem import Bellman, Transition
-from .verify import TOLERANCE, compare
+from .compare import TOLERANCE, compare
 
 
 def forward(transition: Transition, bellman: Bellman, keep: bool) -> list[Tensor]:

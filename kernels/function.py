@@ -1,17 +1,44 @@
 """Autograd functions, applied without what only transforms of functions need."""
 
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 
 
-def apply(function: type[Function], *arguments: Any) -> Any:
-    """``function.apply(*arguments)``, at a third of its cost to the host.
+def signed(function: type[Function]) -> type[Function]:
+    """A class decorator: the signature of ``forward``, which `Function.apply` looks up in every call, is found once."""
+    function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]  # functions take attributes
+    return function
 
-    What is left out binds the arguments to the signature of ``forward``, for `torch.func` and for default arguments, of
-    which there are none here.
+
+def plain_apply(function: type[Function]) -> Callable[..., Any]:
+    """``function.apply`` at a third of its cost to the host, for where no transform of `torch.func` is.
+
+    What is left out binds the arguments to the signature of ``forward``, for the transforms and for default arguments,
+    of which there are none here.
     """
+    return super(Function, function).apply  # type: ignore[misc]  # torch._C._FunctionBase, untyped
+
+
+def apply(function: type[Function], *arguments: Any) -> Any:
+    """``function.apply(*arguments)``, by `plain_apply` where that is the same."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
-    return super(Function, function).apply(*arguments)  # type: ignore[misc]  # torch._C._FunctionBase, untyped
+    return plain_apply(function)(*arguments)
+
+
+def gradients_of_tensors(gradients: Callable[..., list[Any]], ctx: Any, grads: Sequence[Tensor | None]) -> tuple:
+    """Those of a Function whose inputs are a problem and the tensors in it.
+
+    What is saved are the problem's fields, None where there was no tensor, and one more; ``gradients(ctx, grads,
+    needs)`` finds those of all but the last two, which are masks.
+    """
+    *fields, _ = ctx.saved_tensors
+    needed = iter(ctx.needs_input_grad[1:])
+    needs = [x is not None and next(needed) for x in fields[:-2]]
+    found = [*gradients(ctx, grads, needs), None, None]
+    return (None, *[g for g, x in zip(found, fields, strict=True) if x is not None])

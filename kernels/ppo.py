@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import ppo_operators
 from .ppo_problem import PPOConstants, check
-from .recurrence import Scalar
+from .scan_problem import Scalar
 
 
 class ClipPPO(NamedTuple):

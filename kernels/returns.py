@@ -7,8 +7,8 @@ shape. What runs underneath is chosen by ``backend`` (see `fusedrl.kernels.backe
 
 from torch import Tensor
 
-from .operators import solve
-from .recurrence import FIXED_DISCOUNT, GAE, SCAN, TD_LAMBDA, Recurrence
+from .scan_operators import solve
+from .scan_problem import FIXED_DISCOUNT, GAE, SCAN, TD_LAMBDA, Recurrence
 
 Scalar = float | Tensor
 

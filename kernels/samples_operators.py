@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operators import number_or_tensor, runs_plainly
+from .dispatch import number_or_tensor, runs_plainly
 from .samples import solver
 
 # The type of a constant that is a number or a 0-d tensor, or None.

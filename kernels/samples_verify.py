@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .verify import TOLERANCE, compare
+from .compare import TOLERANCE, compare
 
 Constants = TypeVar("Constants", bound=tuple[Any, ...])
 

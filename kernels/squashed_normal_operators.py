@@ -5,7 +5,6 @@ through. The kernels, and their verification, are hidden from the compiler in th
 and ``fusedrl::normal_sample`` and their backwards. Inputs are all that these keep, and compute from again.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
@@ -18,10 +17,10 @@ from torch.autograd import forward_ad
 from . import squashed_normal_reference as reference
 from . import squashed_normal_vectorized as vectorized
 from .backend import resolve_backend
+from .dispatch import called, number_or_tensor
 from .dtypes import cast, result_dtype
-from .function import apply
-from .operators import called, number_or_tensor
-from .recurrence import broadcasts
+from .function import apply, signed
+from .scan_problem import broadcasts
 from .squashed_normal_problem import Bounds, Squash
 
 _COMPOSITIONS: dict[str, Any] = {"torch": vectorized, "reference": reference}
@@ -120,6 +119,7 @@ def backend_module(name: str) -> Any:
     return import_module(_OPERATOR_MODULES[name], __package__)
 
 
+@signed
 class _LogProb(torch.autograd.Function):
     """Inputs: backend, loc, scale, action, interval; the last one is a constant."""
 
@@ -136,6 +136,7 @@ class _LogProb(torch.autograd.Function):
         return _backward(ctx, "log_prob_backward", reference.log_prob, [grad])
 
 
+@signed
 class _Sample(torch.autograd.Function):
     """Inputs: backend, loc, scale, noise, interval; the last two are constants."""
 
@@ -150,11 +151,6 @@ class _Sample(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return _backward(ctx, "sample_backward", reference.sample, grads)
-
-
-# What `apply` looks up in every call; found once.
-_LogProb.forward.__signature__ = inspect.signature(_LogProb.forward)  # type: ignore[attr-defined]  # functions take attributes
-_Sample.forward.__signature__ = inspect.signature(_Sample.forward)  # type: ignore[attr-defined]  # likewise
 
 
 def _keep(ctx: Any, name: str, loc: Tensor, scale: Tensor, third: Tensor, interval: Squash | None) -> None:

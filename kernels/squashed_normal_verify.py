@@ -12,10 +12,10 @@ from torch import Tensor
 from . import squashed_normal_reference as reference
 from . import squashed_normal_vectorized as vectorized
 from .backend import fastest_backend
+from .compare import compare
 from .dtypes import compute_dtype, result_dtype
 from .squashed_normal_operators import backend_module, gradients
 from .squashed_normal_problem import Squash
-from .verify import compare
 
 
 def log_prob(loc: Tensor, scale: Tensor, action: Tensor, squash: Squash | None) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operators import as_input
+from .dispatch import as_input
 from .returns import reward_to_go
 from .samples import as_scalar
 from .vtrace_problem import VTrace

@@ -1,4 +1,4 @@
-"""The Triton kernel of V-trace: the scan of `fusedrl.kernels.scan` between what makes its inputs and the advantage.
+"""The Triton kernel of V-trace: a scan (`fusedrl.kernels.scan_kernel`) between what makes its inputs and the advantage.
 
 Tiles, lanes, blocks and split rows are those of `scan_kernel`, whose functions this one calls. The recurrence runs
 backwards in time on x' = d + c·x with d = ρ(r + γ(1−term)v' − v) and c = γ·min(c̄, w); x is the value target less v. Its
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .samples_kernel import scalar
-from .scan import (
+from .scan_kernel import (
     _STEPS,
     _a_of_share,
     _all_ended,
@@ -113,7 +113,7 @@ def vtrace_kernel(
                 read1 = _read(inputs, at, 1, ADJOINT, COMPOSE)
                 read2 = _read(inputs, at, 2, ADJOINT, COMPOSE)
                 read3 = _read(inputs, at, 3, ADJOINT, COMPOSE)
-            if start < steps:  # always; see the text of `fusedrl.kernels.scan`
+            if start < steps:  # always; see the text of `fusedrl.kernels.scan_kernel`
                 if TIME_IS_CONTIGUOUS:
                     c_all, d_all, e_all = _prologue(read, inputs, scalars, at, 0, ADJOINT, DTYPE)
                     c0, c1, c2, c3 = _split4(c_all)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from . import launching
-from .launch import lay_out
 from .launching import Launcher, Plan, scalar, scalar_arguments
+from .scan_launch import lay_out
 from .vtrace_kernel import vtrace_kernel
 from .vtrace_problem import VTrace
 

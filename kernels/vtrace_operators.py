@@ -1,6 +1,5 @@
 """From a V-trace problem to its solution: opaque operators of the fused backends, and the autograd.Function around."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
@@ -12,9 +11,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backend import resolve_backend
-from .operators import (
+from .dispatch import (
     are_plain,
-    gradients_of_tensors,
     is_unwatched,
     number_or_tensor,
     numbers_and_tensors,
@@ -22,8 +20,9 @@ from .operators import (
     runs_plainly,
     tensors_among,
 )
+from .function import gradients_of_tensors, plain_apply, signed
 from .recognition import Recognition
-from .recurrence import with_one_mask
+from .scan_problem import with_one_mask
 from .vtrace_composed import composed
 from .vtrace_problem import VTrace, check_thresholds, checked
 
@@ -106,6 +105,7 @@ def _is_fused(problem: VTrace, backend: str) -> bool:
     return backend != "triton" or problem.suits_kernel(differentiated=torch.is_grad_enabled())
 
 
+@signed
 class _Solve(torch.autograd.Function):
     """Inputs: backend, time_dim, then the fields of `VTrace`."""
 
@@ -124,7 +124,7 @@ class _Solve(torch.autograd.Function):
 
 
 class _SolvePlainly(torch.autograd.Function):
-    """`_Solve` where `runs_plainly`; for its inputs see `fusedrl.kernels.operators._SolvePlainly`."""
+    """`_Solve` where `runs_plainly`; for its inputs see `fusedrl.kernels.scan_operators._SolvePlainly`."""
 
     @staticmethod
     def forward(ctx: Any, call: tuple[str, int, VTrace], *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -171,10 +171,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[bool]) 
     return [next(results) if need else None for need in needs]
 
 
-# `apply` without what it does for default arguments of `forward` and for the transforms of torch.func.
-_solve_plainly = super(torch.autograd.Function, _SolvePlainly).apply
-# What `apply` looks up in every call; found once.
-_Solve.forward.__signature__ = inspect.signature(_Solve.forward)  # type: ignore[attr-defined]  # functions take attributes
+_solve_plainly = plain_apply(_SolvePlainly)
 
 
 def _forward(backend: str, time_dim: int, problem: VTrace) -> Sequence[Tensor]:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from .dtypes import compute_dtype, result_dtype
-from .recurrence import GAE, Recurrence, check_agrees, check_broadcasts
-from .recurrence import checked as checked_recurrence
+from .scan_problem import GAE, Recurrence, check_agrees, check_broadcasts
+from .scan_problem import checked as checked_recurrence
 
 _PRECISE = {torch.float32, torch.float64}
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .loop import gradients
+from .scan_reference import gradients
 from .vtrace_problem import VTrace
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from . import vtrace_reference
 from .backend import fastest_backend
-from .loop import gradients
-from .recurrence import fit
-from .verify import compare
+from .compare import compare
+from .scan_problem import fit
+from .scan_reference import gradients
 from .vtrace_composed import composed
 from .vtrace_problem import VTrace
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..estimators.functional import vec_td_lambda_return_estimate
 from ..estimators.modules import device_of
-from ..kernels.operators import as_input
+from ..kernels.dispatch import as_input
 from .dreamer_base import DreamerLoss
 from .dreamer_v3_actor import DreamerV3ActorLoss
 from .functional.discrete_regression import symexp_bins, symlog, two_hot_cross_entropy, two_hot_decode

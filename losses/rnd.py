@@ -8,7 +8,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import dispatch
 from torch import Tensor, nn
 
-from ..kernels.operators import as_input
+from ..kernels.dispatch import as_input
 from .functional.exploration import distillation_error
 from .supervised import SupervisedLoss
 

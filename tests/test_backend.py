@@ -7,9 +7,8 @@ import sys
 import pytest
 import torch
 from fusedrl import kernels
+from fusedrl.kernels import VerificationError, scan_vectorized
 from fusedrl.kernels import backend as choice
-from fusedrl.kernels import vectorized
-from fusedrl.kernels.verify import VerificationError
 
 
 def run_python(code: str, **environment: str | None) -> str:
@@ -156,9 +155,11 @@ def wrong_by_one_part_in_a_thousand(function):
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_verify_names_the_worst_element_and_both_values(monkeypatch, direction) -> None:
-    monkeypatch.setattr("fusedrl.kernels.verify.fastest_backend", lambda tensor: "torch")
+    monkeypatch.setattr("fusedrl.kernels.scan_verify.fastest_backend", lambda tensor: "torch")
     right = kernels.reward_to_go(0.9, torch.arange(12.0).view(3, 4), torch.zeros(3, 4), backend="torch")
-    monkeypatch.setattr(vectorized, direction, wrong_by_one_part_in_a_thousand(getattr(vectorized, direction)))
+    monkeypatch.setattr(
+        scan_vectorized, direction, wrong_by_one_part_in_a_thousand(getattr(scan_vectorized, direction))
+    )
     reward = torch.arange(12.0).view(3, 4).requires_grad_()
 
     def estimate() -> None:

@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from fusedrl.kernels import categorical, categorical_projection, categorical_q_loss, use_backend
-from fusedrl.kernels.verify import VerificationError
+from fusedrl.kernels import VerificationError, categorical, categorical_projection, categorical_q_loss, use_backend
 from helpers_categorical import BACKENDS, TOLERANCE, in_float64, problem
 from hypothesis import given, settings
 from hypothesis import strategies as st

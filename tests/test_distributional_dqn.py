@@ -6,8 +6,7 @@ import pickle
 
 import pytest
 import torch
-from fusedrl.kernels import categorical_q_loss, categorical_reference
-from fusedrl.kernels.verify import VerificationError
+from fusedrl.kernels import VerificationError, categorical_q_loss, categorical_reference
 from fusedrl.losses import ValueEstimators
 from fusedrl.losses.distributional_dqn import DistributionalDQNLoss
 from helpers_losses import DOUBLE, OBSERVATION

@@ -78,11 +78,11 @@ def test_compiled_as_one_graph_equals_eager(name, options):
 
 @pytest.mark.parametrize("name", ["GAE", "TDLambdaEstimator"])
 def test_without_flags_the_fast_path_is_taken(name, monkeypatch):
-    from fusedrl.kernels import operators
+    from fusedrl.kernels import scan_operators
 
     ran = []
-    module = operators.backend_module
-    monkeypatch.setattr(operators, "backend_module", lambda backend: ran.append(backend) or module(backend))
+    module = scan_operators.backend_module
+    monkeypatch.setattr(scan_operators, "backend_module", lambda backend: ran.append(backend) or module(backend))
     monkeypatch.setattr("fusedrl.kernels.backend._process_backend", None)
     estimator(name, backend=None)(rollout())
     estimator(name, backend=None, vectorized=True)(rollout())
@@ -100,11 +100,11 @@ def test_without_flags_the_fast_path_is_taken(name, monkeypatch):
 
 
 def test_the_nearest_choice_of_backend_wins(monkeypatch):
-    from fusedrl.kernels import operators
+    from fusedrl.kernels import scan_operators
 
     ran = []
-    module = operators.backend_module
-    monkeypatch.setattr(operators, "backend_module", lambda backend: ran.append(backend) or module(backend))
+    module = scan_operators.backend_module
+    monkeypatch.setattr(scan_operators, "backend_module", lambda backend: ran.append(backend) or module(backend))
     monkeypatch.setattr("fusedrl.kernels.backend._process_backend", "torch")
     with use_backend("reference"):
         estimator("GAE", backend=None)(rollout())

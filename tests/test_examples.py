@@ -62,8 +62,7 @@ def test_reaching_the_return_exits_with_0(example, tmp_path, monkeypatch, capsys
 
 
 def test_verify_refuses_an_advantage_that_the_reference_does_not_give(example, monkeypatch):
-    from fusedrl.kernels import reference
-    from fusedrl.kernels.verify import VerificationError
+    from fusedrl.kernels import VerificationError, reference
 
     right = reference.gae
     monkeypatch.setattr(reference, "gae", lambda *args, **kwargs: [x + 1 for x in right(*args, **kwargs)])

@@ -59,7 +59,7 @@ REPEATED = (
 from fusedrl import kernels
 done = torch.zeros(64, 128, dtype=torch.bool)
 outputs = [torch.empty(64, 128), torch.empty(64, 128)]
-kernels.recurrence.Recurrence.new_outputs = lambda self: outputs[: 2 if self.kind == "gae" else 1]
+kernels.scan_problem.Recurrence.new_outputs = lambda self: outputs[: 2 if self.kind == "gae" else 1]
 value, next_value, reward = torch.randn(3, 64, 128)
 cases = {
     "numbers": lambda: kernels.gae(0.9, 0.8, value, next_value, reward, done),
@@ -183,7 +183,7 @@ UNSEEN = (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.overrides import TorchFunctionMode
 from fusedrl import kernels
-from fusedrl.kernels.operators import runs_plainly
+from fusedrl.kernels.dispatch import runs_plainly
 done = torch.zeros(64, 128, dtype=torch.bool)
 reward = torch.randn(64, 128)
 

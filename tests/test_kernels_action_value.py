@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
+from fusedrl.kernels import VerificationError, ensemble_loss, soft_policy_loss, use_backend, value_target
 from fusedrl.kernels import action_value_operators as operators
-from fusedrl.kernels import ensemble_loss, soft_policy_loss, use_backend, value_target
 from fusedrl.kernels.backend import fastest_backend
-from fusedrl.kernels.verify import VerificationError
 from helpers_action_value import (
     BACKENDS,
     FAST,

@@ -73,8 +73,8 @@ def test_the_graph_does_not_grow_with_time(backend, device) -> None:
 
 def test_a_block_chooses_the_backend_of_a_compiled_function_too(monkeypatch, device) -> None:
     ran = []
-    original = kernels.operators.backend_module
-    monkeypatch.setattr(kernels.operators, "backend_module", lambda name: ran.append(name) or original(name))
+    original = kernels.scan_operators.backend_module
+    monkeypatch.setattr(kernels.scan_operators, "backend_module", lambda name: ran.append(name) or original(name))
     compiled = torch.compile(estimate, fullgraph=True, backend="aot_eager")
     inputs = [x.detach() for x in leaves(5, device)]
     with kernels.use_backend("torch"):

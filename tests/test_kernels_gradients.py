@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 from fusedrl import kernels
-from fusedrl.kernels import vectorized
+from fusedrl.kernels import scan_vectorized
 
 CASES = {
     "gae": lambda g, lam, r, v, nv, d, t, **kw: kernels.gae(g, lam, v, nv, r, d, t, **kw),
@@ -126,7 +126,7 @@ def test_forward_mode_is_refused_rather_than_wrong(backend, device) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_of_long_rows(monkeypatch, backend, device, time_dim, dtype) -> None:
     """Rows longer than a tile: the torch backend carries from tile to tile, the Triton kernel splits them."""
-    monkeypatch.setattr(vectorized, "_TILE", 500)
+    monkeypatch.setattr(scan_vectorized, "_TILE", 500)
     shape = (1300, 2) if time_dim == 0 else (2, 1300)
     generator = torch.Generator().manual_seed(0)
     reward, value, next_value = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))

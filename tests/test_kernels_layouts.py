@@ -6,7 +6,7 @@ import pytest
 import torch
 from fusedrl import kernels
 from fusedrl.kernels import launching
-from fusedrl.kernels.launch import lay_out, tiling
+from fusedrl.kernels.scan_launch import lay_out, tiling
 from helpers_launches import plan_with
 
 LAYOUTS = {

@@ -8,9 +8,16 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch._dynamo.testing
-from fusedrl.kernels import ClipPPO, clip_ppo_loss, ppo_operators, ppo_problem, samples_launch, use_backend
+from fusedrl.kernels import (
+    ClipPPO,
+    VerificationError,
+    clip_ppo_loss,
+    ppo_operators,
+    ppo_problem,
+    samples_launch,
+    use_backend,
+)
 from fusedrl.kernels.backend import fastest_backend
-from fusedrl.kernels.verify import VerificationError
 from fusedrl.losses import functional
 from fusedrl.losses.reduction import reduce_loss
 from helpers_launches import launched, plan_with, planned_with

@@ -14,7 +14,7 @@ import itertools
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fusedrl.kernels.scan import scan_kernel
+from fusedrl.kernels.scan_kernel import scan_kernel
 
 FLOATS = ("reward", "value", "next_value", "y", "target", "grad_y", "grad_target", "grad_gamma", "grad_lmbda",
           "grad_reward", "grad_value", "grad_next_value")

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from fusedrl import kernels
-from fusedrl.kernels import launch, launching, vtrace_launch
-from fusedrl.kernels.launch import STEPS_PER_LANE, tiling
+from fusedrl.kernels import launching, scan_launch, vtrace_launch
+from fusedrl.kernels.scan_launch import STEPS_PER_LANE, tiling
 from helpers_launches import plan_with
 from torch import Tensor
 
@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 @pytest.fixture(autouse=True)
 def _tiles_of_a_warp(monkeypatch):
     """Time-major, too; larger ones take the interpreter minutes."""
-    plan_with(monkeypatch, launch, _MOST_WARPS=1)
+    plan_with(monkeypatch, scan_launch, _MOST_WARPS=1)
 
 
 def td_lambda(gamma: float, x: Tensor, done: Tensor, **options) -> tuple[Tensor, ...]:

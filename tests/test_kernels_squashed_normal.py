@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fusedrl.kernels import normal_log_prob, normal_sample, squashed_normal_operators, use_backend
+from fusedrl.kernels import VerificationError, normal_log_prob, normal_sample, squashed_normal_operators, use_backend
 from fusedrl.kernels.backend import fastest_backend
-from fusedrl.kernels.verify import VerificationError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import distributions as D

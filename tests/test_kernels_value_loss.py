@@ -8,9 +8,15 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch._dynamo.testing
-from fusedrl.kernels import samples_launch, use_backend, value_loss, value_loss_operators, value_loss_problem
+from fusedrl.kernels import (
+    VerificationError,
+    samples_launch,
+    use_backend,
+    value_loss,
+    value_loss_operators,
+    value_loss_problem,
+)
 from fusedrl.kernels.backend import fastest_backend
-from fusedrl.kernels.verify import VerificationError
 from fusedrl.losses import functional
 from fusedrl.losses.reduction import reduce_loss
 from fusedrl.losses.utils import clipped_value_loss, distance_loss

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from fusedrl import kernels
-from fusedrl.kernels import launching, vtrace_launch
-from fusedrl.kernels.verify import VerificationError
+from fusedrl.kernels import VerificationError, launching, vtrace_launch
 from helpers_launches import plan_with
 from torch.library import opcheck
 

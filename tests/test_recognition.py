@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 from fusedrl import kernels
-from fusedrl.kernels import operators, recognition
+from fusedrl.kernels import dispatch, recognition, scan_operators
 from fusedrl.kernels.recognition import Recognition, items
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
@@ -182,7 +182,7 @@ def test_without_the_guards_of_the_compiler_nothing_is_recognised(monkeypatch) -
     tensors, known = found("a", [MATRIX])
     assert known is None
     assert tensors[0] is MATRIX
-    monkeypatch.setattr(operators, "_checked_forms", found)
+    monkeypatch.setattr(scan_operators, "_checked_forms", found)
     done = torch.tensor([False, True])
     for _ in range(2):
         assert kernels.reward_to_go(0.5, torch.ones(2), done).tolist() == [1.5, 1]
@@ -307,14 +307,14 @@ def test_a_tangent_is_refused_after_any_number_of_right_calls(estimate, backend,
 
 def test_whether_an_operator_runs_plainly_is_remembered_of_its_tensors_alone() -> None:
     for _ in range(3):
-        assert operators.runs_plainly("a", [MATRIX, 0.5])
-        assert not operators.runs_plainly("a", [OTHERS["a subclass"], 0.5])
-        assert not operators.runs_plainly("a", [OTHERS["negated memory"], 0.5])
-        assert not operators.runs_plainly("a", [OTHERS["another device"], 0.5])
+        assert dispatch.runs_plainly("a", [MATRIX, 0.5])
+        assert not dispatch.runs_plainly("a", [OTHERS["a subclass"], 0.5])
+        assert not dispatch.runs_plainly("a", [OTHERS["negated memory"], 0.5])
+        assert not dispatch.runs_plainly("a", [OTHERS["another device"], 0.5])
         with Mode():
-            assert not operators.runs_plainly("a", [MATRIX, 0.5])
+            assert not dispatch.runs_plainly("a", [MATRIX, 0.5])
         with torch.profiler.profile():
-            assert not operators.runs_plainly("a", [MATRIX, 0.5])
+            assert not dispatch.runs_plainly("a", [MATRIX, 0.5])
 
 
 def test_a_negative_threshold_is_refused_after_any_number_of_right_calls(device) -> None:

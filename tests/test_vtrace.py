@@ -6,8 +6,7 @@ import re
 import fusedrl.estimators as E
 import pytest
 import torch
-from fusedrl.kernels import vtrace_verify
-from fusedrl.kernels.verify import VerificationError
+from fusedrl.kernels import VerificationError, vtrace_verify
 from fusedrl.kernels.vtrace import vtrace
 from fusedrl.losses import A2CLoss, ClipPPOLoss, KLPENPPOLoss, PPOLoss, ReinforceLoss
 from helpers_estimators import (

@@ -6,7 +6,7 @@ A latent state is several categorical variables, drawn independently. Computed i
 import torch
 from torch import Tensor
 
-from ...kernels.operators import as_input
+from ...kernels.dispatch import as_input
 from .imagination import wide
 
 

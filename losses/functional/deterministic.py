@@ -6,7 +6,7 @@ An ensemble's values have the shape ``[N, *B]``, one row for each of its N netwo
 import torch
 from torch import Tensor
 
-from ...kernels.operators import as_input
+from ...kernels.dispatch import as_input
 from ..utils import distance_loss
 
 

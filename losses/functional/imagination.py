@@ -8,7 +8,7 @@ float32 at least: the squared errors of an image in float16 don't add up.
 import torch
 from torch import Tensor
 
-from ...kernels.operators import as_input
+from ...kernels.dispatch import as_input
 
 Scalar = float | Tensor
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from ...kernels.operators import as_input
+from ...kernels.dispatch import as_input
 
 Scalar = float | Tensor
 

@@ -1,12 +1,10 @@
 """From a checked recurrence to its solution: opaque operators, and the autograd.Function around them.
 
 The operators ``fusedrl::recurrence`` and ``fusedrl::recurrence_backward`` hide every backend from the compiler,
-so that compile time doesn't depend on the length of time and nothing inside is traced. Where nobody would notice (see
-`runs_plainly`), backends are called without them, which saves the dispatcher's microseconds.
+so that compile time doesn't depend on the length of time and nothing inside is traced.
 """
 
-import inspect
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from operator import index
@@ -15,19 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import Parameter
 
 from .backend import resolve_backend
+from .dispatch import (
+    are_plain,
+    is_unwatched,
+    number_or_tensor,
+    numbers_and_tensors,
+    requires_grad,
+    runs_plainly,
+    tensors_among,
+)
+from .function import gradients_of_tensors, plain_apply, signed
 from .recognition import Recognition
-from .recurrence import Recurrence, Scalar, checked, fit, with_one_mask
-from .second_order import differentiable_backward
+from .scan_problem import Recurrence, checked, fit, with_one_mask
+from .scan_second_order import differentiable_backward
 
 # Where each backend's `forward` and `backward` live; imported at the first use, since Triton may be absent.
 _BACKEND_MODULES = {
-    "triton": ".launch",
-    "torch": ".vectorized",
-    "reference": ".loop",
-    "verify": ".verify",
+    "triton": ".scan_launch",
+    "torch": ".scan_vectorized",
+    "reference": ".scan_reference",
+    "verify": ".scan_verify",
 }
 
 _ARGUMENTS = (
@@ -42,7 +49,7 @@ _library.define(f"recurrence_backward({_ARGUMENTS}, Tensor? y, Tensor?[] grads, 
 def solve(
     problem: Recurrence, time_dim: int, backend: str | None, names: Mapping[str, str] | None = None
 ) -> Sequence[Tensor]:
-    """The outputs of ``problem`` (see `fusedrl.kernels.recurrence`), differentiable.
+    """The outputs of ``problem`` (see `fusedrl.kernels.scan_problem`), differentiable.
 
     Raises what `checked` and `resolve_backend` raise, before anything is computed; ``names`` are for `checked`.
     """
@@ -81,81 +88,13 @@ def _recognised_or_checked(
 _checked_forms = Recognition()
 
 
-def tensors_among(fields: Iterable[Any]) -> list[Tensor]:
-    """Those of the ``fields`` that are tensors. The others are known by their type, which is found much sooner."""
-    return [x for x in fields if type(x) not in _NO_TENSORS and isinstance(x, Tensor)]
-
-
-_NO_TENSORS = frozenset((float, int, bool, str, list, type(None)))
-
-
-def runs_plainly(operator: Hashable, arguments: Sequence[Any]) -> bool:
-    """Whether ``operator`` would do nothing with these arguments but call its implementation, unseen by anybody."""
-    if not is_unwatched():
-        return False
-    tensors, plain = _plain_forms(operator, arguments)
-    if plain is None:
-        plain = are_plain(tensors)
-        _plain_forms.remember(operator, arguments, plain)
-    return plain
-
-
-# Whether the tensors that operators were called with are plain.
-_plain_forms = Recognition()
-
-
-def is_unwatched() -> bool:
-    """Whether this is eager mode, and nobody is told what is called.
-
-    That is no mode that intercepts functions or operators (``FakeTensorMode``, ``make_fx``, a counter of operators),
-    no transform of ``torch.func``, and neither ``torch.jit.trace`` nor a profiler recording.
-    """
-    return not (
-        torch.compiler.is_compiling()
-        or _dispatch_modes()
-        or _function_modes()
-        or _transform() is not None
-        or _trace() is not None
-        or _profiler()
-    )
-
-
-def are_plain(tensors: Collection[Tensor]) -> bool:
-    """Whether the tensors are of no subclass (fake tensors are one) and their memory is what they say.
-
-    It isn't in a negated tensor, such as the imaginary part of a conjugate, nor in one that has outlived a transform.
-    """
-    return (
-        _PLAIN.issuperset(map(type, tensors))
-        and not any(map(_is_meta, tensors))
-        and not any(map(_is_wrapped, tensors))
-        and not any(map(Tensor.is_neg, tensors))
-    )
-
-
-def called(operator: Any, implementation: Callable[..., Any], *arguments: Any) -> Any:
-    """What ``operator`` gives: asked for by its implementation where that is all that the operator would do."""
-    return (implementation if runs_plainly(operator, arguments) else operator)(*arguments)
-
-
-# Looked up once, and mapped without a loop in Python: these are a fair part of what a call costs.
-_PLAIN = frozenset((Tensor, Parameter))
-requires_grad = Tensor.requires_grad.__get__  # type: ignore[attr-defined]  # the getter of a property in C
-_is_meta = Tensor.is_meta.__get__  # type: ignore[attr-defined]  # likewise
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._is_torch_function_mode_enabled
-_transform = torch._C._functorch.peek_interpreter_stack
-_trace = torch._C._get_tracing_state
-_profiler = torch.autograd._profiler_enabled
-
-
 @cache
 def backend_module(name: str) -> Any:
     """The module with the ``forward`` and ``backward`` of backend ``name``."""
     return import_module(_BACKEND_MODULES[name], __package__)
 
 
+@signed
 class _Solve(torch.autograd.Function):
     """Inputs: backend, time_dim, then the fields of `Recurrence`. γ and λ get gradients if they are tensors."""
 
@@ -192,19 +131,6 @@ class _SolvePlainly(torch.autograd.Function):
         return gradients_of_tensors(_gradients, ctx, grads)
 
 
-def gradients_of_tensors(gradients: Callable[..., list[Any]], ctx: Any, grads: Sequence[Tensor | None]) -> tuple:
-    """Those of a Function whose inputs are a problem and the tensors in it.
-
-    What is saved are the problem's fields, None where there was no tensor, and one more; ``gradients(ctx, grads,
-    needs)`` finds those of all but the last two, which are masks.
-    """
-    *fields, _ = ctx.saved_tensors
-    needed = iter(ctx.needs_input_grad[1:])
-    needs = [x is not None and next(needed) for x in fields[:-2]]
-    found = [*gradients(ctx, grads, needs), None, None]
-    return (None, *[g for g, x in zip(found, fields, strict=True) if x is not None])
-
-
 def _keep(ctx: Any, name: str, time_dim: int, problem: Recurrence, y: Tensor) -> None:
     """Save for backward what `_Solve` got, and what it found."""
     (gamma, lmbda), scalars = numbers_and_tensors(problem[1:3])
@@ -212,15 +138,6 @@ def _keep(ctx: Any, name: str, time_dim: int, problem: Recurrence, y: Tensor) ->
     ctx.settings = name, time_dim, problem.kind, gamma, lmbda
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*scalars, *problem[3:], y if needs_y else None)
-
-
-def numbers_and_tensors(scalars: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Tensor | None]]:
-    """The ``scalars`` with None for those that are tensors, and these, with None for the others."""
-    if not tensors_among(scalars):
-        return scalars, [None] * len(scalars)
-    return [None if isinstance(x, Tensor) else x for x in scalars], [
-        x if isinstance(x, Tensor) else None for x in scalars
-    ]
 
 
 def _gradients(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -241,10 +158,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[bool]) 
     return [next(results) if need else None for need in needs]
 
 
-# `apply` without what it does for default arguments of `forward` and for the transforms of torch.func.
-_solve_plainly = super(torch.autograd.Function, _SolvePlainly).apply
-# What `apply` looks up in every call; found once.
-_Solve.forward.__signature__ = inspect.signature(_Solve.forward)  # type: ignore[attr-defined]  # functions take attributes
+_solve_plainly = plain_apply(_SolvePlainly)
 
 
 def _forward(name: str, time_dim: int, problem: Recurrence) -> list[Tensor]:
@@ -271,24 +185,6 @@ def _flatten(problem: Recurrence) -> list[Any]:
     _, gamma, lmbda, *tensors = problem
     reward = problem.reward
     return [*number_or_tensor(gamma, reward), *number_or_tensor(lmbda, reward), *tensors]
-
-
-def number_or_tensor(x: Scalar | None, like: Tensor | None = None) -> tuple[float | None, Tensor | None]:
-    """A scalar as an operator's pair of arguments, of which one is None; see `as_input` for ``like``."""
-    if like is not None:
-        x = as_input(x, like)
-    return (None, x) if isinstance(x, Tensor) else (x, None)
-
-
-def as_input(x: Any, like: Tensor) -> Any:
-    """``x``, but while this is compiled a number becomes a 0-d tensor on the device of ``like``.
-
-    A number that changes is an input of compiled code as far as arithmetic with tensors goes. As an argument of any
-    other operator it is part of the code, which is compiled anew for each number.
-    """
-    if isinstance(x, float) and torch.compiler.is_compiling():
-        return like.new_ones((), dtype=torch.float64) * x
-    return x
 
 
 def _recurrence(

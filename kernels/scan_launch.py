@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import fixed_discount, launching
+from . import launching, scan_fixed_discount
 from .dtypes import compute_dtype
 from .launching import TRITON_DTYPE, Launch, Launcher, Plan, Workspace, scalar, scalar_arguments
-from .recurrence import FIXED_DISCOUNT, Recurrence
-from .scan import STEPS_PER_LANE, scan_kernel
+from .scan_kernel import STEPS_PER_LANE, scan_kernel
+from .scan_problem import FIXED_DISCOUNT, Recurrence
 
 # Bytes of a tensor that a warp has in flight: four 128-bit loads per thread. Narrow dtypes are computed in float32, for
 # more of which registers are few.
@@ -88,7 +88,7 @@ def split_power(tile: Tiling) -> int:
 def forward(problem: Recurrence, time_dim: int) -> list[Tensor]:
     """The outputs of ``problem``, on the Triton kernel."""
     if problem.kind == FIXED_DISCOUNT:
-        return fixed_discount.forward(forward, problem, time_dim)
+        return scan_fixed_discount.forward(forward, problem, time_dim)
     _, gamma, lmbda, reward, value, next_value, done, terminated = problem
     outputs = problem.new_outputs()
     scalars = *_scalar(gamma, reward), *_scalar(lmbda, reward)
@@ -105,7 +105,7 @@ def backward(
     """Per-step gradients of the needed inputs among γ, λ, reward, value and next value, on the Triton kernel."""
     kind, gamma, lmbda, reward, value, next_value, done, terminated = problem
     if kind == FIXED_DISCOUNT:
-        return fixed_discount.backward(forward, backward, problem, time_dim, grads, needs)
+        return scan_fixed_discount.backward(forward, backward, problem, time_dim, grads, needs)
     dtype = problem.dtype
     precise = compute_dtype(dtype)
     found = [_like(reward, precise) if need else None for need in needs[:2]]

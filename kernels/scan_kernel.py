@@ -38,7 +38,7 @@ inner index n % inner. A tensor that isn't there is None. γ and λ are numbers,
 import triton
 import triton.language as tl
 
-from .recurrence import GAE, SCAN, TD_LAMBDA
+from .scan_problem import GAE, SCAN, TD_LAMBDA
 
 STEPS_PER_LANE = 4
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .recurrence import TD_LAMBDA, Recurrence
+from .scan_problem import TD_LAMBDA, Recurrence
 
 Forward = Callable[[Recurrence, int], list[Tensor]]
 Backward = Callable[

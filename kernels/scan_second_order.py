@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .recurrence import FIXED_DISCOUNT, GAE, SCAN, Recurrence
+from .scan_problem import FIXED_DISCOUNT, GAE, SCAN, Recurrence
 
 Solver = Callable[[Recurrence], Sequence[Tensor]]
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import fixed_discount
-from .recurrence import FIXED_DISCOUNT, GAE, SCAN, TD_LAMBDA, Recurrence
+from . import scan_fixed_discount
+from .scan_problem import FIXED_DISCOUNT, GAE, SCAN, TD_LAMBDA, Recurrence
 
 # Elements of a tile. Its float32 arrays (c, y and their product) then stay in a CPU's second-level cache, and a pass is
 # the largest that PyTorch leaves to one thread. That is on purpose: where environments keep the
@@ -32,7 +32,7 @@ _FEW_STEPS = 24
 def forward(problem: Recurrence, time_dim: int) -> list[Tensor]:
     """The outputs of ``problem``."""
     if problem.kind == FIXED_DISCOUNT:
-        return fixed_discount.forward(forward, problem, time_dim)
+        return scan_fixed_discount.forward(forward, problem, time_dim)
     dtype = problem.compute_dtype
     outputs = problem.new_outputs()
     problem = _with_tensor_scalars(problem, dtype)
@@ -58,7 +58,7 @@ def backward(
 ) -> list[Tensor]:
     """Per-step gradients of the needed inputs among γ, λ, reward, value and next value."""
     if problem.kind == FIXED_DISCOUNT:
-        return fixed_discount.backward(forward, backward, problem, time_dim, grads, needs)
+        return scan_fixed_discount.backward(forward, backward, problem, time_dim, grads, needs)
     dtype = problem.compute_dtype
     found = [torch.empty_like(problem.reward, dtype=dtype) if need else None for need in needs]
     y_next = None if y is None else _next_step(y, time_dim)
