@@ -132,20 +132,19 @@ def td0_return_estimate(
     terminated = done if terminated is None else terminated
     if terminated is None:
         raise TypeError("td0_return_estimate needs to know which steps are terminal: give terminated (or done)")
-    _check_shapes(reward, next_state_value=next_state_value, terminated=terminated, done=done)
+    _check_shapes(reward, done=done)
     if reward.ndim == 0:
         # A single step; `checked` asks for a dimension of time.
         one = td0_return_estimate(gamma, next_state_value[None], reward[None], terminated[None])
         return one.squeeze(0)
-    problem, _ = checked(
-        Recurrence(TD_LAMBDA, gamma, None, reward, None, next_state_value, None, terminated), 0, _NAMES
-    )
-    assert problem.terminated is not None
-    compute = torch.float64 if problem.dtype == torch.float64 else torch.float32
+    # Of the TD(λ) return of a step that is the last one.
+    steps = Recurrence(TD_LAMBDA, gamma, 1.0, reward, None, next_state_value, terminated)
+    problem, _ = checked(steps, 0, _NAMES | {"done": "terminated"})
+    compute = problem.compute_dtype
     if isinstance(gamma, Tensor):
         gamma = gamma.to(compute)
     # Selected before the product, so that a terminal NaN stays out of the gradient of γ as well.
-    bootstrap = torch.where(problem.terminated, 0, next_state_value.to(compute))
+    bootstrap = torch.where(problem.done, 0, next_state_value.to(compute))
     return (reward.to(compute) + gamma * bootstrap).to(problem.dtype)
 
 

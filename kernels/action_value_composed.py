@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .action_value_problem import Bootstrap, Improvement, Regression
+from .function import autograd_inside
 
 
 class Composed(NamedTuple):
@@ -25,9 +26,9 @@ class Composed(NamedTuple):
     def ensemble_backward(self, problem: Regression, kept: Sequence[Tensor], grad: Tensor) -> Tensor:
         """∂L/∂Q · grad."""
         leaf = problem.values.detach().requires_grad_()
-        with torch.enable_grad():
+        with autograd_inside():
             loss, _ = self.module.regression(problem._replace(values=leaf))
-        (found,) = torch.autograd.grad(loss, leaf, grad)
+            (found,) = torch.autograd.grad(loss, leaf, grad)
         return torch.empty_like(leaf).copy_(found)
 
     def policy(self, problem: Improvement, keep: bool) -> list[Tensor]:
@@ -41,8 +42,8 @@ class Composed(NamedTuple):
         """∂L/∂Q · grad and ∂L/∂log π · grad, those that are needed."""
         inputs = (problem.values, problem.log_prob)
         values, log_prob = (x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True))
-        with torch.enable_grad():
-            loss, *_ = self.module.improvement(problem._replace(values=values, log_prob=log_prob))
         leaves = [x for x, need in zip((values, log_prob), needs, strict=True) if need]
-        found = torch.autograd.grad(loss, leaves, grad)
+        with autograd_inside():
+            loss, *_ = self.module.improvement(problem._replace(values=values, log_prob=log_prob))
+            found = torch.autograd.grad(loss, leaves, grad)
         return [torch.empty_like(x).copy_(g) for x, g in zip(leaves, found, strict=True)]

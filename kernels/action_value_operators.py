@@ -28,7 +28,7 @@ from .action_value_problem import (
     count_is_unknown,
 )
 from .backend import fastest_backend, resolve_backend
-from .dispatch import as_input, called, number_or_tensor
+from .dispatch import as_input, called, constant, number_or_tensor
 from .dtypes import compute_dtype
 from .function import apply, signed
 
@@ -194,7 +194,7 @@ class _Policy(torch.autograd.Function):
 
 
 def _constants(fields: Sequence[Any]) -> list[Any]:
-    return [x.detach() if isinstance(x, Tensor) and x.requires_grad else x for x in fields]
+    return [constant(x) for x in fields]
 
 
 def _policy_arguments(fields: Sequence[Any]) -> list[Any]:

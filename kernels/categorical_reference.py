@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .categorical_problem import Bellman, Transition
 from .dtypes import compute_dtype
+from .function import autograd_inside
 
 
 def projected_distribution(
@@ -68,9 +69,9 @@ def forward(transition: Transition, bellman: Bellman, keep: bool) -> list[Tensor
 def backward(log_prob: Tensor, action: Tensor, projected: Tensor, grad: Tensor) -> Tensor:
     """The gradient of the loss with respect to ``log_prob``: the loop again, under autograd."""
     leaf = log_prob.detach().requires_grad_()
-    with torch.enable_grad():
+    with autograd_inside():
         loss = _loss(leaf.to(projected.dtype), action, projected)
-    (found,) = torch.autograd.grad(loss, leaf, grad.to(loss.dtype))
+        (found,) = torch.autograd.grad(loss, leaf, grad.to(loss.dtype))
     return found
 
 

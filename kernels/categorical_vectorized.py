@@ -5,7 +5,8 @@ memory, and nothing of size [B, atoms, atoms] exists.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,9 +90,16 @@ def _greedy_action(log_prob: Tensor, support: Tensor) -> Tensor:
     best = []
     for tile in _tiles(samples, atoms * actions):
         prob = cast(_part(log_prob, tile), support.dtype).exp()
-        q = torch.bmm(support.expand(len(prob), 1, atoms), prob)
+        with _full_precision(prob):
+            q = torch.bmm(support.expand(len(prob), 1, atoms), prob)
         best.append(q.argmax(-1, keepdim=True))
     return _joined(best)
+
+
+def _full_precision(like: Tensor) -> AbstractContextManager[Any]:
+    """A block without autocast, which would round the factors of a matrix product to half precision."""
+    device = like.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _add_projection(m: Tensor, prob: Tensor, positions: _Positions) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from .recognition import Recognition
@@ -90,6 +91,13 @@ def numbers_and_tensors(scalars: Sequence[Any]) -> tuple[Sequence[Any], Sequence
     return [None if isinstance(x, Tensor) else x for x in scalars], [
         x if isinstance(x, Tensor) else None for x in scalars
     ]
+
+
+def constant(x: Any) -> Any:
+    """``x``, if it is a tensor without gradient of either mode."""
+    if isinstance(x, Tensor) and (x.requires_grad or forward_ad._current_level >= 0):
+        return x.detach()
+    return x
 
 
 def number_or_tensor(x: float | Tensor | None, like: Tensor | None = None) -> tuple[float | None, Tensor | None]:

@@ -1,7 +1,8 @@
 """Autograd functions, applied without what only transforms of functions need."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +30,13 @@ def apply(function: type[Function], *arguments: Any) -> Any:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
     return plain_apply(function)(*arguments)
+
+
+@contextmanager
+def autograd_inside() -> Iterator[None]:
+    """Within the block autograd works, also in an operator, which compiled code and dispatch modes run below it."""
+    with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
+        yield
 
 
 def gradients_of_tensors(gradients: Callable[..., list[Any]], ctx: Any, grads: Sequence[Tensor | None]) -> tuple:

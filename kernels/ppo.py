@@ -65,7 +65,7 @@ def clip_ppo_loss(
         clip_low: ε_low, a number or a 0-d tensor.
         clip_high: ε_high, likewise.
         proximal_log_prob: log π_prox(a_t|s_t), the same shape, of the policy that the range is centred on; π_old
-            by default (Hilton et al. 2021).
+            by default (Hilton et al. 2021). A constant.
         max_ratio: a cap on r_t, a number or a 0-d tensor: as if π_old had given the action more probability. A capped
             sample still moves the policy.
         mask: bool, the same shape: True where a sample counts. What stands at the others is never read into a result
@@ -84,7 +84,7 @@ def clip_ppo_loss(
     Raises:
         RuntimeError: shapes or devices differ, or a scalar has dimensions.
         TypeError: ``log_prob`` isn't floating-point, or ``mask`` not bool.
-        ValueError: the reduction or the backend doesn't exist.
+        ValueError: the reduction or the backend doesn't exist, or the cap isn't positive.
 
     Examples:
         >>> import torch

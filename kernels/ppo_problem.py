@@ -51,6 +51,8 @@ def check(log_prob: Tensor, constants: PPOConstants) -> None:
     }
     check_samples("log_prob", log_prob, others, mask)
     check_scalars({"clip_low": clip_low, "clip_high": clip_high, "max_ratio": max_ratio})
+    if isinstance(max_ratio, (int, float)) and not max_ratio > 0:
+        raise ValueError(f"max_ratio is {max_ratio}, but must be positive")
     check_choice("reduction", reduction, REDUCTIONS)
 
 

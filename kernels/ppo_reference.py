@@ -39,10 +39,11 @@ def compose(log_prob: Tensor, constants: PPOConstants) -> list[Tensor]:
     clipped = proximal_weight.clamp(low, high)
     if proximal_log_weight is not log_weight:
         clipped = clipped * (log_weight - proximal_log_weight).detach().exp()
-    loss = -torch.min(weight * advantage, clipped * advantage)
+    inside = (proximal_weight >= low) & (proximal_weight <= high)
+    # Inside of the range it is the same number, of which rounding isn't to decide whose gradient it has.
+    loss = -torch.min(weight * advantage, torch.where(inside, weight, clipped) * advantage)
     loss = reduced(loss, mask, None if constants.weights is None else read(constants.weights), constants.reduction)
 
-    inside = (proximal_weight >= low) & (proximal_weight <= high)
     logged = (
         mean(-proximal_log_weight, mask),
         mean((~inside).to(precise), mask),

@@ -39,7 +39,7 @@ def gae(
         time_dim, gamma, lmbda, value, next_value, reward, done, terminated
     ):
         delta_t = r_t + gamma_t * torch.where(term_t, zero, next_v_t) - v_t
-        advantage_next = delta_t + torch.where(done_t | term_t, zero, gamma_t * lmbda_t * advantage_next)
+        advantage_next = delta_t + gamma_t * lmbda_t * torch.where(done_t | term_t, zero, advantage_next)
         advantages.append(advantage_next)
     advantage = _stack(advantages, reward, time_dim)
     return advantage, advantage + value
@@ -132,7 +132,7 @@ def vtrace(
     ):
         ended = done_t | term_t
         delta_t = rho_t * (r_t + gamma_t * next_v_t - v_t)
-        target_t = v_t + delta_t + torch.where(ended, zero, gamma_t * c_t * (target_next - value_next))
+        target_t = v_t + delta_t + gamma_t * c_t * torch.where(ended, zero, target_next - value_next)
         advantages.append(rho_t * (r_t + gamma_t * torch.where(ended, next_v_t, target_next) - v_t))
         targets.append(target_t)
         target_next, value_next = target_t, v_t
@@ -142,7 +142,9 @@ def vtrace(
 def _clipped_weight(log_weight: Tensor, threshold: Scalar) -> Tensor:
     """min(w, threshold), of the logarithms, since exp may overflow: its gradient would then be 0 · ∞."""
     if isinstance(threshold, Tensor):
-        return torch.minimum(log_weight, threshold.to(log_weight.dtype).log()).exp()
+        threshold = threshold.to(log_weight.dtype)
+        limit = threshold.detach().log()
+        return torch.where(log_weight > limit, threshold, log_weight.clamp_max(limit).exp())
     return log_weight.clamp_max(math.log(threshold) if threshold > 0 else -math.inf).exp()
 
 
@@ -153,7 +155,7 @@ def reward_to_go(gamma: Scalar, reward: Tensor, done: Tensor, *, time_dim: int =
     return_next = torch.zeros_like(reward.select(time_dim, 0)) if reward.shape[time_dim] else reward
     returns = []
     for gamma_t, r_t, done_t in _backwards(time_dim, gamma, reward, done):
-        return_next = r_t + torch.where(done_t, zero, gamma_t * return_next)
+        return_next = r_t + gamma_t * torch.where(done_t, zero, return_next)
         returns.append(return_next)
     return _stack(returns, reward, time_dim)
 

@@ -194,5 +194,6 @@ def reverse_scan(coefficient: Scalar, increment: Tensor, *, time_dim: int = -1, 
     See Blelloch 1990, Prefix sums and their applications, section 1.4.
 
     """
-    (y,) = solve(Recurrence(SCAN, coefficient, None, increment, None, None, None, None), time_dim, backend)
+    problem = Recurrence(SCAN, coefficient, None, increment, None, None, None, None)
+    (y,) = solve(problem, time_dim, backend, {"gamma": "coefficient", "reward": "increment"})
     return y

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .function import autograd_inside
 from .samples import laid_out_like
 
 
@@ -34,8 +35,7 @@ def with_slope(
     if not keep:
         return found
     leaf = x.detach().to(precise).requires_grad_()
-    # Compiled code runs operators below autograd, which here is how the slope is found.
-    with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
+    with autograd_inside():
         loss, *_ = compose(leaf, constants)
         (slope,) = torch.autograd.grad(loss.sum(), leaf)
     return [*found, laid_out_like(slope, x, precise)]

@@ -72,19 +72,22 @@ def checked(problem: Recurrence, time_dim: int, names: Mapping[str, str] | None 
     ``names`` are those of the fields that the caller knows by others.
 
     Raises:
+        TypeError: an argument isn't a real tensor, or γ or λ not a number either.
         RuntimeError: an argument's shape or device isn't the reward's, or γ or λ doesn't broadcast to it.
         IndexError: ``time_dim`` is out of range.
 
     """
     _, gamma, lmbda, reward, value, next_value, done, terminated = problem
+    _check_kinds(problem, names or {})
     shape, device = reward.shape, reward.device
     for x in (value, next_value, done, terminated):
         if x is not None and (_shape(x) != shape or _device(x) != device):
             _name_disagreement(problem, names or {})
     if type(gamma) is not float or (lmbda is not None and type(lmbda) is not float):
-        _check_scalars(problem)
+        _check_scalars(problem, names or {})
     if not -len(shape) <= time_dim < len(shape):
-        raise IndexError(f"time_dim is {time_dim}, but reward has shape {tuple(shape)}")
+        name = (names or {}).get("reward", "reward")
+        raise IndexError(f"time_dim is {time_dim}, but {name} has shape {tuple(shape)}")
     for name, mask in (("done", done), ("terminated", terminated)):
         if mask is not None and mask.dtype != torch.bool:  # non-zero means true
             problem = problem._replace(**{name: mask != 0})
@@ -110,9 +113,38 @@ def _name_disagreement(problem: Recurrence, names: Mapping[str, str]) -> None:
         check_agrees(names.get(name, name), getattr(problem, name), problem.reward)
 
 
-def _check_scalars(problem: Recurrence) -> None:
+def _check_kinds(problem: Recurrence, names: Mapping[str, str]) -> None:
+    """Raise TypeError for what isn't a real tensor, or a number or real tensor, and has to be."""
+    for field in _TENSORS[problem.kind]:
+        x = getattr(problem, field)
+        if not isinstance(x, Tensor) or x.is_complex():
+            raise TypeError(f"{names.get(field, field)} must be a real tensor, but is {_described(x)}")
+    for field in ("gamma",) if problem.kind == SCAN else ("gamma", "lmbda"):
+        check_scalar(names.get(field, field), getattr(problem, field))
+
+
+# The fields that a kind can't do without; ``terminated`` is always optional, and ``done`` in a bare scan.
+_TENSORS = {
+    SCAN: ("reward",),
+    TD_LAMBDA: ("reward", "next_value", "done"),
+    GAE: ("reward", "value", "next_value", "done"),
+    FIXED_DISCOUNT: ("reward", "next_value", "done"),
+}
+
+
+def check_scalar(name: str, x: Any) -> None:
+    """Raise TypeError for what is neither a real number nor a real tensor."""
+    if not isinstance(x, (float, int, Tensor)) or (isinstance(x, Tensor) and x.is_complex()):
+        raise TypeError(f"{name} must be a number or a real tensor, but is {_described(x)}")
+
+
+def _described(x: Any) -> str:
+    return f"a tensor of {x.dtype}" if isinstance(x, Tensor) else repr(x)
+
+
+def _check_scalars(problem: Recurrence, names: Mapping[str, str]) -> None:
     for name in ("gamma", "lmbda"):
-        check_broadcasts(name, getattr(problem, name), problem.reward)
+        check_broadcasts(names.get(name, name), getattr(problem, name), problem.reward, names.get("reward", "reward"))
 
 
 def check_agrees(name: str, x: Tensor | None, reward: Tensor) -> None:
@@ -124,15 +156,15 @@ def check_agrees(name: str, x: Tensor | None, reward: Tensor) -> None:
         )
 
 
-def check_broadcasts(name: str, x: Any, reward: Tensor) -> None:
+def check_broadcasts(name: str, x: Any, reward: Tensor, its_name: str = "reward") -> None:
     """Raise RuntimeError for a tensor ``x`` with dimensions that doesn't broadcast to the reward, or lies elsewhere."""
     if isinstance(x, Tensor) and x.ndim:
         if not broadcasts(x.shape, reward.shape):
             raise RuntimeError(
-                f"{name} has shape {tuple(x.shape)}, which does not broadcast to the reward's {tuple(reward.shape)}"
+                f"{name} has shape {tuple(x.shape)}, which does not broadcast to {tuple(reward.shape)} of {its_name}"
             )
         if x.device != reward.device:
-            raise RuntimeError(f"{name} is on {x.device}, but reward is on {reward.device}")
+            raise RuntimeError(f"{name} is on {x.device}, but {its_name} is on {reward.device}")
 
 
 def fit(gradient: Tensor, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .function import autograd_inside
 from .scan_problem import FIXED_DISCOUNT, GAE, SCAN, Recurrence
 
 Problem = TypeVar("Problem", bound=tuple)
@@ -15,7 +16,7 @@ Problem = TypeVar("Problem", bound=tuple)
 def forward(problem: Recurrence, time_dim: int) -> list[Tensor]:
     """The outputs of ``problem``, laid out like the reward."""
     outputs = []
-    for computed in _solve(problem, time_dim):
+    for computed in solve(problem, time_dim):
         output = problem.new_output()
         output.copy_(computed)
         outputs.append(output)
@@ -31,24 +32,27 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of the needed inputs among γ, λ, reward, value and next value: the loop again, under autograd."""
     names = [name for name, need in zip(Recurrence._fields[1:6], needs, strict=True) if need]
-    return gradients(lambda leaves: _solve(leaves, time_dim), problem, names, grads)
+    return gradients(lambda leaves: solve(leaves, time_dim), problem, names, grads)
 
 
 def gradients(
-    solve: Callable[[Problem], Sequence[Tensor]], problem: Problem, names: Sequence[str], grads: Sequence[Tensor | None]
+    solution: Callable[[Problem], Sequence[Tensor]],
+    problem: Problem,
+    names: Sequence[str],
+    grads: Sequence[Tensor | None],
 ) -> list[Tensor]:
-    """Those of the fields ``names`` of ``problem``, from ``grads`` of what ``solve`` makes of it, by autograd."""
+    """Those of the fields ``names`` of ``problem``, from ``grads`` of what ``solution`` makes of it, by autograd."""
     leaves = {name: getattr(problem, name).detach().requires_grad_() for name in names}
-    with torch.enable_grad():
-        outputs = solve(problem._replace(**leaves))  # type: ignore[attr-defined]  # of a NamedTuple
-    used = [(x, g.to(x.dtype)) for x, g in zip(outputs, grads, strict=True) if g is not None]
-    found = torch.autograd.grad(
-        [x for x, _ in used], list(leaves.values()), [g for _, g in used], allow_unused=True, materialize_grads=True
-    )
+    with autograd_inside():
+        outputs = solution(problem._replace(**leaves))  # type: ignore[attr-defined]  # of a NamedTuple
+        used = [(x, g.to(x.dtype)) for x, g in zip(outputs, grads, strict=True) if g is not None]
+        found = torch.autograd.grad(
+            [x for x, _ in used], list(leaves.values()), [g for _, g in used], allow_unused=True, materialize_grads=True
+        )
     return list(found)
 
 
-def _solve(problem: Recurrence, time_dim: int) -> list[Tensor]:
+def solve(problem: Recurrence, time_dim: int) -> list[Tensor]:
     """The loop in the precision that the kernels compute in: float64 for float64, otherwise float32."""
     dtype = problem.compute_dtype
     gamma, lmbda, reward, value, next_value = (x.to(dtype) if isinstance(x, Tensor) else x for x in problem[1:6])

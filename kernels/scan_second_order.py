@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import scan_reference
 from .scan_problem import FIXED_DISCOUNT, GAE, SCAN, Recurrence
 
 Solver = Callable[[Recurrence], Sequence[Tensor]]
@@ -19,11 +19,16 @@ def differentiable_backward(
     solve: Solver, time_dim: int, problem: Recurrence, grads: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor]:
     """Gradients of the needed inputs among γ, λ, reward, value and next value, with a graph of their own."""
+    inputs = [x for x, need in zip(problem[1:6], needs, strict=True) if need]
+    if not problem.reward.numel():
+        return [torch.zeros_like(x) for x in inputs]
     if problem.kind == SCAN:
         return _scan_backward(solve, time_dim, problem, grads[0], needs)
-    inputs = [x for x, need in zip(problem[1:6], needs, strict=True) if need]
-    outputs = _composed(solve, time_dim, problem)
-    used = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+    if problem.kind == FIXED_DISCOUNT:
+        outputs = scan_reference.solve(problem, time_dim)
+    else:
+        outputs = _composed(solve, time_dim, problem)
+    used = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if g is not None]
     found = torch.autograd.grad(
         [o for o, _ in used], inputs, [g for _, g in used], create_graph=True, allow_unused=True
     )
@@ -32,13 +37,17 @@ def differentiable_backward(
 
 def _scan_backward(solve: Solver, time_dim: int, problem: Recurrence, grad: Any, needs: Sequence[bool]) -> list[Tensor]:
     """λ_t = g_t + c_{t−1} λ_{t−1};  ∂L/∂d_t = λ_t;  ∂L/∂c_t = λ_t y_{t+1}."""
-    coefficient = _coefficient(problem)
-    adjoint = solve(Recurrence(SCAN, _shift(coefficient, 1, time_dim).flip(time_dim), None, grad.flip(time_dim)))[
-        0
-    ].flip(time_dim)
+    dtype = problem.compute_dtype
+    coefficient = problem.gamma * torch.ones_like(problem.reward, dtype=dtype)
+    if problem.done is not None:
+        coefficient = torch.where(problem.done, 0, coefficient)
+    reversed_scan = Recurrence(
+        SCAN, _shift(coefficient, 1, time_dim).flip(time_dim), None, grad.to(dtype).flip(time_dim)
+    )
+    adjoint = solve(reversed_scan)[0].flip(time_dim)
     found = []
     if needs[0]:
-        y_next = _shift(solve(problem)[0], -1, time_dim)
+        y_next = _shift(solve(problem._replace(reward=problem.reward.to(dtype)))[0], -1, time_dim)
         d_gamma = adjoint * y_next
         if problem.done is not None:
             d_gamma = torch.where(problem.done, 0, d_gamma)
@@ -50,16 +59,15 @@ def _scan_backward(solve: Solver, time_dim: int, problem: Recurrence, grad: Any,
 
 def _composed(solve: Solver, time_dim: int, problem: Recurrence) -> list[Tensor]:
     """``problem`` with its prologue and epilogue in torch operators around a SCAN."""
-    _, gamma, lmbda, reward, value, next_value, done, terminated = problem
+    dtype, device = problem.compute_dtype, problem.reward.device
+    # Of a TD(λ) the value is None.
+    inputs: Any = [None if x is None else torch.as_tensor(x, dtype=dtype, device=device) for x in problem[1:6]]
+    gamma, lmbda, reward, value, next_value = inputs
+    done, terminated = problem.done, problem.terminated
     terminated = done if terminated is None else terminated
-    if problem.kind == FIXED_DISCOUNT:
-        return [
-            reference.fixed_discount_td_lambda_return(
-                gamma, lmbda, next_value, reward, done, terminated, time_dim=time_dim
-            )
-        ]
     cut = done | terminated
-    bootstrap = torch.where(terminated, 0, gamma * next_value)
+    # Selected before the product: the gradient of γ would be 0 · NaN.
+    bootstrap = gamma * torch.where(terminated, 0, next_value)
     if problem.kind == GAE:
         increment = reward + bootstrap - value
     else:
@@ -69,11 +77,6 @@ def _composed(solve: Solver, time_dim: int, problem: Recurrence) -> list[Tensor]
         increment = reward + bootstrap * torch.where(cut, 1, 1 - lmbda)
     y = solve(Recurrence(SCAN, gamma * lmbda * torch.ones_like(increment), None, increment, done=cut))[0]
     return [y, y + value] if problem.kind == GAE else [y]
-
-
-def _coefficient(problem: Recurrence) -> Tensor:
-    coefficient = problem.gamma * torch.ones_like(problem.reward)
-    return coefficient if problem.done is None else torch.where(problem.done, 0, coefficient)
 
 
 def _shift(x: Tensor, steps: int, time_dim: int) -> Tensor:

@@ -17,9 +17,9 @@ from torch.autograd import forward_ad
 from . import squashed_normal_reference as reference
 from . import squashed_normal_vectorized as vectorized
 from .backend import resolve_backend
-from .dispatch import called, number_or_tensor
+from .dispatch import called, constant, number_or_tensor
 from .dtypes import cast, result_dtype
-from .function import apply, signed
+from .function import apply, autograd_inside, signed
 from .scan_problem import broadcasts
 from .squashed_normal_problem import Bounds, Squash
 
@@ -67,8 +67,7 @@ def sample(
     """
     interval = _checked("noise", loc, scale, noise, squash, margin)
     name = resolve_backend(backend, loc)
-    if noise.requires_grad:
-        noise = noise.detach()
+    noise = constant(noise)
     composition = _composition(name)
     if composition is not None:
         action, found = composition.sample(loc, scale, noise, interval)
@@ -87,23 +86,23 @@ def gradients(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """The gradients that are needed of a composition's ``function``; with a graph if they come to have one."""
-    if not torch.is_grad_enabled():
+    create_graph = torch.is_grad_enabled()
+    if not create_graph:
         tensors = [x.detach().requires_grad_(need) for x, need in zip(tensors, needs, strict=True)]
-    with torch.enable_grad():
-        outputs = function(*tensors, interval)
-    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-    used = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if o.requires_grad and g is not None]
     wanted = [x for x, need in zip(tensors, needs, strict=True) if need]
-    return list(
-        torch.autograd.grad(
+    with autograd_inside():
+        outputs = function(*tensors, interval)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        used = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if o.requires_grad and g is not None]
+        found = torch.autograd.grad(
             [o for o, _ in used],
             wanted,
             [g for _, g in used],
-            create_graph=torch.is_grad_enabled(),
+            create_graph=create_graph,
             allow_unused=True,
             materialize_grads=True,
         )
-    )
+    return list(found)
 
 
 def _composition(name: str) -> Any:

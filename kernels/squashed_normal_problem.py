@@ -49,7 +49,12 @@ def keep_within(y: Tensor, limit: float) -> Tensor:
     small but not zero.
     """
     if limit < 1:
-        y.data.clamp_(-limit, limit)
+        # `Tensor.data`, which is quicker, is refused by transforms of torch.func.
+        if torch._C._are_functorch_transforms_active():
+            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(y):
+                y.copy_(y.clamp(-limit, limit))
+        else:
+            y.data.clamp_(-limit, limit)
     return y
 
 

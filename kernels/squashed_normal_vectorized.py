@@ -12,6 +12,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import softplus
 
 from .squashed_normal_problem import LOG_SQRT_2PI, SOFTPLUS_THRESHOLD, Squash, keep_within, wide
@@ -28,7 +29,8 @@ def log_prob(loc: Tensor, scale: Tensor, action: Tensor, squash: Squash | None) 
     if isinstance(half, Tensor) or half != 1 or center != 0:
         y = keep_within((action - center) / half, limit)
     else:
-        y = keep_within(action.clone(), limit) if action.requires_grad else action.clamp(-limit, limit)
+        differentiated = action.requires_grad or forward_ad._current_level >= 0
+        y = keep_within(action.clone(), limit) if differentiated else action.clamp(-limit, limit)
     x = y.atanh()
     terms, constant = _squashed_terms(scale, half, x)
     return _of_rows(terms, (x - loc) / scale, constant)

@@ -12,8 +12,9 @@ from torch import Tensor
 from . import squashed_normal_reference as reference
 from . import squashed_normal_vectorized as vectorized
 from .backend import fastest_backend
-from .compare import compare
+from .compare import TOLERANCE, compare
 from .dtypes import compute_dtype, result_dtype
+from .function import autograd_inside
 from .squashed_normal_operators import backend_module, gradients
 from .squashed_normal_problem import Squash
 
@@ -123,17 +124,22 @@ def _compare(
         # As the backend rounds it: what is left of 1 decides.
         squash = squash._replace(margin=1 - torch.tensor(limit, dtype=compute_dtype(result_dtype(*tensors))).item())
     leaves = [x.detach().double().requires_grad_() for x in tensors]
-    with torch.enable_grad():
+    with autograd_inside():
         expected = function(*leaves, squash)
         expected = (expected,) if isinstance(expected, Tensor) else expected
         sums = [x.sum() for x in expected]
     for name, result, wanted, total in zip(names, found, expected, sums, strict=True):
         size = wanted.detach().abs()
         if total.requires_grad:
-            slopes = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
+            with autograd_inside():
+                slopes = torch.autograd.grad(
+                    total, leaves, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
             moved: Any = sum(
                 slope.abs() * size_of_input for slope, size_of_input in zip(slopes, magnitudes, strict=True)
             )
             size = size + (moved if moved.shape == size.shape else (1 + moved).sum(-1))
         rounded = wanted.detach().to(result.dtype).double()  # which can be infinite in half precision
-        compare(name, fastest_backend(tensors[0]), result_dtype(*tensors), result, rounded, size)
+        # A gradient may be rounded to a narrower dtype than the results have.
+        dtype = max(result_dtype(*tensors), result.dtype, key=TOLERANCE.__getitem__)
+        compare(name, fastest_backend(tensors[0]), dtype, result, rounded, size)

@@ -41,7 +41,9 @@ def _clipped(log_weight: Tensor, threshold: Any) -> Tensor:
     """min(w, threshold). Clipped as a logarithm: the exponential of a large one is infinite, and its gradient NaN."""
     threshold = as_input(threshold, log_weight)
     if isinstance(threshold, Tensor):
-        return torch.minimum(log_weight, threshold.to(log_weight.dtype).log()).exp()
+        threshold = threshold.to(log_weight.dtype)
+        limit = threshold.detach().log()
+        return torch.where(log_weight > limit, threshold, log_weight.clamp_max(limit).exp())
     return log_weight.clamp_max(math.log(threshold) if threshold > 0 else -math.inf).exp()
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .dtypes import compute_dtype, result_dtype
-from .scan_problem import GAE, Recurrence, check_agrees, check_broadcasts
+from .scan_problem import GAE, Recurrence, check_agrees, check_broadcasts, check_scalar
 from .scan_problem import checked as checked_recurrence
 
 _PRECISE = {torch.float32, torch.float64}
@@ -95,8 +95,10 @@ def checked(problem: VTrace, time_dim: int, names: Mapping[str, str] | None = No
     """
     log_pi, log_mu, value, next_value, reward, gamma, rho, c, done, terminated = problem
     recurrence, dim = checked_recurrence(
-        Recurrence(GAE, gamma, None, reward, value, next_value, done, terminated), time_dim, names
+        Recurrence(GAE, gamma, 1.0, reward, value, next_value, done, terminated), time_dim, names
     )
+    check_scalar("rho_thresh", rho)
+    check_scalar("c_thresh", c)
     check_agrees("log_pi", log_pi, reward)
     check_agrees("log_mu", log_mu, reward)
     check_broadcasts("rho_thresh", rho, reward)

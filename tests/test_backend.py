@@ -9,6 +9,7 @@ import torch
 from fusedrl import kernels
 from fusedrl.kernels import VerificationError, scan_vectorized
 from fusedrl.kernels import backend as choice
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def run_python(code: str, **environment: str | None) -> str:
@@ -170,3 +171,53 @@ def test_verify_names_the_worst_element_and_both_values(monkeypatch, direction) 
     wanted = right[1, 3].item() if direction == "forward" else 1 + 0.9 + 0.9**2 + 0.9**3
     assert f"{wanted:.4}"[:5] in str(caught.value)
     assert "'torch'" in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ["reference", "verify"])
+def test_gradients_by_autograd_are_found_below_a_dispatch_mode_too(backend) -> None:
+    """As `bench.profile` and counters of operations need it."""
+    calls = {
+        "gae": lambda x: kernels.gae(0.9, 0.8, x, x.detach(), x, x.detach() > 1)[0].sum(),
+        "vtrace": lambda x: kernels.vtrace(0.9, x, None, x, x.detach(), x, x.detach() > 1)[0].sum(),
+        "ensemble_loss": lambda x: kernels.ensemble_loss(x, x[0].detach(), "l2").loss,
+        "soft_policy_loss": lambda x: kernels.soft_policy_loss(x, x[0], 0.3).loss,
+        "normal_log_prob": lambda x: kernels.normal_log_prob(x, x.exp(), x.tanh(), squash=(-2.0, 2.0)).sum(),
+    }
+    for call in calls.values():
+        x = torch.linspace(-1, 2, 12).view(3, 4).requires_grad_()
+        with kernels.use_backend(backend):
+            (wanted,) = torch.autograd.grad(call(x), x)
+            with FlopCounterMode(display=False):
+                (found,) = torch.autograd.grad(call(x), x)
+        torch.testing.assert_close(found, wanted)
+
+
+ONE = torch.ones(1, 3)
+DONE = torch.zeros(1, 3, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: kernels.gae(None, 0.9, ONE, ONE, ONE, DONE), "gamma must be a number or a real tensor, but is None"),
+        (lambda: kernels.gae("0.9", 0.9, ONE, ONE, ONE, DONE), "gamma must be a number or a real tensor, but is '0.9'"),
+        (lambda: kernels.gae(0.9, None, ONE, ONE, ONE, DONE), "lmbda must be a number"),
+        (lambda: kernels.gae(0.9, 0.9, ONE, ONE, ONE, None), "done must be a real tensor, but is None"),
+        (lambda: kernels.td_lambda_return(0.9, 0.9, None, ONE, DONE), "next_value must be a real tensor, but is None"),
+        (lambda: kernels.gae(0.9, 0.9, ONE, ONE, ONE.cfloat(), DONE), "reward must be a real tensor.*complex64"),
+        (lambda: kernels.reverse_scan(torch.ones((), dtype=torch.cfloat), ONE), "coefficient must be .*complex64"),
+        (lambda: kernels.vtrace(0.9, ONE, None, ONE, ONE, ONE, DONE, rho_thresh=ONE.cfloat()), "rho_thresh must be"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+def test_what_is_no_real_tensor_or_number_is_named(call, message, backend) -> None:
+    with kernels.use_backend(backend), pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_a_bare_scan_names_its_own_arguments() -> None:
+    with pytest.raises(RuntimeError, match=r"coefficient has shape \(4,\), .* of increment"):
+        kernels.reverse_scan(torch.ones(4), torch.ones(1, 3))
+    with pytest.raises(IndexError, match="time_dim is 2, but increment"):
+        kernels.reverse_scan(0.5, torch.ones(1, 3), time_dim=2)

@@ -412,3 +412,14 @@ def test_a_network_without_actions_is_refused() -> None:
         categorical_q_loss(
             **problem() | dict.fromkeys(("log_prob", "next_log_prob", "next_online_log_prob"), torch.zeros(4, 5, 0))
         )
+
+
+@pytest.mark.parametrize("backend", ["torch", "verify"])
+def test_autocast_does_not_choose_another_action(backend, device):
+    arguments = problem((400,), atoms=51, v_min=-10.0, v_max=10.0, dtype=torch.float32, device=device)
+    # Values of actions that bfloat16 doesn't tell apart.
+    arguments["next_online_log_prob"] = (0.05 * arguments["next_log_prob"]).log_softmax(-2)
+    wanted = categorical_q_loss(**arguments, backend=backend)
+    with torch.autocast(device.type, torch.bfloat16):
+        found = categorical_q_loss(**arguments, backend=backend)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)

@@ -647,3 +647,12 @@ def test_a_bad_argument_is_named_before_anything_runs(monkeypatch, function, cha
     right = {value_target: TARGET, ensemble_loss: ENSEMBLE, soft_policy_loss: POLICY}[function]
     with pytest.raises(error, match=message):
         function(**right | change)
+
+
+def test_constants_are_constants_in_forward_mode_too(device) -> None:
+    values, one = torch.ones(2, 3, device=device), torch.ones(3, device=device)
+    never = torch.zeros(3, dtype=torch.bool, device=device)
+    _, along = torch.func.jvp(lambda x: value_target(x, one, never, 0.9).value_target, (values,), (values,))
+    assert not along.any()
+    _, along = torch.func.jvp(lambda x: ensemble_loss(2 * values, x, "l2").loss, (one,), (one,))
+    assert not along.any()

@@ -640,3 +640,29 @@ def test_a_bad_argument_is_named_before_anything_runs(monkeypatch, function, cha
     arguments["action" if function == "log_prob" else "noise"] = arguments.pop("third")
     with pytest.raises(error, match=message):
         (normal_log_prob if function == "log_prob" else normal_sample)(**arguments)
+
+
+def test_verify_allows_for_the_rounding_of_a_gradient_to_the_dtype_of_its_input(device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    loc, scale, action = (torch.randn(4000, 3, generator=generator).to(device) for _ in range(3))
+    loc = loc.bfloat16().requires_grad_()
+    normal_log_prob(loc, scale.exp(), action.tanh(), squash=(-2.0, 2.0), backend="verify").sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_transforms_see_through(device, backend) -> None:
+    loc, scale, action = problem((4, 3), device=device)
+    for squash in ((-1.0, 1.0), (-2.0, 2.0)):
+
+        def log_prob(*x, squash=squash):
+            return normal_log_prob(*x, squash=squash, backend=backend)
+
+        torch.testing.assert_close(torch.vmap(log_prob)(loc, scale, action), log_prob(loc, scale, action))
+        drawn, found = torch.vmap(lambda *x, s=squash: normal_sample(*x, squash=s, backend=backend))(loc, scale, action)
+        torch.testing.assert_close((drawn, found), normal_sample(loc, scale, action, squash=squash, backend=backend))
+
+
+def test_the_noise_is_a_constant_in_forward_mode_too(device) -> None:
+    loc, scale, noise = problem((4, 3), device=device)
+    _, along = torch.func.jvp(lambda x: normal_sample(loc, scale, x)[0], (noise,), (torch.ones_like(noise),))
+    assert not along.any()

@@ -633,3 +633,9 @@ def test_a_bad_argument_is_named_before_anything_runs(monkeypatch, change, error
     monkeypatch.setattr(value_loss_operators, "backend_module", None)
     with pytest.raises(error, match=message):
         value_loss(**problem(full=True) | change)
+
+
+def test_verify_accepts_a_target_that_has_nothing_to_explain(device) -> None:
+    value = torch.randn(7, device=device)
+    target = torch.full_like(value, 0.5)
+    value_loss(value, target, "l2", explained_variance=True, backend="verify")

@@ -463,3 +463,28 @@ def test_state_is_saved_with_the_thresholds():
     other = loss_of(A2CLoss)
     other.load_state_dict(state, strict=True)
     assert other.value_estimator.rho_thresh == 2.0
+
+
+@every_backend
+def test_a_weight_that_is_its_threshold_has_the_same_gradient_for_a_number_and_a_tensor(backend, device):
+    found = []
+    for threshold in (1.0, torch.tensor(1.0, device=device), torch.ones(2, 1, 1, device=device)):
+        inputs = weighted(device=device)
+        inputs["log_pi"] = torch.zeros_like(inputs["log_pi"]).requires_grad_()  # on-policy
+        thresholds = {"rho_thresh": threshold, "c_thresh": threshold}
+        results = vtrace(GAMMA, **inputs, **thresholds, time_dim=1, backend=backend)
+        found += torch.autograd.grad(sum(x.sum() for x in results), inputs["log_pi"])
+    assert found[0].abs().min() > 0
+    for x in found[1:]:
+        assert_close(x, found[0])
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "verify"])
+def test_a_threshold_of_zero_has_a_gradient(backend, device):
+    inputs = weighted(device=device)
+    rho = torch.zeros((), dtype=torch.float64, device=device, requires_grad=True)
+    advantage, _ = vtrace(GAMMA, **inputs, rho_thresh=rho, time_dim=1, backend=backend)
+    (gradient,) = torch.autograd.grad(advantage.sum(), rho)
+    h = 1e-7
+    moved, _ = vtrace(GAMMA, **inputs, rho_thresh=h, time_dim=1, backend=backend)
+    assert gradient.item() == pytest.approx((moved.sum() / h).item(), rel=1e-4)
