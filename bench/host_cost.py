@@ -3,13 +3,14 @@
     python bench/host_cost.py            measure and print the table
     python bench/host_cost.py --write    ... and write bench/results/host_cost_cpu.json
 
-Kernels are compiled for sm_90 by the real compiler and go through the real dispatch of Triton, but the driver
-underneath is a stub: loading a binary and launching it do nothing. Tensors lie on the CPU, and this script tells the
-library that Triton can run there. What is left out is the same for both arms but for the launcher's reading of its
+Kernels are compiled for sm_90 by the real compiler and launched by Triton's own launcher, but the driver underneath is
+a stub: loading a binary and launching it do nothing. Tensors lie on the CPU, and this script tells the library that
+Triton can run there. What is left out is the same for both arms but for the launcher's reading of its
 arguments, of which an estimator has about 30 more; and outputs are allocated by the CPU's allocator, not by CUDA's.
 
 The bare function allocates the outputs that any implementation must, saves its inputs, and launches a kernel of three
-pointers that does nothing, once forward and once backward, through Triton's own dispatch.
+pointers that does nothing, once forward and once backward, as one writes it: ``kernel[grid](...)``. The library's own
+launches are planned ahead (`fusedrl.kernels.launching`), past that dispatch: it is part of what is compared.
 
 Times are of the thread's own clock, which stands still while others have the processor (though they leave the caches
 cold), and the arms take turns. What is compared is the median of the rounds' ratios.
@@ -39,7 +40,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 SHAPE = (64, 128, 1)
-LIMIT = 1.5  # times the bare function
+LIMIT = 1.5  # times the bare function: the aim, on a machine that does nothing else
 
 
 class _Launcher:

@@ -45,7 +45,7 @@ def scans(rows: list[Row]) -> str:
                 mean = geometric_mean(ratios.values())
                 cells.append(f"**{mean:.1f}** ({ratios[least]:.2g} at {least})" if len(both) > 1 else f"**{mean:.1f}**")
         lines.append(cells)
-    head = ["× faster than …, geometric mean (least)"]
+    head = ["their time / ours, geometric mean (least)"]
     for peer in ("TorchRL", "compiled loop", "accelerated-scan, Triton", "accelerated-scan, warp"):
         head += [f"{peer}, forward", "with backward"]
     return table(*_without_empty_columns(head, lines))

@@ -57,3 +57,18 @@ def test_every_name_in_the_table_of_coverage_lives_where_its_link_says() -> None
         assert re.search(rf"^(class |def |){name}\b", (ROOT / path).read_text(), re.MULTILINE), (name, path)
         spaces = (estimators.functional,) if path == "estimators/functional.py" else (losses, estimators)
         assert any(hasattr(space, name) for space in spaces), name
+
+
+PARTS = ("_problem", "_kernel", "_operators", "_launch", "_vectorized", "_reference", "_verify", "_composed",
+         "_second_order", "_fixed_discount")  # fmt: skip
+
+
+def test_every_file_has_its_place_in_the_index() -> None:
+    index = README.partition("## Where things are")[2]
+    assert all(part in index for part in PARTS)
+    linked = set(covered().values())
+    for folder in ("kernels", "estimators", "losses", "bench"):
+        for path in (ROOT / folder).glob("*.py"):
+            in_pattern = path.stem.endswith(PARTS) if folder == "kernels" else path.stem.startswith("static_")
+            is_of_pytest = path.name.startswith(("__", "test_", "conftest"))
+            assert path.name in index or in_pattern or is_of_pytest or f"{folder}/{path.name}" in linked, path
