@@ -177,7 +177,17 @@ def vec_td1_return_estimate(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """G_t = r_t + γ(1−term_t)G_{t+1}, where G_{t+1} is v'_t if the trajectory ends at t: TD(λ) at λ = 1."""
+    """G_t = r_t + γ(1−term_t)G_{t+1}, where G_{t+1} is v'_t if the trajectory ends at t: TD(λ) at λ = 1.
+
+    The last step of the tensor ends a trajectory. Sutton & Barto 2018, section 12.1.
+
+    Examples:
+        >>> next_value, reward = torch.tensor([0.0, 0.0, 8.0]), torch.ones(3)
+        >>> done, terminated = torch.tensor([False, False, True]), torch.tensor([False, False, False])
+        >>> vec_td1_return_estimate(0.5, next_value, reward, done, terminated, time_dim=-1)
+        tensor([2.7500, 3.5000, 5.0000])
+
+    """
     return vec_td_lambda_return_estimate(
         gamma,
         1.0,
@@ -426,7 +436,7 @@ def log_ratio(log_pi: Tensor, log_mu: Tensor) -> Tensor:
 
 
 def reward2go(reward: Tensor, done: Tensor, gamma: Scalar, *, time_dim: int = -2, backend: str | None = None) -> Tensor:
-    """G_t = r_t + γ(1−done_t)G_{t+1}, without bootstrap.
+    """G_t = r_t + γ(1−done_t)G_{t+1}, without bootstrap. Sutton & Barto 2018, equation 3.9.
 
     Examples:
         >>> reward2go(torch.ones(4), torch.tensor([False, True, False, False]), 0.5, time_dim=-1)

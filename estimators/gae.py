@@ -13,7 +13,11 @@ from .variants import BothValuesEstimatorBase, LambdaEstimatorBase
 
 @register_value_estimator(ValueEstimators.GAE, default_kwargs={"gamma": 0.99, "lmbda": 0.95, "differentiable": True})
 class GAE(BothValuesEstimatorBase, LambdaEstimatorBase):
-    """Generalised advantage estimate A_t = δ_t + γλ(1−done_t)A_{t+1}, and value target A_t + v_t.
+    r"""Generalised advantage estimate and value target.
+
+    .. math::
+        A_t = r_t + γ(1 - \text{term}_t) v'_t - v_t + γλ(1 - \text{done}_t) A_{t+1}, \qquad
+        \text{target}_t = A_t + v_t
 
     Args:
         average_gae: standardise the advantages over the batch.

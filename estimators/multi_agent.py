@@ -12,7 +12,11 @@ from .steps import Steps, standardize
 
 @register_value_estimator(ValueEstimators.MAGAE, default_kwargs={"gamma": 0.99, "lmbda": 0.95, "differentiable": True})
 class MultiAgentGAE(GAE):
-    """Generalised advantage estimate of each agent, where what the agents share lacks their dimension.
+    r"""Generalised advantage estimate of each agent, where what the agents share lacks their dimension.
+
+    .. math::
+        A_t = r_t + γ(1 - \text{term}_t) v'_t - v_t + γλ(1 - \text{done}_t) A_{t+1}, \qquad
+        \text{target}_t = A_t + v_t
 
     The value network writes values ``[*B, T, agents, 1]``. Reward, done and terminated are ``[*B, T, agents, 1]``
     if they are the agents' own and ``[*B, T, 1]`` if they are the team's, each for itself; the team's are those of

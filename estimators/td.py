@@ -12,9 +12,16 @@ from .variants import LambdaEstimatorBase
 
 @register_value_estimator(ValueEstimators.TD0, default_kwargs={"gamma": 0.99, "differentiable": True})
 class TD0Estimator(ValueEstimatorBase):
-    """One-step estimate: value target r_t + γ(1−term_t)v'_t.
+    r"""One-step estimate.
 
-    Its constructor is that of `ValueEstimatorBase`.
+    .. math::
+        \text{target}_t = r_t + γ(1 - \text{term}_t) v'_t, \qquad A_t = \text{target}_t - v_t
+
+    Its constructor is that of `ValueEstimatorBase`. A backend has nothing to compute here: its choice counts for
+    losses, which make the target in one operation with what it is made of.
+
+    See Sutton 1988, Learning to predict by the methods of temporal differences (doi.org/10.1007/BF00115009).
+
     """
 
     needs_done = False
@@ -37,9 +44,16 @@ class TD0Estimator(ValueEstimatorBase):
 
 @register_value_estimator(ValueEstimators.TD1, default_kwargs={"gamma": 0.99, "differentiable": True})
 class TD1Estimator(ValueEstimatorBase):
-    """Estimate from all rewards up to the end of the trajectory, and the value there (`vec_td1_return_estimate`).
+    r"""Estimate from all rewards up to the end of the trajectory, and the value there (`vec_td1_return_estimate`).
 
-    Its constructor is that of `ValueEstimatorBase`.
+    .. math::
+        \text{target}_t = r_t + γ(1 - \text{term}_t)\, \text{target}_{t+1}, \qquad A_t = \text{target}_t - v_t
+
+    with v'_t for target_{t+1} where the trajectory ends at t, as at the last step of the data. Its constructor is that
+    of `ValueEstimatorBase`.
+
+    See Sutton & Barto 2018, Reinforcement learning, section 12.1.
+
     """
 
     def _value_target(self, steps: Steps, next_value: Tensor, time_dim: int) -> Tensor:
@@ -58,9 +72,14 @@ class TD1Estimator(ValueEstimatorBase):
     ValueEstimators.TDLambda, default_kwargs={"gamma": 0.99, "lmbda": 0.95, "differentiable": True}
 )
 class TDLambdaEstimator(LambdaEstimatorBase):
-    """TD(λ) estimate (`vec_td_lambda_return_estimate`).
+    r"""TD(λ) estimate (`vec_td_lambda_return_estimate`).
 
-    Its constructor is that of `LambdaEstimatorBase`.
+    .. math::
+        \text{target}_t = r_t + γ(1 - \text{term}_t)\left[(1 - λ) v'_t + λ\, \text{target}_{t+1}\right], \qquad
+        A_t = \text{target}_t - v_t
+
+    with v'_t for target_{t+1} where the trajectory ends at t, as at the last step of the data. Its constructor is that
+    of `LambdaEstimatorBase`.
 
     Examples:
         >>> import torch
@@ -70,6 +89,8 @@ class TDLambdaEstimator(LambdaEstimatorBase):
         >>> rollout = TensorDict({"state_value": zero, "next": step}, batch_size=[3])
         >>> TDLambdaEstimator(gamma=0.5, lmbda=1.0, value_network=None)(rollout)["value_target"].flatten()
         tensor([2.7500, 3.5000, 5.0000])
+
+    See Sutton & Barto 2018, Reinforcement learning, equation 12.18.
 
     """
 

@@ -23,11 +23,18 @@ Scalar = float | Tensor
 
 @register_value_estimator(ValueEstimators.VTrace, default_kwargs={"gamma": 0.99, "differentiable": True})
 class VTrace(BothValuesEstimatorBase):
-    """V-trace: value target and advantage for a policy π, from steps in which an older policy μ acted.
+    r"""V-trace: value target and advantage for a policy π, from steps in which an older policy μ acted.
 
-    `fusedrl.estimators.functional.vtrace_advantage_estimate` has the formula. log π is that of the action in the
-    data, under ``actor_network``'s distribution; log μ is read from the data. To both no gradient is given: the weights
-    are constants.
+    .. math::
+        \text{target}_t - v_t &= ρ_t (r_t + γ(1 - \text{term}_t) v'_t - v_t)
+            + γ c_t (1 - \text{done}_t) (\text{target}_{t+1} - v_{t+1}) \\
+        A_t &= ρ_t (r_t + γ\, \text{target}_{t+1} - v_t), \qquad
+        ρ_t = \min\left(\bar ρ, \frac{π(a_t|s_t)}{μ(a_t|s_t)}\right), \quad
+        c_t = \min\left(\bar c, \frac{π(a_t|s_t)}{μ(a_t|s_t)}\right)
+
+    where in the advantage target_{t+1} is (1−term_t)v'_t if the trajectory ends at t. log π is that of the action in
+    the data, under ``actor_network``'s distribution; log μ is read from the data. To both no gradient is given: the
+    weights are constants.
 
     Args:
         actor_network: π, a ``ProbabilisticTensorDictSequential``; its action can have several heads. The names of

@@ -3,6 +3,10 @@
 Each is an instance of the recurrence y_t = d_t + c_t · y_{t+1} (`reverse_scan`). Tensors have one common shape
 ``[*B, T, *F]`` with time at ``time_dim``, any strides; γ and λ are numbers, or tensors broadcastable to that
 shape. What runs underneath is chosen by ``backend`` (see `fusedrl.kernels.backend`).
+
+A NaN or an infinity in a reward or a value may reach all the steps before it in its row, those of other trajectories
+too: the fast backends multiply it by the 0 that stands for an end. What is behind an end by definition, the next value
+of a terminal step, is selected away.
 """
 
 from torch import Tensor
@@ -47,7 +51,9 @@ def gae(
         The advantage and the value target, each of the common shape.
 
     Raises:
-        RuntimeError: shapes or devices differ.
+        TypeError: an argument isn't a real tensor, or γ or λ not a number either.
+        RuntimeError: shapes or devices differ, or the backend doesn't run there.
+        IndexError: ``time_dim`` is out of range.
         ValueError: the backend doesn't exist.
 
     Examples:
@@ -112,15 +118,28 @@ def td1_return(
     time_dim: int = -1,
     backend: str | None = None,
 ) -> Tensor:
-    """TD(1) return: the discounted sum of rewards up to the trajectory's end, and the value there.
+    r"""TD(1) return: the discounted sum of rewards up to the trajectory's end, and the value there.
 
-    `td_lambda_return` at λ = 1.
+    .. math::
+        G_t = r_t + γ(1 - \text{term}_t) G_{t+1},
+
+    where :math:`G_{t+1}` is :math:`v'_t` if the trajectory ends at t, as it does at the last step of the tensor: the
+    return `td_lambda_return` at λ = 1. Arguments and errors are those of `gae`.
+
+    Examples:
+        >>> import torch
+        >>> next_value, reward = torch.tensor([0.0, 0.0, 8.0]), torch.ones(3)
+        >>> td1_return(0.5, next_value, reward, torch.tensor([False, False, True]), torch.zeros(3))
+        tensor([2.7500, 3.5000, 5.0000])
+
+    See Sutton & Barto 2018, Reinforcement learning, section 12.1.
+
     """
     return td_lambda_return(gamma, 1.0, next_value, reward, done, terminated, time_dim=time_dim, backend=backend)
 
 
 def fixed_discount_td_lambda_return(
-    gamma: Tensor,
+    gamma: Scalar,
     lmbda: Scalar,
     next_value: Tensor,
     reward: Tensor,
@@ -130,10 +149,14 @@ def fixed_discount_td_lambda_return(
     time_dim: int = -1,
     backend: str | None = None,
 ) -> Tensor:
-    """TD(λ) return in which γ_t and λ_t hold for all of the trajectory that follows step t.
+    r"""TD(λ) return in which γ_t and λ_t hold for all of the trajectory that follows step t.
 
-    `td_lambda_return` instead uses γ_k at step k, whatever step the return starts from. The work grows with the
-    square of the number of steps, the memory linearly. Arguments and errors are those of `gae`.
+    .. math::
+        G_t = G_t^{(t)}, \qquad
+        G_k^{(t)} = r_k + γ_t(1 - \text{term}_k)\left[(1 - λ_t) v'_k + λ_t G_{k+1}^{(t)}\right],
+
+    with the ends of `td_lambda_return`, which instead uses γ_k at step k, whatever step the return starts from. The
+    work grows with the square of the number of steps, the memory linearly. Arguments and errors are those of `gae`.
 
     Examples:
         >>> import torch
@@ -141,6 +164,8 @@ def fixed_discount_td_lambda_return(
         >>> done = torch.tensor([False, False, True])
         >>> fixed_discount_td_lambda_return(gamma, 1.0, torch.zeros(3), reward, done)
         tensor([1.7500, 2.0000, 1.0000])
+
+    See Sutton & Barto 2018, Reinforcement learning, equation 12.18.
 
     """
     (value_target,) = solve(
@@ -166,6 +191,8 @@ def reward_to_go(
         >>> reward_to_go(0.5, torch.ones(4), torch.tensor([False, True, False, False]))
         tensor([1.5000, 1.0000, 1.5000, 1.0000])
 
+    See Sutton & Barto 2018, Reinforcement learning, equation 3.9.
+
     """
     (value,) = solve(Recurrence(SCAN, gamma, None, reward, None, None, done, None), time_dim, backend)
     return value
@@ -185,6 +212,12 @@ def reverse_scan(coefficient: Scalar, increment: Tensor, *, time_dim: int = -1, 
 
     Returns:
         y, of the shape of ``increment``.
+
+    Raises:
+        TypeError: an argument isn't a real tensor, or the coefficient not a number either.
+        RuntimeError: the coefficient doesn't broadcast, devices differ, or the backend doesn't run there.
+        IndexError: ``time_dim`` is out of range.
+        ValueError: the backend doesn't exist.
 
     Examples:
         >>> import torch

@@ -5,6 +5,7 @@ and is compiled once more at most when the size of the data changes, after which
 """
 
 import inspect
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -94,6 +95,16 @@ def test_every_public_estimator_is_checked_here():
     public = {getattr(estimators, name) for name in estimators.__all__}
     classes = {x for x in public if inspect.isclass(x) and issubclass(x, estimators.ValueEstimatorBase)}
     assert {cls.__name__ for cls in classes} - BASES == set(ESTIMATORS)
+
+
+SOURCE = re.compile(r"arXiv:|doi\.org|Sutton & Barto 2018|Blelloch 1990|Sutton 1988")
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_an_estimators_docstring_has_the_formula_and_the_source(name):
+    doc = inspect.getdoc(getattr(estimators, name))
+    assert ".. math::" in doc
+    assert SOURCE.search(doc)
 
 
 def made_on(device: torch.device, name: str) -> estimators.ValueEstimatorBase:
@@ -307,6 +318,13 @@ def test_every_public_kernel_function_is_checked_here():
     public = {name for name in kernels.__all__ if inspect.isroutine(getattr(kernels, name))}
     assert public - CHOOSE_BACKENDS == set(KERNELS)
     assert not set(KERNELS) & set(FUNCTIONALS)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_functions_docstring_has_the_formula_and_the_source(name):
+    doc = inspect.getdoc(getattr(kernels, name))
+    assert ".. math::" in doc
+    assert SOURCE.search(doc)
 
 
 def results(function, inputs: dict[str, Tensor], numbers: dict[str, Any]):
