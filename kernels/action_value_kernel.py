@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 
 from . import action_value_problem as problem
+from .primitives import as_float64, is_last_to_arrive
 
 _ABS, _SQUARE = tl.constexpr(problem.ABS), tl.constexpr(problem.SQUARE)
 _L1, _L2 = tl.constexpr(problem.L1), tl.constexpr(problem.L2)
@@ -93,7 +94,7 @@ def ensemble_kernel(
     PROGRAMS: tl.constexpr,
 ):
     """Reads values, target, mask and weights; writes the rest, the slopes and the reciprocal if they are there."""
-    factor = _number(scale, DTYPE)
+    factor = as_float64(scale).to(DTYPE)
     total = tl.zeros((BLOCK,), DTYPE)
     count = tl.zeros((BLOCK,), DTYPE)
     for start in range(tl.program_id(0).to(INDEX) * BLOCK, samples, tl.num_programs(0) * BLOCK):
@@ -134,7 +135,7 @@ def ensemble_kernel(
             _put(partials, 0, total)
             if COUNT:
                 _put(partials, 1, count)
-            last = _is_last(arrivals)
+            last = is_last_to_arrive(arrivals)
         if last:
             if partials is not None:
                 total = _sum_of(partials, 0, PROGRAMS)
@@ -179,7 +180,7 @@ def policy_kernel(
 
     ``sample_scale`` is one over the number of samples, for the entropy, which isn't weighed.
     """
-    factor = _number(scale, DTYPE)
+    factor = as_float64(scale).to(DTYPE)
     a = _coefficient(alpha, alpha_tensor, 0, True, DTYPE)
     information = tl.zeros((BLOCK,), DTYPE)  # −log π
     valid = tl.zeros((BLOCK,), DTYPE)
@@ -232,7 +233,7 @@ def policy_kernel(
                 _put(partials, 3, weighed)
             if COUNT:
                 _put(partials, 4, count)
-        last = _is_last(arrivals)
+        last = is_last_to_arrive(arrivals)
     if last:
         if partials is not None:
             information = _sum_of(partials, 0, PROGRAMS)
@@ -245,7 +246,7 @@ def policy_kernel(
                 if COUNT:
                     count = _sum_of(partials, 4, PROGRAMS)
         if mask is None:
-            _put_number(entropy, information * _number(sample_scale, DTYPE))
+            _put_number(entropy, information * as_float64(sample_scale).to(DTYPE))
         else:
             _put_number(entropy, information / _divisor(valid))
         if REDUCTION != _NONE:
@@ -263,16 +264,10 @@ def policy_kernel(
 
 
 @triton.jit
-def _number(x, DTYPE: tl.constexpr):
-    """A float64 argument in DTYPE; the product makes a tensor of it in the interpreter as well as in compiled code."""
-    return (x * tl.full((), 1.0, tl.float64)).to(DTYPE)
-
-
-@triton.jit
 def _coefficient(number, tensor, b, inside, DTYPE: tl.constexpr):
     """γ or α: the number, or what the tensor holds."""
     if tensor is None:
-        return _number(number, DTYPE)
+        return as_float64(number).to(DTYPE)
     elif len(tensor) == 1:
         return tl.load(tensor[0]).to(DTYPE)
     else:
@@ -341,16 +336,6 @@ def _distance(error, size, LOSS_FUNCTION: tl.constexpr):
 def _put(partials, row, x):
     """This program's part of a sum."""
     tl.store(partials + row * tl.num_programs(0) + tl.program_id(0), x)
-
-
-@triton.jit
-def _is_last(arrivals):
-    """Whether all other programs have put their parts, which this one may now read."""
-    # All threads' parts are written before one thread says so, and none reads before it has heard of the others'.
-    tl.debug_barrier()
-    arrived = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu")
-    tl.debug_barrier()
-    return arrived == tl.num_programs(0) - 1
 
 
 @triton.jit

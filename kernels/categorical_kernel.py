@@ -22,6 +22,8 @@ A sample's first element is found in 64 bits, what lies in the sample in INDEX.
 import triton
 import triton.language as tl
 
+from .primitives import as_float64
+
 
 @triton.jit
 def loss_kernel(
@@ -159,8 +161,7 @@ def _greedy_action(
 @triton.jit
 def _bellman(support, reward, terminated, gamma, gamma_tensor, sample, atoms, DTYPE: tl.constexpr, INDEX: tl.constexpr):
     """(start, step, term) of a sample: atom j lands at b_j = clip(start + step · z_j, 0, N − 1)."""
-    # The product with a float64 one makes a tensor of a number in the interpreter as well as in compiled code.
-    discount = (gamma * tl.full((), 1.0, tl.float64)).to(DTYPE)
+    discount = as_float64(gamma).to(DTYPE)
     if gamma_tensor is not None:
         discount = tl.load(gamma_tensor[0] + sample * gamma_tensor[1]).to(DTYPE)
     v_min = tl.load(support[0]).to(DTYPE)

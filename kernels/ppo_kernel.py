@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .ppo_problem import SMALLEST_STD
+from .primitives import scalar
 from .samples_kernel import (
     COUNT,
     MOMENTS,
@@ -28,7 +29,6 @@ from .samples_kernel import (
     observe_exponent,
     read,
     samples_of,
-    scalar,
     share_of_sample,
     total,
     write,

@@ -17,20 +17,12 @@ programs, rounded up to a power of two.
 import triton
 import triton.language as tl
 
+from .primitives import is_last_to_arrive
+
 # The first rows of every workspace: what `leave_counts` leaves.
 COUNT = tl.constexpr(0)
 WEIGHT = tl.constexpr(1)
 MOMENTS = tl.constexpr(2)  # mean and, in the next row, squared deviations
-
-
-@triton.jit
-def scalar(number, tensor):
-    """A scalar in float64."""
-    # The product with a float64 one makes a tensor of a number in the interpreter as well as in compiled code.
-    value = number * tl.full((), 1.0, tl.float64)
-    if tensor is not None:
-        value = tl.load(tensor).to(tl.float64)
-    return value
 
 
 @triton.jit
@@ -105,9 +97,7 @@ def count_of_finished(workspace, rows: tl.constexpr):
 @triton.jit
 def is_last_to_finish(workspace, rows: tl.constexpr):
     """Whether all other programs are done, in which case what they left can be read."""
-    tl.debug_barrier()  # all threads have written before one of them says so
-    finished = tl.atomic_add(count_of_finished(workspace, rows), 1, sem="acq_rel", scope="gpu")
-    return finished == tl.num_programs(0) - 1
+    return is_last_to_arrive(count_of_finished(workspace, rows))
 
 
 # --- mean and variance --------------------------------------------------------------------------------------------

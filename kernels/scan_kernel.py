@@ -38,6 +38,7 @@ inner index n % inner. A tensor that isn't there is None. γ and λ are numbers,
 import triton
 import triton.language as tl
 
+from .primitives import as_float64
 from .scan_problem import GAE, SCAN, TD_LAMBDA
 
 STEPS_PER_LANE = 4
@@ -429,8 +430,7 @@ def _entering_state(
 @triton.jit
 def _number(number, tensor, DTYPE: tl.constexpr):
     """γ or λ: a number, or what a 0-d tensor holds."""
-    # The product with a float64 one makes a tensor of a number in the interpreter as well as in compiled code.
-    x = number * tl.full((), 1.0, tl.float64)
+    x = as_float64(number)
     if tensor is not None and len(tensor) == 2:
         x = tl.load(tensor[0]).to(tl.float64)
     return x.to(DTYPE)
@@ -461,7 +461,7 @@ def _inside(at, K: tl.constexpr):
 
 @triton.jit
 def _address(tensor, at, K: tl.constexpr):
-    """Of elements ``ahead`` steps after the steps ``at``, which are k steps after the first of their lanes.
+    """Addresses of the elements K steps after those of ``at``, which are the first of their lanes.
 
     A lane's first address is computed once; from there on, each is a step's stride from the one before.
     """

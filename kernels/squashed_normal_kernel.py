@@ -15,6 +15,8 @@ selects.
 import triton
 import triton.language as tl
 
+from .primitives import as_float64
+
 
 @triton.jit
 def log_prob_kernel(
@@ -117,7 +119,7 @@ def sample_kernel(
             e = tl.exp(-2.0 * tl.abs(x))
             half_log_slope = 0.6931471805599453 - tl.abs(x) - tl.log(1.0 + e)
             term = 0.5 * z * z + tl.log(s * width) + 2.0 * half_log_slope
-            drawn = middle + width * _clamp(_tanh(x, e), _number(limit, DTYPE))
+            drawn = middle + width * _clamp(_tanh(x, e), as_float64(limit).to(DTYPE))
         else:
             term = 0.5 * z * z + tl.log(s)
             drawn = x
@@ -166,7 +168,7 @@ def sample_gradient_kernel(
             t = _tanh(x, tl.exp(-2.0 * tl.abs(x)))
             if grad_action is not None:
                 _, width = _interval(low, high, center, half, tile, DTYPE)
-                y = _clamp(t, _number(limit, DTYPE))
+                y = _clamp(t, as_float64(limit).to(DTYPE))
                 along_x *= width * (1.0 - y) * (1.0 + y)
             along_x += 2.0 * incoming * t
         _store(by_loc, tile, along_x)
@@ -224,7 +226,7 @@ def _inverted(loc, scale, action, low, high, center, half, limit, tile, SQUASHED
     mean = _load(loc, tile, 0.0, DTYPE)
     if SQUASHED:
         middle, width = _interval(low, high, center, half, tile, DTYPE)
-        y = _clamp((a - middle) / width, _number(limit, DTYPE))
+        y = _clamp((a - middle) / width, as_float64(limit).to(DTYPE))
         x, slope = _atanh(y), (1.0 - y) * (1.0 + y) * width
     else:
         x, y, slope = a, a, a  # only x is used, but Triton 3.6 can't return None
@@ -232,16 +234,10 @@ def _inverted(loc, scale, action, low, high, center, half, limit, tile, SQUASHED
 
 
 @triton.jit
-def _number(x, DTYPE: tl.constexpr):
-    """A tensor of a number in the interpreter as well as in compiled code."""
-    return (x * tl.full((), 1.0, tl.float64)).to(DTYPE)
-
-
-@triton.jit
 def _interval(low, high, center, half, tile, DTYPE: tl.constexpr):
     """Its center and half its width; of tensors computed in their own dtype, as a distribution does."""
     if low is None:
-        middle, width = _number(center, DTYPE), _number(half, DTYPE)
+        middle, width = as_float64(center).to(DTYPE), as_float64(half).to(DTYPE)
     else:
         lower = _load(low, tile, 0, low[0].dtype.element_ty)
         upper = _load(high, tile, 2, high[0].dtype.element_ty)

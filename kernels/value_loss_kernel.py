@@ -13,6 +13,7 @@ See `fusedrl.kernels.samples_kernel` for who owns which samples and how programs
 import triton
 import triton.language as tl
 
+from .primitives import scalar
 from .samples_kernel import (
     counted,
     is_last_to_finish,
@@ -23,7 +24,6 @@ from .samples_kernel import (
     observe,
     read,
     samples_of,
-    scalar,
     share_of_sample,
     total,
     write,

@@ -14,7 +14,7 @@ Tensors are passed as to `scan_kernel`. γ and the thresholds are numbers, or 0-
 import triton
 import triton.language as tl
 
-from .samples_kernel import scalar
+from .primitives import scalar
 from .scan_kernel import (
     _STEPS,
     _a_of_share,
