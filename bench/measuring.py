@@ -1,9 +1,11 @@
 """What the benchmarks share: taking turns with the clock, and where results are written."""
 
+import datetime
 import json
 import math
 import platform
 import statistics
+import subprocess
 import timeit
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -95,13 +97,22 @@ def peak_bytes(run: Run, device: torch.device) -> int:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """The machine and the versions that results were measured with."""
+    """The machine and the versions that results were measured with, and of which state of the code they are."""
     return {
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
         "machine": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "backend": kernels.resolve_backend(None, torch.empty(0, device=device)),
         "versions": {m.__name__: m.__version__ for m in (torch, triton, torchrl)},
     }
+
+
+def _commit() -> str | None:
+    """The commit that is checked out; None where there is no history, as in a copy of the files."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(command, cwd=RESULTS, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
 
 
 def rounded(x: Any) -> Any:

@@ -47,10 +47,16 @@ def of_suite(suite: str) -> Callable[[], str]:
         if results is None:
             return OPEN.capitalize() + "."
         threads = f"{results['threads']} thread{'s' if results['threads'] > 1 else ''}"
-        versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-        return f"{tables.of(suite, results)}\n\n({results['machine']}, {threads}; {versions}.)"
+        return f"{tables.of(suite, results)}\n\n({results['machine']}, {threads}; {_state(results)}.)"
 
     return part
+
+
+def _state(results: dict[str, Any]) -> str:
+    """Of what the results are: versions, and the state of the code."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    commit = f" at {results['commit']}" if results["commit"] else ""
+    return f"{versions}; {results['date']}{commit}"
 
 
 def static_kernels() -> str:
@@ -102,8 +108,7 @@ def gpu_scans() -> str:
         if results is None:
             continue
         shares = tables.bandwidth_by_shape(_large(machine))
-        versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-        found.append(f"{tables.scans(results['rows'])}\n\n{shares}\n\n({results['machine']}; {versions}.)")
+        found.append(f"{tables.scans(results['rows'])}\n\n{shares}\n\n({results['machine']}; {_state(results)}.)")
     return "\n\n".join(found) or f"{OPEN.capitalize()}."
 
 
