@@ -14,13 +14,12 @@ from tensordict.nn import TensorDictModuleBase, composite_lp_aggregate, dispatch
 from torch import Tensor
 
 from ..kernels.backend import check_backend
+from ..kernels.checks import Scalar
 from .functional import widened
 from .modules import VMAP_RANDOMNESS, device_of
 from .shifted import shifted_values
 from .steps import Steps, any_right, cut, expand_right, standardize, valid_only, without_padding
 from .value_network import ValueNetwork, check_positive
-
-Scalar = float | Tensor
 
 SHIFTED_VALID = "shifted_valid"
 # What `split_trajectories` writes: False where a trajectory was padded to the length of the longest.

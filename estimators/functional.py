@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..kernels.checks import Scalar
+from ..kernels.dtypes import floating, result_dtype
 from ..kernels.scan_operators import solve
 from ..kernels.scan_problem import FIXED_DISCOUNT, GAE, TD_LAMBDA, Recurrence, checked
 from ..kernels.vtrace_operators import solve as solve_vtrace
 from ..kernels.vtrace_problem import VTrace
-
-Scalar = float | Tensor
 
 __all__ = [
     "generalized_advantage_estimate",
@@ -455,11 +455,7 @@ def widened(reward: Tensor, *values: Tensor) -> tuple[Tensor, torch.dtype]:
 
     For differences of estimates, which are rounded to half precision once.
     """
-    dtype = reward.dtype
-    for x in values:
-        dtype = torch.promote_types(dtype, x.dtype)
-    if not dtype.is_floating_point:
-        dtype = torch.get_default_dtype()
+    dtype = floating(result_dtype(reward, *values))
     return (reward.float() if dtype in (torch.float16, torch.bfloat16) else reward), dtype
 
 

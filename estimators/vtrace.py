@@ -7,6 +7,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
+from ..kernels.checks import Scalar
 from ..kernels.vtrace import vtrace
 from ..kernels.vtrace_problem import check_thresholds
 from .base import ValueEstimatorBase, as_hyperparameter
@@ -17,8 +18,6 @@ from .modules import check_distribution, keys_read
 from .registry import ValueEstimators, register_value_estimator
 from .steps import Steps, standardize, valid_only, without_padding
 from .variants import BothValuesEstimatorBase
-
-Scalar = float | Tensor
 
 
 @register_value_estimator(ValueEstimators.VTrace, default_kwargs={"gamma": 0.99, "differentiable": True})

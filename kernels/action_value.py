@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import action_value_operators as operators
 from .action_value_problem import Bootstrap, Improvement, Regression
-from .scan_problem import Scalar
+from .checks import Scalar
 
 
 class Target(NamedTuple):

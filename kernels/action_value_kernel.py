@@ -29,11 +29,12 @@ import triton
 import triton.language as tl
 
 from . import action_value_problem as problem
+from . import checks
 from .primitives import as_float64, is_last_to_arrive
 
 _ABS, _SQUARE = tl.constexpr(problem.ABS), tl.constexpr(problem.SQUARE)
-_L1, _L2 = tl.constexpr(problem.L1), tl.constexpr(problem.L2)
-_NONE = tl.constexpr(problem.NONE)
+_L1, _L2 = tl.constexpr(checks.L1), tl.constexpr(checks.L2)
+_NONE = tl.constexpr(checks.NONE)
 
 
 @triton.jit

@@ -10,14 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .action_value_kernel import ensemble_kernel, policy_kernel, target_kernel
-from .action_value_problem import (
-    MEAN,
-    NONE,
-    Bootstrap,
-    Improvement,
-    Regression,
-    count_is_unknown,
-)
+from .action_value_problem import Bootstrap, Improvement, Regression, count_is_unknown
+from .checks import MEAN, NONE
 from .dtypes import compute_dtype
 from .launching import TRITON_DTYPE, Launch, Launcher, Plan, Workspace, scalar, scalar_arguments, strided
 

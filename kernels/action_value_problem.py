@@ -14,11 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .scan_problem import broadcasts
+from .checks import LOSS_FUNCTIONS, MEAN, NONE, REDUCTIONS, check_0d, check_broadcasts, check_choice
 
-L1, L2, SMOOTH_L1 = LOSS_FUNCTIONS = ("l1", "l2", "smooth_l1")
 SQUARE, ABS = PRIORITIES = ("square", "abs")
-NONE, MEAN, SUM = REDUCTIONS = ("none", "mean", "sum")
 
 
 class Bootstrap(NamedTuple):
@@ -113,18 +111,12 @@ def check_bootstrap(problem: Bootstrap) -> None:
     _check_ensemble("next_values", next_values)
     _check_member("reward", reward, "next_values", next_values)
     _check_member("terminated", terminated, "next_values", next_values)
-    if isinstance(gamma, Tensor) and gamma.ndim:
-        if not broadcasts(gamma.shape, reward.shape):
-            raise RuntimeError(
-                f"gamma has shape {tuple(gamma.shape)}, which does not broadcast to the reward's {tuple(reward.shape)}"
-            )
-        if gamma.device != next_values.device:
-            raise RuntimeError(f"gamma is on {gamma.device}, but next_values is on {next_values.device}")
+    check_broadcasts("gamma", gamma, "reward", reward.shape, next_values.device)
     if log_prob is not None:
         _check_member("log_prob", log_prob, "next_values", next_values)
         if alpha is None:
             raise TypeError("log_prob is given, but alpha is None: a number or a 0-d tensor is wanted")
-        _check_coefficient("alpha", alpha)
+        check_0d("alpha", alpha)
 
 
 def check_regression(problem: Regression) -> None:
@@ -133,9 +125,9 @@ def check_regression(problem: Regression) -> None:
     _check_ensemble("values", values)
     _check_member("target", problem.target, "values", values)
     _check_mask_and_weights(problem, values)
-    _check_name("loss_function", problem.loss_function, LOSS_FUNCTIONS)
-    _check_name("priority", problem.priority, PRIORITIES)
-    _check_name("reduction", problem.reduction, REDUCTIONS)
+    check_choice("loss_function", problem.loss_function, LOSS_FUNCTIONS)
+    check_choice("priority", problem.priority, PRIORITIES)
+    check_choice("reduction", problem.reduction, REDUCTIONS)
 
 
 def check_improvement(problem: Improvement) -> None:
@@ -143,9 +135,9 @@ def check_improvement(problem: Improvement) -> None:
     values = problem.values
     _check_ensemble("values", values)
     _check_member("log_prob", problem.log_prob, "values", values)
-    _check_coefficient("alpha", problem.alpha)
+    check_0d("alpha", problem.alpha)
     _check_mask_and_weights(problem, values)
-    _check_name("reduction", problem.reduction, REDUCTIONS)
+    check_choice("reduction", problem.reduction, REDUCTIONS)
 
 
 def _check_ensemble(name: str, values: Tensor) -> None:
@@ -171,16 +163,6 @@ def _check_mask_and_weights(problem: Regression | Improvement, values: Tensor) -
             raise TypeError(f"mask has dtype {problem.mask.dtype}: torch.bool is wanted")
     if problem.weights is not None:
         _check_member("weights", problem.weights, "values", values)
-
-
-def _check_coefficient(name: str, x: float | Tensor) -> None:
-    if isinstance(x, Tensor) and x.ndim:
-        raise RuntimeError(f"{name} has shape {tuple(x.shape)}: a number or a 0-d tensor is wanted")
-
-
-def _check_name(name: str, x: str, known: tuple[str, ...]) -> None:
-    if x not in known:
-        raise ValueError(f"{name} is {x!r}; it can be {', '.join(map(repr, known))}")
 
 
 def _promoted(dtype: torch.dtype, x: Tensor) -> torch.dtype:

@@ -9,17 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .action_value_problem import (
-    L1,
-    L2,
-    MEAN,
-    NONE,
-    SMOOTH_L1,
-    SQUARE,
-    Bootstrap,
-    Improvement,
-    Regression,
-)
+from .action_value_problem import SQUARE, Bootstrap, Improvement, Regression
+from .checks import L1, L2, MEAN, NONE, SMOOTH_L1
 from .dtypes import compute_dtype
 
 _DISTANCES: dict[str, Callable[..., Tensor]] = {L1: F.l1_loss, L2: F.mse_loss, SMOOTH_L1: F.smooth_l1_loss}

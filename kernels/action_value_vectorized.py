@@ -9,17 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .action_value_problem import (
-    L1,
-    L2,
-    MEAN,
-    NONE,
-    REDUCTIONS,
-    SQUARE,
-    Bootstrap,
-    Improvement,
-    Regression,
-)
+from .action_value_problem import SQUARE, Bootstrap, Improvement, Regression
+from .checks import L1, L2, MEAN, NONE, REDUCTIONS
 from .dtypes import cast, compute_dtype
 
 # What `torch.nn.functional` calls once it has broadcast the target. The index in

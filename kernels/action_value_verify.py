@@ -13,8 +13,9 @@ from torch import Tensor
 from . import action_value_reference
 from .action_value_composed import Composed
 from .action_value_operators import backend_module
-from .action_value_problem import L1, L2, Bootstrap, Improvement, Regression
+from .action_value_problem import Bootstrap, Improvement, Regression
 from .backend import fastest_backend
+from .checks import L1, L2
 from .compare import compare
 
 reference = Composed(action_value_reference)

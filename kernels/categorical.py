@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import categorical_operators
 from .categorical_problem import Bellman, Transition
-from .scan_problem import Scalar
+from .checks import Scalar
 
 
 def categorical_q_loss(

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import check_agrees, check_broadcasts
 from .dtypes import compute_dtype as compute_dtype  # imported from here by its backends
-from .scan_problem import broadcasts
 
 _INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -57,12 +57,7 @@ def check_transition(transition: Transition, bellman: Bellman) -> None:
             "[*batch, atoms, actions] are wanted"
         )
     for name in ("next_log_prob", "next_online_log_prob"):
-        x = getattr(transition, name)
-        if x is not None and (x.shape != shape or x.device != device):
-            raise RuntimeError(
-                f"{name} has shape {tuple(x.shape)} on {x.device}, but log_prob has shape {tuple(shape)} on {device}: "
-                "both must agree"
-            )
+        check_agrees(name, getattr(transition, name), "log_prob", log_prob)
     _check_member("action", transition.action, shape[:-2], device)
     if transition.action.dtype not in _INDICES:
         raise TypeError(f"action has dtype {transition.action.dtype}: the integer index of the action is wanted")
@@ -82,13 +77,7 @@ def check_bellman(bellman: Bellman, shape: torch.Size, device: torch.device) -> 
         )
     _check_member("reward", reward, torch.Size(batch), device)
     _check_member("terminated", terminated, torch.Size(batch), device)
-    if isinstance(gamma, Tensor) and gamma.ndim:
-        if not broadcasts(gamma.shape, torch.Size(batch)):
-            raise RuntimeError(
-                f"gamma has shape {tuple(gamma.shape)}, which does not broadcast to the batch's {tuple(batch)}"
-            )
-        if gamma.device != device:
-            raise RuntimeError(f"gamma is on {gamma.device}, but the distributions are on {device}")
+    check_broadcasts("gamma", gamma, "the batch", torch.Size(batch), device)
 
 
 def flat_transition(transition: Transition) -> Transition:

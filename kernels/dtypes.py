@@ -13,6 +13,11 @@ def result_dtype(x: Tensor, *others: Tensor | None) -> torch.dtype:
     return dtype
 
 
+def floating(dtype: torch.dtype) -> torch.dtype:
+    """``dtype``, or the default one where it is of integers."""
+    return dtype if dtype.is_floating_point else torch.get_default_dtype()
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that backends compute in: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

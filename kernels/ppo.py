@@ -9,8 +9,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import ppo_operators
+from .checks import Scalar
 from .ppo_problem import PPOConstants, check
-from .scan_problem import Scalar
 
 
 class ClipPPO(NamedTuple):

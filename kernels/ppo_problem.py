@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import REDUCTIONS, check_0d, check_choice
 from .dtypes import compute_dtype, result_dtype
-from .samples import REDUCTIONS, check_choice, check_samples, check_scalars, new_outputs
+from .samples import check_samples, new_outputs
 
 SMALLEST_STD = 1e-6  # a spread below this is rounding noise and is not blown up to 1
 
@@ -50,7 +51,8 @@ def check(log_prob: Tensor, constants: PPOConstants) -> None:
         "weights": weights,
     }
     check_samples("log_prob", log_prob, others, mask)
-    check_scalars({"clip_low": clip_low, "clip_high": clip_high, "max_ratio": max_ratio})
+    for name, x in (("clip_low", clip_low), ("clip_high", clip_high), ("max_ratio", max_ratio)):
+        check_0d(name, x)
     if isinstance(max_ratio, (int, float)) and not max_ratio > 0:
         raise ValueError(f"max_ratio is {max_ratio}, but must be positive")
     check_choice("reduction", reduction, REDUCTIONS)

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-Scalar = float | Tensor
+from .checks import Scalar
 
 
 def gae(

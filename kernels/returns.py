@@ -11,10 +11,9 @@ of a terminal step, is selected away.
 
 from torch import Tensor
 
+from .checks import Scalar
 from .scan_operators import solve
 from .scan_problem import FIXED_DISCOUNT, GAE, SCAN, TD_LAMBDA, Recurrence
-
-Scalar = float | Tensor
 
 
 def gae(

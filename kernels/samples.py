@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backend import resolve_backend
+from .checks import check_agrees
 from .dtypes import cast
 from .function import apply
-
-REDUCTIONS = ("mean", "sum", "none")
 
 Run = Callable[..., list[Tensor]]
 
@@ -90,39 +89,16 @@ def _goes_beyond_the_slope(constants: Any) -> bool:
 
 def check_samples(name: str, x: Tensor, others: dict[str, Tensor | None], mask: Tensor | None) -> None:
     """Raise RuntimeError for a shape or device that isn't that of ``x``, TypeError for a dtype that can't be used."""
-    shape, device = x.shape, x.device
     if not x.is_floating_point():
         raise TypeError(f"{name} has dtype {x.dtype}: a floating-point one is wanted")
     for other, y in others.items():
-        if y is not None and (y.shape != shape or y.device != device):
-            raise RuntimeError(_disagreement(other, y, name, x))
+        check_agrees(other, y, name, x)
         if y is not None and y.is_complex():
             raise TypeError(f"{other} has dtype {y.dtype}: a real one is wanted")
     if mask is not None:
-        if mask.shape != shape or mask.device != device:
-            raise RuntimeError(_disagreement("mask", mask, name, x))
+        check_agrees("mask", mask, name, x)
         if mask.dtype != torch.bool:
             raise TypeError(f"mask has dtype {mask.dtype}: torch.bool is wanted, True where a sample counts")
-
-
-def check_scalars(scalars: dict[str, Any]) -> None:
-    """Raise RuntimeError if one of the ``scalars`` is a tensor with dimensions."""
-    for name, x in scalars.items():
-        if isinstance(x, Tensor) and x.ndim:
-            raise RuntimeError(f"{name} has shape {tuple(x.shape)}: a number or a 0-d tensor is wanted")
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raise ValueError if ``value`` isn't one of the ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; it can be {', '.join(map(repr, choices))}")
-
-
-def _disagreement(name: str, x: Tensor, other: str, y: Tensor) -> str:
-    return (
-        f"{name} has shape {tuple(x.shape)} on {x.device}, but {other} has shape {tuple(y.shape)} on {y.device}: both "
-        "must agree"
-    )
 
 
 # --- dtype and layout ---------------------------------------------------------------------------------------------

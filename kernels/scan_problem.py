@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-SCAN, TD_LAMBDA, GAE, FIXED_DISCOUNT = "scan", "td_lambda", "gae", "fixed_discount"
+from .checks import check_agrees, check_broadcasts, check_real, check_scalar
+from .dtypes import compute_dtype, floating, result_dtype
 
-Scalar = float | Tensor
+SCAN, TD_LAMBDA, GAE, FIXED_DISCOUNT = "scan", "td_lambda", "gae", "fixed_discount"
 
 
 class Recurrence(NamedTuple):
@@ -42,16 +43,12 @@ class Recurrence(NamedTuple):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype that backends compute in: float64 for float64, otherwise float32."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        return compute_dtype(self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the result: that of reward, value and next value together, floating point at least."""
-        dtype = self.reward.dtype
-        for x in (self.value, self.next_value):
-            if x is not None and x.dtype != dtype:
-                dtype = torch.promote_types(dtype, x.dtype)
-        return dtype if dtype.is_floating_point else torch.get_default_dtype()
+        return floating(result_dtype(self.reward, self.value, self.next_value))
 
     def new_output(self) -> Tensor:
         """An uninitialised tensor for a result, laid out like the reward."""
@@ -110,15 +107,13 @@ _device = Tensor.device.__get__
 def _name_disagreement(problem: Recurrence, names: Mapping[str, str]) -> None:
     """Raise for the first tensor that is not of the reward's shape and on its device."""
     for name in ("value", "next_value", "done", "terminated"):
-        check_agrees(names.get(name, name), getattr(problem, name), problem.reward)
+        check_agrees(names.get(name, name), getattr(problem, name), "reward", problem.reward)
 
 
 def _check_kinds(problem: Recurrence, names: Mapping[str, str]) -> None:
     """Raise TypeError for what isn't a real tensor, or a number or real tensor, and has to be."""
     for field in _TENSORS[problem.kind]:
-        x = getattr(problem, field)
-        if not isinstance(x, Tensor) or x.is_complex():
-            raise TypeError(f"{names.get(field, field)} must be a real tensor, but is {_described(x)}")
+        check_real(names.get(field, field), getattr(problem, field))
     for field in ("gamma",) if problem.kind == SCAN else ("gamma", "lmbda"):
         check_scalar(names.get(field, field), getattr(problem, field))
 
@@ -132,39 +127,11 @@ _TENSORS = {
 }
 
 
-def check_scalar(name: str, x: Any) -> None:
-    """Raise TypeError for what is neither a real number nor a real tensor."""
-    if not isinstance(x, (float, int, Tensor)) or (isinstance(x, Tensor) and x.is_complex()):
-        raise TypeError(f"{name} must be a number or a real tensor, but is {_described(x)}")
-
-
-def _described(x: Any) -> str:
-    return f"a tensor of {x.dtype}" if isinstance(x, Tensor) else repr(x)
-
-
 def _check_scalars(problem: Recurrence, names: Mapping[str, str]) -> None:
+    reward = problem.reward
     for name in ("gamma", "lmbda"):
-        check_broadcasts(names.get(name, name), getattr(problem, name), problem.reward, names.get("reward", "reward"))
-
-
-def check_agrees(name: str, x: Tensor | None, reward: Tensor) -> None:
-    """Raise RuntimeError for a tensor ``x`` that is not of the reward's shape and on its device."""
-    if x is not None and (x.shape != reward.shape or x.device != reward.device):
-        raise RuntimeError(
-            f"{name} has shape {tuple(x.shape)} on {x.device}, but reward has shape {tuple(reward.shape)} on "
-            f"{reward.device}: both must agree"
-        )
-
-
-def check_broadcasts(name: str, x: Any, reward: Tensor, its_name: str = "reward") -> None:
-    """Raise RuntimeError for a tensor ``x`` with dimensions that doesn't broadcast to the reward, or lies elsewhere."""
-    if isinstance(x, Tensor) and x.ndim:
-        if not broadcasts(x.shape, reward.shape):
-            raise RuntimeError(
-                f"{name} has shape {tuple(x.shape)}, which does not broadcast to {tuple(reward.shape)} of {its_name}"
-            )
-        if x.device != reward.device:
-            raise RuntimeError(f"{name} is on {x.device}, but {its_name} is on {reward.device}")
+        x = getattr(problem, name)
+        check_broadcasts(names.get(name, name), x, names.get("reward", "reward"), reward.shape, reward.device)
 
 
 def fit(gradient: Tensor, x: Tensor) -> Tensor:
@@ -172,8 +139,3 @@ def fit(gradient: Tensor, x: Tensor) -> Tensor:
     if gradient.shape != x.shape:
         gradient = gradient.sum_to_size(x.shape)
     return gradient if gradient.dtype == x.dtype else gradient.to(x.dtype)
-
-
-def broadcasts(shape: torch.Size, to: torch.Size) -> bool:
-    """Whether a tensor of ``shape`` expands to the shape ``to``."""
-    return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False))

@@ -17,10 +17,10 @@ from torch.autograd import forward_ad
 from . import squashed_normal_reference as reference
 from . import squashed_normal_vectorized as vectorized
 from .backend import resolve_backend
+from .checks import check_agrees, check_broadcasts
 from .dispatch import called, constant, number_or_tensor
 from .dtypes import cast, result_dtype
 from .function import apply, autograd_inside, signed
-from .scan_problem import broadcasts
 from .squashed_normal_problem import Bounds, Squash
 
 _COMPOSITIONS: dict[str, Any] = {"torch": vectorized, "reference": reference}
@@ -186,15 +186,10 @@ def _checked(
         ValueError: of two numbers low isn't less than high, or the margin isn't in [0, 1).
 
     """
-    shape, device = loc.shape, loc.device
-    if not shape:
+    if not loc.ndim:
         raise RuntimeError("loc has no dimension: [*batch, actions] is wanted")
     for name, x in (("scale", scale), (third_name, third)):
-        if x.shape != shape or x.device != device:
-            raise RuntimeError(
-                f"{name} has shape {tuple(x.shape)} on {x.device}, but loc has shape {tuple(shape)} on {device}: both "
-                "must agree"
-            )
+        check_agrees(name, x, "loc", loc)
     if not (loc.is_floating_point() and scale.is_floating_point() and third.is_floating_point()):
         dtypes = f"loc {loc.dtype}, scale {scale.dtype}, {third_name} {third.dtype}"
         raise TypeError(f"floating-point tensors are wanted, but the dtypes are {dtypes}")
@@ -213,13 +208,8 @@ def _checked(
 def _checked_bound(name: str, bound: float | Tensor, loc: Tensor) -> Tensor:
     if not isinstance(bound, Tensor):  # the other one is a tensor: backends get both in one form
         return loc.new_full((), bound)
-    if not broadcasts(bound.shape, loc.shape):
-        raise RuntimeError(
-            f"{name} of squash has shape {tuple(bound.shape)}, which does not broadcast to {tuple(loc.shape)} of loc"
-        )
+    check_broadcasts(f"{name} of squash", bound, "loc", loc.shape, loc.device)
     if bound.device != loc.device:
-        if bound.ndim:
-            raise RuntimeError(f"{name} of squash is on {bound.device}, but loc is on {loc.device}")
         bound = bound.to(loc.device, non_blocking=True)
     return bound.detach() if bound.requires_grad else bound
 

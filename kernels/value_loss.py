@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import value_loss_operators
-from .scan_problem import Scalar
+from .checks import Scalar
 from .value_loss_problem import ValueConstants, check
 
 

@@ -23,10 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import LOSS_FUNCTIONS, REDUCTIONS, check_0d, check_choice
 from .dtypes import compute_dtype, result_dtype
-from .samples import REDUCTIONS, check_choice, check_samples, check_scalars, new_outputs
-
-LOSS_FUNCTIONS = ("l1", "l2", "smooth_l1")
+from .samples import check_samples, new_outputs
 
 
 class ValueConstants(NamedTuple):
@@ -52,7 +51,8 @@ def check(value: Tensor, constants: ValueConstants) -> None:
         there, missing = ("clip", "old_value") if old_value is None else ("old_value", "clip")
         raise ValueError(f"{there} is given, but {missing} isn't: clipping the step of the value takes both")
     check_samples("value", value, {"value_target": value_target, "old_value": old_value, "weights": weights}, mask)
-    check_scalars({"clip": clip, "coefficient": coefficient})
+    check_0d("clip", clip)
+    check_0d("coefficient", coefficient)
 
 
 def dtypes(value: Tensor, constants: ValueConstants) -> tuple[torch.dtype, torch.dtype]:

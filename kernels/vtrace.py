@@ -6,10 +6,9 @@ the backend in force between elementwise operations (`vtrace_composed`).
 
 from torch import Tensor
 
+from .checks import Scalar
 from .vtrace_operators import solve
 from .vtrace_problem import VTrace
-
-Scalar = float | Tensor
 
 
 def vtrace(

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .dtypes import compute_dtype, result_dtype
-from .scan_problem import GAE, Recurrence, check_agrees, check_broadcasts, check_scalar
+from .checks import check_agrees, check_broadcasts, check_scalar
+from .dtypes import compute_dtype, floating, result_dtype
+from .scan_problem import GAE, Recurrence
 from .scan_problem import checked as checked_recurrence
 
 _PRECISE = {torch.float32, torch.float64}
@@ -33,8 +34,7 @@ class VTrace(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the results: that of reward, value and next value together, floating point at least."""
-        dtype = result_dtype(self.reward, self.value, self.next_value)
-        return dtype if dtype.is_floating_point else torch.get_default_dtype()
+        return floating(result_dtype(self.reward, self.value, self.next_value))
 
     @property
     def log_weight_dtype(self) -> torch.dtype:
@@ -99,10 +99,10 @@ def checked(problem: VTrace, time_dim: int, names: Mapping[str, str] | None = No
     )
     check_scalar("rho_thresh", rho)
     check_scalar("c_thresh", c)
-    check_agrees("log_pi", log_pi, reward)
-    check_agrees("log_mu", log_mu, reward)
-    check_broadcasts("rho_thresh", rho, reward)
-    check_broadcasts("c_thresh", c, reward)
+    check_agrees("log_pi", log_pi, "reward", reward)
+    check_agrees("log_mu", log_mu, "reward", reward)
+    check_broadcasts("rho_thresh", rho, "reward", reward.shape, reward.device)
+    check_broadcasts("c_thresh", c, "reward", reward.shape, reward.device)
     if recurrence.done is not done or recurrence.terminated is not terminated:
         problem = problem._replace(done=recurrence.done, terminated=recurrence.terminated)
     return problem, dim

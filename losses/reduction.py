@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-REDUCTIONS = ("none", "mean", "sum")
+from ..kernels.checks import REDUCTIONS
+
 SCALAR_OUTPUT_MODES = (None, "exclude", "non_tensor")
 
 

@@ -124,7 +124,7 @@ import itertools, json, sys
 sys.path.insert(0, sys.argv[1])
 import triton.language as tl
 from fusedrl.kernels import action_value_kernel, action_value_launch
-from fusedrl.kernels.action_value_problem import LOSS_FUNCTIONS, REDUCTIONS
+from fusedrl.kernels.checks import LOSS_FUNCTIONS, REDUCTIONS
 from static_table import TARGETS, _read_nvidia
 from static_variants import Strided, compile_as_launched
 

@@ -8,9 +8,8 @@ float32 at least: the squared errors of an image in float16 don't add up.
 import torch
 from torch import Tensor
 
+from ...kernels.checks import Scalar
 from ...kernels.dispatch import as_input
-
-Scalar = float | Tensor
 
 
 def gaussian_kl(mean: Tensor, std: Tensor, other_mean: Tensor, other_std: Tensor) -> Tensor:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from ...kernels.checks import Scalar
 from ...kernels.dispatch import as_input
-
-Scalar = float | Tensor
 
 # --- samples that count -----------------------------------------------------------------------------------------
 

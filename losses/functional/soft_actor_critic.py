@@ -7,7 +7,7 @@ actions have the actions as their last dimension, ``[*B, A]``. α is a number or
 import torch
 from torch import Tensor
 
-Scalar = float | Tensor
+from ...kernels.checks import Scalar
 
 
 def soft_value(action_value: Tensor, log_prob: Tensor, alpha: Scalar) -> Tensor:

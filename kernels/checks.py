@@ -1,0 +1,66 @@
+"""What arguments of every operation may be, and the errors that say that one isn't."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Scalar = float | Tensor
+"""A number, or a tensor that broadcasts to the tensors it is used with."""
+
+REDUCTIONS = NONE, MEAN, SUM = ("none", "mean", "sum")
+LOSS_FUNCTIONS = L1, L2, SMOOTH_L1 = ("l1", "l2", "smooth_l1")
+
+
+def check_agrees(name: str, x: Tensor | None, other: str, y: Tensor) -> None:
+    """Raise RuntimeError for a tensor ``x`` that is not of the shape of ``y`` and on its device."""
+    if x is not None and (x.shape != y.shape or x.device != y.device):
+        raise RuntimeError(
+            f"{name} has shape {tuple(x.shape)} on {x.device}, but {other} has shape {tuple(y.shape)} on {y.device}: "
+            "both must agree"
+        )
+
+
+def check_broadcasts(name: str, x: Any, other: str, shape: torch.Size, device: torch.device) -> None:
+    """Raise RuntimeError for a tensor ``x`` with dimensions that doesn't broadcast to ``shape``, or lies elsewhere."""
+    if isinstance(x, Tensor) and x.ndim:
+        if not broadcasts(x.shape, shape):
+            raise RuntimeError(
+                f"{name} has shape {tuple(x.shape)}, which does not broadcast to {tuple(shape)} of {other}"
+            )
+        if x.device != device:
+            raise RuntimeError(f"{name} is on {x.device}, but {other} is on {device}")
+
+
+def broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    """Whether a tensor of ``shape`` expands to the shape ``to``."""
+    return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False))
+
+
+def check_real(name: str, x: Any) -> None:
+    """Raise TypeError for what isn't a real tensor."""
+    if not isinstance(x, Tensor) or x.is_complex():
+        raise TypeError(f"{name} must be a real tensor, but is {_described(x)}")
+
+
+def check_scalar(name: str, x: Any) -> None:
+    """Raise TypeError for what is neither a real number nor a real tensor."""
+    if not isinstance(x, (float, int, Tensor)) or (isinstance(x, Tensor) and x.is_complex()):
+        raise TypeError(f"{name} must be a number or a real tensor, but is {_described(x)}")
+
+
+def _described(x: Any) -> str:
+    return f"a tensor of {x.dtype}" if isinstance(x, Tensor) else repr(x)
+
+
+def check_0d(name: str, x: Any) -> None:
+    """Raise RuntimeError for a tensor with dimensions."""
+    if isinstance(x, Tensor) and x.ndim:
+        raise RuntimeError(f"{name} has shape {tuple(x.shape)}: a number or a 0-d tensor is wanted")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ValueError if ``value`` isn't one of the ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it can be {', '.join(map(repr, choices))}")
