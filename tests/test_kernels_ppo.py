@@ -791,7 +791,7 @@ def test_verify_names_what_is_wrong(monkeypatch, device, output, message) -> Non
         ({"clip_low": torch.zeros(1)}, RuntimeError, r"clip_low has shape \(1,\): a number or a 0-d tensor"),
         ({"clip_high": torch.zeros(1)}, RuntimeError, "clip_high has shape"),
         ({"max_ratio": torch.zeros(1)}, RuntimeError, "max_ratio has shape"),
-        ({"reduction": "avg"}, ValueError, "reduction is 'avg'; it can be 'mean', 'sum', 'none'"),
+        ({"reduction": "avg"}, ValueError, "reduction is 'avg'; it can be 'none', 'mean', 'sum'"),
         ({"backend": "cuda"}, ValueError, "backend is 'cuda'"),
     ],
 )
