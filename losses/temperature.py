@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from .base import LossModule
 
+UNREACHED_ALPHA = 1e9
+"""The greatest α where only the least is given: as in TorchRL, whose checkpoints then hold an upper bound too."""
+
 
 class TemperatureLoss(LossModule):
     r"""Base of the losses with a temperature α.
@@ -39,7 +42,7 @@ class TemperatureLoss(LossModule):
         fixed: bool,
         target_entropy: float | Tensor,
     ) -> None:
-        """Start with α = ``alpha_init``, to stay in [``min_alpha``, ``max_alpha``] (None: no bound).
+        """Start with α = ``alpha_init``, to stay in [``min_alpha``, ``max_alpha``] (None: no bound that is reached).
 
         Raises:
             ValueError: one of them isn't positive, or the bounds are in the wrong order.
@@ -48,6 +51,8 @@ class TemperatureLoss(LossModule):
         for name, value in (("alpha_init", alpha_init), ("min_alpha", min_alpha), ("max_alpha", max_alpha)):
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, but is {value}")
+        if min_alpha is not None and max_alpha is None:
+            max_alpha = UNREACHED_ALPHA
         if min_alpha is not None and max_alpha is not None and min_alpha > max_alpha:
             raise ValueError(f"min_alpha is {min_alpha}, which is more than max_alpha, {max_alpha}")
         self.register_coeff_buffer("alpha_init", alpha_init)
