@@ -73,7 +73,8 @@ class FunctionalModule(TensorDictModuleBase):
             compare_against: parameters that are trained by another network: here they get no gradient.
 
         Raises:
-            RuntimeError: a parameter isn't initialised (lazy modules).
+            RuntimeError: what would be copied isn't initialised (lazy modules): all of an ensemble or of a network
+                with a target, and what is in ``compare_against``.
 
         """
         shared = {id(x) for x in compare_against or ()}
@@ -288,18 +289,14 @@ def parameters_of(module: nn.Module | Sequence[nn.Module]) -> TensorDictParams:
     """The parameters and buffers of ``module`` itself, not copies; those of several modules are stacked.
 
     Raises:
-        RuntimeError: a module is lazy and has not seen data yet, so that its parameters have no shape.
+        RuntimeError: some that would be stacked are not initialised.
 
     """
     if isinstance(module, nn.Module):
-        for name, x in (*module.named_parameters(), *module.named_buffers()):
-            if nn.parameter.is_lazy(x):
-                raise RuntimeError(
-                    f"{name} of the {type(module).__name__} is not initialised: call the network once on data before "
-                    "the loss is built"
-                )
         return TensorDict.from_module(module, as_module=True)
     each = [parameters_of(m) for m in module]
+    for params in each:
+        _require_initialised(params)
     stacked: TensorDictBase = torch.stack([params.data for params in each])
     trained = {key: x.requires_grad for key, x in each[0].items(True, True) if isinstance(x, nn.Parameter)}
     result = TensorDict({}, [len(each)])
@@ -433,7 +430,18 @@ def delayed_copy(params: TensorDictParams) -> TensorDictParams:
 def _mapped(
     params: TensorDictBase, function: Callable[[NestedKey, Tensor], Tensor], batch_size: Sequence[int]
 ) -> TensorDictParams:
+    _require_initialised(params)
     result = TensorDict({}, batch_size)
     for key, x in params.items(True, True):
         result.set(key, function(key, x))
     return TensorDictParams(result)
+
+
+def _require_initialised(params: TensorDictBase) -> None:
+    """Refuse to copy what has no shape yet, since its module is lazy and has not seen data."""
+    for key, x in params.items(True, True):
+        if nn.parameter.is_lazy(x):
+            raise RuntimeError(
+                f"the network's parameter {key!r} is not initialised, but is to be copied for a target network or an "
+                "ensemble, or to be kept without gradient: call the network once on data before the loss is built"
+            )

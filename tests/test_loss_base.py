@@ -399,11 +399,6 @@ def test_network_goes_on_holding_what_the_loss_holds(change):
     assert "1.running_mean" in dict(module.named_buffers())
 
 
-def test_uninitialised_networks_are_refused():
-    with pytest.raises(RuntimeError, match="call the network once on data"):
-        ValueLoss(TensorDictModule(nn.LazyLinear(1), ["observation"], ["state_value"]))
-
-
 def test_networks_can_be_used_as_they_are(network, data):
     loss = ValueLoss(network, functional=False)
     assert not loss.functional
