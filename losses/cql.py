@@ -44,8 +44,9 @@ class CQLLoss(SoftActorCriticLoss):
 
     Args:
         actor_network: the policy π, a ``ProbabilisticTensorDictSequential`` whose action can be differentiated.
-        qvalue_network: Q, which reads the action. An ensemble of two is made of it, each member drawn anew; a
-            list of two networks is an ensemble as it is.
+        qvalue_network: Q, which reads the action. An ensemble of two is made of it, each member drawn anew, but for
+            parameters that are the policy's too, which stay the policy's and are trained by its loss only; a list of
+            two networks is an ensemble as it is.
         loss_function: d: ``"l1"``, ``"l2"`` or ``"smooth_l1"`` (`distance_loss`).
         alpha_init: α at the start.
         min_alpha: the least α.
@@ -140,7 +141,7 @@ class CQLLoss(SoftActorCriticLoss):
             use_prioritized_weights=use_prioritized_weights,
             scalar_output_mode=scalar_output_mode,
         )
-        self._take_qvalue_network(qvalue_network, 2, delay=delay_qvalue, shared=None)
+        self._take_qvalue_network(qvalue_network, 2, delay=delay_qvalue, shared=actor_network.parameters())
         self._set_temperature(
             alpha_init,
             min_alpha,

@@ -77,12 +77,13 @@ class FunctionalModule(TensorDictModuleBase):
                 with a target, and what is in ``compare_against``.
 
         """
-        shared = {id(x) for x in compare_against or ()}
-        params = parameters_of(module)
+        modules = module if isinstance(module, list) else [module]
+        members = [TensorDict.from_module(m, as_module=True) for m in modules]
+        shared = {id(x) for x in compare_against or ()}.intersection(*(map(id, tensors_of(m)) for m in members))
+        params, network = members[0], modules[0]
         self._shared[module_name] = self._found_elsewhere(params, shared)
-        network = module[0] if isinstance(module, list) else module
         if isinstance(module, list):
-            network = stateless(network)
+            params, network = stacked(members, shared), stateless(network)
         elif expand_dim:
             params, network = ensemble(params, expand_dim, shared), stateless(network)
         else:
@@ -285,24 +286,19 @@ def stateless(module: M) -> M:
     return deepcopy(module, memo)
 
 
-def parameters_of(module: nn.Module | Sequence[nn.Module]) -> TensorDictParams:
-    """The parameters and buffers of ``module`` itself, not copies; those of several modules are stacked.
-
-    Raises:
-        RuntimeError: some that would be stacked are not initialised.
-
-    """
-    if isinstance(module, nn.Module):
-        return TensorDict.from_module(module, as_module=True)
-    each = [parameters_of(m) for m in module]
-    for params in each:
+def stacked(members: Sequence[TensorDictParams], shared: set[int]) -> TensorDictParams:
+    """The parameters of several networks, stacked along dimension 0; those in ``shared`` (by id) as in `ensemble`."""
+    for params in members:
         _require_initialised(params)
-    stacked: TensorDictBase = torch.stack([params.data for params in each])
-    trained = {key: x.requires_grad for key, x in each[0].items(True, True) if isinstance(x, nn.Parameter)}
-    result = TensorDict({}, [len(each)])
-    for key, x in stacked.items(True, True):
-        result.set(key, nn.Parameter(x, trained[key]) if key in trained else Buffer(x))
-    return TensorDictParams(result)
+    values: TensorDictBase = torch.stack([params.data for params in members])
+
+    def stack(key: NestedKey, x: Tensor) -> Tensor:
+        if id(x) in shared:
+            return Buffer(x.data.expand(len(members), *x.shape))
+        value = values.get(key)
+        return nn.Parameter(value, x.requires_grad) if isinstance(x, nn.Parameter) else Buffer(value)
+
+    return _mapped(members[0], stack, [len(members)])
 
 
 def ensemble(params: TensorDictParams, size: int, shared: set[int]) -> TensorDictParams:
