@@ -166,7 +166,8 @@ def next_state_value(
         r + γ^n (1 - \text{term}) v',
 
     where n is the entry ``steps_to_next_obs`` if there is one (n-step rewards), else 1, and the entry ``done``
-    stands in for a missing ``terminated``. v' of a terminated step is never read into the result.
+    stands in for a missing ``terminated``. v' of a terminated step is never read into the result; that of a truncated
+    one is. (In TorchRL it isn't either.)
 
     Args:
         tensordict: batch size ``[*B]``, with ``("next", "reward")`` and the rest of shape ``[*B, 1]``.
