@@ -172,11 +172,12 @@ class CQLLoss(SoftActorCriticLoss):
         data, next_data = self._transitions(
             tensordict, ["qvalue_network", "actor_network"], ["actor_network", "qvalue_network"]
         )
+        action = self._taken_action(tensordict)
         alpha = self._bounded_alpha()
         policy = self._policy(data)
         judged, log_prob = self._draw(policy, data, tensordict)
         policy_value = self._ensemble_values(judged, tensordict, detach=True).amin(0)
-        data_log_prob = self._density(policy, data.get(self.tensor_keys.action), tensordict)
+        data_log_prob = self._density(policy, action, tensordict)
 
         with torch.no_grad():
             next_value = self._next_value(next_data, alpha, tensordict)

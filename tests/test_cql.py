@@ -8,7 +8,7 @@ import pytest
 import torch
 from fusedrl.estimators import heads
 from fusedrl.losses.cql import CQLLoss
-from helpers_losses import DOUBLE, squashed_normal
+from helpers_losses import DOUBLE, diagonal_normal, squashed_normal
 from helpers_q import (
     ACTION,
     CLOSE,
@@ -193,13 +193,25 @@ def test_options_that_make_no_sense_are_refused(option, value):
 # --- TorchRL ----------------------------------------------------------------------------------------------------
 
 
-def peers(**options):
+def peers(*, networks=lambda: (stochastic_actor(), qvalue_network()), **options):
     theirs = pytest.importorskip("torchrl.objectives")
-    actor, qvalue = stochastic_actor(), qvalue_network()
+    actor, qvalue = networks()
     pair = [make(cls, actor, qvalue, **options) for cls in (CQLLoss, theirs.CQLLoss)]
     same_parameters(*pair)
     desynchronise_targets(*pair)
     return pair
+
+
+@pytest.fixture
+def means_are_drawn(monkeypatch):
+    """Draws come in another order than TorchRL's, so all are the mean."""
+    for drawing in (torch.distributions.normal, heads):
+        monkeypatch.setattr(drawing, "_standard_normal", lambda shape, dtype, device: torch.zeros(
+            shape, dtype=dtype, device=device))  # fmt: skip
+    monkeypatch.setattr(torch, "normal", lambda mean, std: mean.clone())
+
+
+ALIKE = ["loss_actor", "loss_actor_bc", "loss_qvalue", "loss_alpha", "alpha", "entropy"]
 
 
 @pytest.mark.parametrize(
@@ -208,14 +220,25 @@ def peers(**options):
      {"delay_qvalue": False}, {"fixed_alpha": True}, {"alpha_init": 0.3}],
     ids=str,
 )  # fmt: skip
-def test_all_but_the_conservative_term_is_that_of_torchrl(options, monkeypatch):
-    """Draws come in another order, so all are the mean here. TorchRL's delay_actor has no effect: it isn't compared."""
-    for drawing in (torch.distributions.normal, heads):
-        monkeypatch.setattr(drawing, "_standard_normal", lambda shape, dtype, device: torch.zeros(
-            shape, dtype=dtype, device=device))  # fmt: skip
-    monkeypatch.setattr(torch, "normal", lambda mean, std: mean.clone())
-    keys = ["loss_actor", "loss_actor_bc", "loss_qvalue", "loss_alpha", "alpha", "entropy"]
-    assert_parity(*peers(**options), transitions(), keys=keys)
+@pytest.mark.usefixtures("means_are_drawn")
+def test_all_but_the_conservative_term_is_that_of_torchrl(options):
+    """TorchRL's delay_actor has no effect: it isn't compared."""
+    assert_parity(*peers(**options), transitions(), keys=ALIKE)
+
+
+def policy_and_critic_on_one_trunk():
+    modules = pytest.importorskip("torchrl.modules")
+    parameters, critic = stochastic_actor()[0], qvalue_network()
+    parameters.in_keys, critic.in_keys = ["hidden"], ["hidden", "action"]
+    actor = modules.ProbabilisticActor(parameters, in_keys=["loc", "scale"], distribution_class=diagonal_normal)
+    trunk = TensorDictModule(nn.Linear(OBSERVATION, OBSERVATION, **DOUBLE), ["observation"], ["hidden"])
+    both = modules.ActorCriticOperator(trunk, actor, critic)
+    return both.get_policy_operator(), both.get_critic_operator()
+
+
+@pytest.mark.usefixtures("means_are_drawn")
+def test_a_critic_that_asks_the_policy_for_its_action_does_not_hide_that_in_the_data():
+    assert_parity(*peers(networks=policy_and_critic_on_one_trunk), transitions(), keys=ALIKE)
 
 
 def test_states_are_exchanged_with_torchrl():
