@@ -305,6 +305,20 @@ def test_value_loss_follows_the_actors_discount():
     assert losses[0].gamma == 0.7
 
 
+def test_the_discount_of_the_value_loss_is_assigned_or_taken_from_an_actor_once():
+    value = critic()
+    actors = told_their_time(*(m.DreamerV3ActorLoss(actor_model(), value, Env()) for m in (ours, theirs)), gamma=0.75)
+    losses = [m.DreamerV3ValueLoss(value, gamma=0.5) for m in (ours, theirs)]
+    for loss, actor in zip(losses, actors, strict=True):
+        loss.sync_gamma_with_actor_loss(actor)
+    told_their_time(*actors, gamma=0.25)
+    assert_same(*losses, imagined(), list(value.parameters()))
+    assert losses[0].gamma == losses[1].gamma == 0.75
+    for loss in losses:
+        loss.gamma = 0.125
+    assert_same(*losses, imagined(), list(value.parameters()))
+
+
 @pytest.mark.parametrize("options", [{}, {"slow_critic_regularization": 0.5}, {"reduction": "none"}])
 def test_replay_value_loss(options):
     value, data = critic(), experience((3, 6)).select("state", "belief", "next")
