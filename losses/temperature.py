@@ -64,6 +64,26 @@ class TemperatureLoss(LossModule):
         else:
             self.register_parameter("log_alpha", nn.Parameter(self.alpha_init.log()))
 
+    @property
+    def alpha(self) -> Tensor:
+        """α between its bounds, a 0-d tensor without gradient."""
+        log_alpha = self.log_alpha.detach()
+        return (log_alpha.clamp(self.min_log_alpha, self.max_log_alpha) if self._has_bounds else log_alpha).exp()
+
+    @property
+    def fixed_alpha(self) -> bool:
+        """Whether α isn't learned."""
+        return not isinstance(self.log_alpha, nn.Parameter)
+
+    @property
+    def device(self) -> torch.device:
+        """Where α is, and with it the loss."""
+        return self.log_alpha.device
+
+    @property
+    def _has_bounds(self) -> bool:
+        return self.min_log_alpha is not None or self.max_log_alpha is not None
+
     def _bounded_alpha(self) -> Tensor:
         """α as a constant, once ``log_alpha`` is moved between its bounds."""
         with torch.no_grad():
@@ -71,7 +91,7 @@ class TemperatureLoss(LossModule):
 
     def _trained_alpha(self) -> Tensor:
         """α as a function of ``log_alpha``, once that is moved between its bounds."""
-        if self.min_log_alpha is not None or self.max_log_alpha is not None:
+        if self._has_bounds:
             with torch.no_grad():
                 self.log_alpha.clamp_(self.min_log_alpha, self.max_log_alpha)
         return self.log_alpha.exp()

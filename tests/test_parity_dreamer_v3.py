@@ -230,6 +230,13 @@ def test_actor_loss_of_a_policy_without_an_entropy_in_closed_form(reinforce):
     assert_same(*losses, experience().select("state", "belief"), list(actor.parameters()))
 
 
+def test_how_returns_are_normalised_is_read_under_the_same_names():
+    options = {"rate": 0.3, "quantiles": (0.1, 0.8), "min_scale": 0.5}
+    options = {f"return_normalization_{name}": value for name, value in options.items()}
+    for loss in actor_losses(actor_model(), critic(), Env(), **options):
+        assert {name: getattr(loss, name) for name in options} == options
+
+
 def test_actor_loss_doesnt_move_the_range_of_returns_when_it_is_evaluated():
     losses = actor_losses(actor_model(), critic(), Env(), return_normalization_rate=0.5)
     for loss in losses:

@@ -55,6 +55,33 @@ def pair(name, **options):
     return mine, other
 
 
+READ = ("alpha", "device", "fixed_alpha", "target_action_gap", "target_entropy", "target_entropy_buffer")
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@every_loss
+def test_what_users_read_has_the_same_names(name, fixed):
+    options = {"alpha_init": 0.3, "fixed_alpha": fixed}
+    if name == "CQLLoss":
+        options |= {"with_lagrange": True, "lagrange_thresh": 0.7}
+    mine, other = pair(name, **options)
+    there = [key for key in READ if hasattr(other, key)]
+    assert {"fixed_alpha", "target_entropy"} <= set(there)
+    for key in there:
+        assert getattr(mine, key) == getattr(other, key), key
+
+
+@every_loss
+def test_alpha_is_read_between_its_bounds_and_left_as_it_is(name):
+    loss = LOSSES[name](ours, min_alpha=0.2, max_alpha=3.0)
+    for log_alpha, alpha in ((-9.0, 0.2), (0.5, torch.tensor(0.5).exp()), (9.0, 3.0)):
+        with torch.no_grad():
+            loss.log_alpha.fill_(log_alpha)
+        assert loss.alpha.item() == pytest.approx(float(alpha))
+        assert not loss.alpha.requires_grad
+        assert loss.log_alpha.item() == log_alpha
+
+
 @pytest.mark.parametrize("bounds", BOUNDS, ids=lambda o: " and ".join(o) or "no bound")
 @every_loss
 def test_checkpoints_are_exchanged_whichever_bounds_alpha_has(name, bounds):
