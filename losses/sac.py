@@ -161,7 +161,7 @@ class SACLoss(SoftActorCriticLoss):
         )
         shared = self._trained_by_policy()
         self.delay_value = delay_value
-        self.skip_done_states = skip_done_states
+        self.skip_done_states = skip_done_states  # a public attribute in TorchRL; here nothing reads it
         if value_network is None:
             self.value_network = None
         else:
