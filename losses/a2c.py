@@ -35,7 +35,7 @@ class A2CLoss(ActorCriticLoss):
         separate_losses: parameters that the policy shares with the critic are trained by the policy's loss only.
         functional: hold the networks' parameters in the loss. False uses the networks as they are.
         reduction: ``"mean"`` (None), ``"sum"``, or ``"none"``: losses of shape ``[*B]``.
-        clip_value: bound on the step of the value away from the one in the data (`utils.clipped_value_loss`).
+        clip_value: bound on the step of the value away from the one in the data (`fusedrl.kernels.value_loss`).
         device: where the coefficients are put; by default where the parameters are.
 
     Raises:

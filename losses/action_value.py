@@ -125,9 +125,14 @@ class ActionValueLoss(LossModule):
             self._require_entries(tensordict, entries, f"the networks {', '.join(networks)} read it")
             raise
 
-    def _taken_action(self, tensordict: TensorDictBase) -> Tensor:
-        """The actions in the data; those of padded steps, which may stand for none at all, are 0."""
-        action = self._get(tensordict, "action")
+    def _taken_action(self, tensordict: TensorDictBase, key: NestedKey | None = None) -> Tensor:
+        """The actions in the data, of the head ``key`` if there are several, whether or not a network reads them.
+
+        Those of padded steps, which may stand for none at all, are 0.
+        """
+        key = self._keys("action")[0] if key is None else key
+        self._require_entries(tensordict, [key], "rename it with set_keys(action=...)")
+        action = tensordict.get(key)
         mask = self._mask(tensordict, self._get(tensordict, "reward"))
         if mask is None:
             return action

@@ -60,6 +60,10 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
     decorated with ``tensordict.nn.dispatch`` so that it can be called with keyword tensors too. It is called
     with the distributions' deterministic sample in force (``deterministic_sampling_mode``).
 
+    A lazy network, whose parameters have no shape before it sees data, is initialised by the first call of a loss that
+    keeps no copy of it. Before a loss that does is built (an ensemble, a target network), and before one that needs its
+    constant parameters first (the critic that advantages are estimated with), call it once on data.
+
     Steps that are there only as padding don't count: `loss_mask_key` says which. Importance weights of a
     prioritised replay buffer (the key ``priority_weight``, if the loss has it and ``use_prioritized_weights`` is
     not False) weigh the samples.

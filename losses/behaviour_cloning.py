@@ -35,7 +35,8 @@ class BCLoss(SupervisedLoss):
     per element of the action.
 
     Args:
-        actor_network: the policy; writes the action, or has a distribution of it (``get_dist``).
+        actor_network: the policy; writes the action, or has a distribution of it, such as a
+            ``ProbabilisticTensorDictSequential``.
         loss_function: ``"l1"``, ``"l2"`` (also ``"mse"``), ``"smooth_l1"`` or ``"cross_entropy"`` (the policy
             writes logits), or a function of the policy's deterministic action and the one in the data, element by
             element. None: as above.
@@ -76,7 +77,8 @@ class BCLoss(SupervisedLoss):
         reduction: str | None = None,
     ) -> None:
         super().__init__(reduction)
-        self.stochastic = hasattr(actor_network, "get_dist")
+        # Not `get_dist`, which deterministic actors may have too: that of TorchRL's `Actor` is its action's point mass.
+        self.stochastic = hasattr(actor_network, "dist_sample_keys")
         heads = list(actor_network.dist_sample_keys) if self.stochastic else []
         if len(heads) > 1:
             if loss_function is not None:

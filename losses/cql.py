@@ -44,8 +44,9 @@ class CQLLoss(SoftActorCriticLoss):
 
     Args:
         actor_network: the policy π, a ``ProbabilisticTensorDictSequential`` whose action can be differentiated.
-        qvalue_network: Q, which reads the action. An ensemble of two is made of it, each member drawn anew; a
-            list of two networks is an ensemble as it is.
+        qvalue_network: Q, which reads the action. An ensemble of two is made of it, each member drawn anew, but for
+            parameters that are the policy's too, which stay the policy's and are trained by its loss only; a list of
+            two networks is an ensemble as it is.
         loss_function: d: ``"l1"``, ``"l2"`` or ``"smooth_l1"`` (`distance_loss`).
         alpha_init: α at the start.
         min_alpha: the least α.
@@ -61,7 +62,7 @@ class CQLLoss(SoftActorCriticLoss):
         deterministic_backup: leave the entropy term −α log π(a'|s_{t+1}) out of the next value.
         num_random: number of actions of each kind.
         with_lagrange: learn a multiplier α'.
-        lagrange_thresh: ξ.
+        lagrange_thresh: ξ; the attribute is ``target_action_gap``, as in TorchRL.
         reduction: ``"mean"`` (None), ``"sum"``, or ``"none"``: losses of shape ``[*B]``.
         deactivate_vmap: call the Q networks one by one.
         scalar_output_mode: see `SACLoss`.
@@ -140,7 +141,7 @@ class CQLLoss(SoftActorCriticLoss):
             use_prioritized_weights=use_prioritized_weights,
             scalar_output_mode=scalar_output_mode,
         )
-        self._take_qvalue_network(qvalue_network, 2, delay=delay_qvalue, shared=None)
+        self._take_qvalue_network(qvalue_network, 2, delay=delay_qvalue, shared=actor_network.parameters())
         self._set_temperature(
             alpha_init,
             min_alpha,
@@ -154,7 +155,7 @@ class CQLLoss(SoftActorCriticLoss):
         self.deterministic_backup = deterministic_backup
         self.num_random = num_random
         self.with_lagrange = with_lagrange
-        self.lagrange_thresh = lagrange_thresh
+        self.target_action_gap = lagrange_thresh
         multiplier = nn.Parameter(torch.zeros_like(self.log_alpha)) if with_lagrange else None
         self.register_parameter("log_alpha_prime", multiplier)
         self.out_keys = self._names_of_output(*(["loss_alpha_prime"] if with_lagrange else []))
@@ -171,11 +172,12 @@ class CQLLoss(SoftActorCriticLoss):
         data, next_data = self._transitions(
             tensordict, ["qvalue_network", "actor_network"], ["actor_network", "qvalue_network"]
         )
+        action = self._taken_action(tensordict)
         alpha = self._bounded_alpha()
         policy = self._policy(data)
         judged, log_prob = self._draw(policy, data, tensordict)
         policy_value = self._ensemble_values(judged, tensordict, detach=True).amin(0)
-        data_log_prob = self._density(policy, data.get(self.tensor_keys.action), tensordict)
+        data_log_prob = self._density(policy, action, tensordict)
 
         with torch.no_grad():
             next_value = self._next_value(next_data, alpha, tensordict)
@@ -191,7 +193,7 @@ class CQLLoss(SoftActorCriticLoss):
             "loss_alpha": temperature_loss(-log_prob, self.log_alpha, self.target_entropy),
         }
         if self.with_lagrange:
-            losses["loss_alpha_prime"] = -self._multiplier() * (gaps.detach() - self.lagrange_thresh).mean(0)
+            losses["loss_alpha_prime"] = -self._multiplier() * (gaps.detach() - self.target_action_gap).mean(0)
         losses = {name: self._reduce_loss(loss, tensordict) for name, loss in losses.items()}
         result = self._result(losses, alpha, self._metric(-log_prob, tensordict))
         self._write_priority(tensordict, largest_squared_error(values, value_target))
@@ -230,7 +232,7 @@ class CQLLoss(SoftActorCriticLoss):
         return self.min_q_weight * conservative_gap(corrected, values, self.temperature)
 
     def _weighted(self, gaps: Tensor) -> Tensor:
-        return gaps if not self.with_lagrange else self._multiplier().detach() * (gaps - self.lagrange_thresh)
+        return gaps if not self.with_lagrange else self._multiplier().detach() * (gaps - self.target_action_gap)
 
     def _multiplier(self) -> Tensor:
         return self.log_alpha_prime.exp().clamp(*_MULTIPLIER_RANGE)

@@ -124,6 +124,11 @@ class CrossQLoss(SoftActorCriticLoss):
         """H̄, a 0-d tensor."""
         return self._target_entropy
 
+    @property
+    def target_entropy_buffer(self) -> Tensor:
+        """H̄ by TorchRL's other name."""
+        return self._target_entropy
+
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """The losses and metrics (see the class), for transitions of batch size ``[*B]``."""

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
 from torch import Tensor
 
@@ -104,28 +104,16 @@ class DiscreteIQLLoss(IQLLoss):
         """How actions are written: ``one_hot`` or ``categorical``."""
         return self._actions.name
 
-    def _transitions(
-        self, tensordict: TensorDictBase, *networks: Any, **options: Any
-    ) -> tuple[TensorDictBase, TensorDictBase]:
-        """As of all losses, and with the data's action, which no network reads; padded steps have the first of all."""
-        data, following = super()._transitions(tensordict, *networks, **options)
-        action = self._action(tensordict)
-        valid = self._mask(tensordict, action)
-        if valid is not None:
-            index = self.action_space == "categorical"
-            first = 0 if index else (torch.arange(action.shape[-1], device=action.device) == 0).to(action.dtype)
-            action = torch.where(valid, action, first)
-        return data.set(self.tensor_keys.action, action), following
-
-    def _action(self, tensordict: TensorDictBase) -> Tensor:
-        """The data's action: its index, shape ``[*B]``, or one-hot, shape ``[*B, A]``.
+    def _taken_action(self, tensordict: TensorDictBase, key: NestedKey | None = None) -> Tensor:
+        """The data's action: its index, shape ``[*B]``, or one-hot, shape ``[*B, A]``; padded steps have the first.
 
         Raises:
             RuntimeError: it has another shape.
 
         """
         action, shape = self._get(tensordict, "action"), self._get(tensordict, "reward").shape
-        if self.action_space == "categorical":
+        index = self.action_space == "categorical"
+        if index:
             fits, wanted = action.shape in (shape, shape[:-1]), "one index"
             action = action.squeeze(-1) if action.shape == shape else action
         else:
@@ -136,7 +124,11 @@ class DiscreteIQLLoss(IQLLoss):
                 f"{tuple(action.shape)}, but {self._keys('reward')[0]!r} has shape {tuple(shape)}: {wanted} per sample "
                 "is wanted"
             )
-        return action
+        valid = self._mask(tensordict, action)
+        if valid is None:
+            return action
+        first = 0 if index else (torch.arange(action.shape[-1], device=action.device) == 0).to(action.dtype)
+        return torch.where(valid, action, first)
 
     def _ensemble_values(
         self, data: TensorDictBase, tensordict: TensorDictBase, *, target: bool = False, **options: Any
@@ -144,5 +136,5 @@ class DiscreteIQLLoss(IQLLoss):
         """Q_i(s)_a of the actions in ``data``, shape ``[N, *B]``."""
         key = self.tensor_keys.state_action_value
         values = self._ensemble("qvalue_network", data, key, target=target, **options)
-        action = data.get(self.tensor_keys.action)
+        action = self._taken_action(tensordict)
         return self._actions.value(values, action.expand(len(values), *action.shape))

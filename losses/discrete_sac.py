@@ -134,7 +134,7 @@ class DiscreteSACLoss(SoftActorCriticLoss):
             use_prioritized_weights=use_prioritized_weights,
             scalar_output_mode=scalar_output_mode,
         )
-        self.skip_done_states = skip_done_states
+        self.skip_done_states = skip_done_states  # a public attribute in TorchRL; here nothing reads it
         self.action_space = find_action_space("one_hot" if action_space is None else action_space)
         if self.action_space.name not in ("one_hot", "categorical"):
             raise ValueError(

@@ -127,6 +127,21 @@ class DreamerV3ActorLoss(DreamerActorLoss):
         """The moving average of the returns' high quantile, a 0-d tensor."""
         return self.retnorm.high.squeeze()
 
+    @property
+    def return_normalization_rate(self) -> float:
+        """How far each call moves the averages."""
+        return self.retnorm.rate
+
+    @property
+    def return_normalization_quantiles(self) -> tuple[float, float]:
+        """Those that the averages are of."""
+        return self.retnorm.quantiles
+
+    @property
+    def return_normalization_min_scale(self) -> float:
+        """The least that returns are divided by."""
+        return self.retnorm.min_scale
+
     def _find_in_keys(self) -> Iterator[NestedKey]:
         yield from (self.tensor_keys.state, self.tensor_keys.belief)
 

@@ -106,9 +106,18 @@ class DreamerV3ValueLoss(FullPrecisionBuffers, DreamerLoss):
 
     @property
     def gamma(self) -> Scalar:
-        """γ, that of the actor's loss if there is one."""
+        """γ, that of the actor's loss if there is one; what is assigned takes its place."""
         actor_loss: DreamerV3ActorLoss | None = self.__dict__["_actor_loss"]
         return self._gamma if actor_loss is None else actor_loss.value_estimator.gamma
+
+    @gamma.setter
+    def gamma(self, gamma: Scalar) -> None:
+        self._gamma = gamma
+        self.__dict__["_actor_loss"] = None
+
+    def sync_gamma_with_actor_loss(self, actor_loss: DreamerV3ActorLoss) -> None:
+        """Take the γ that ``actor_loss`` has now. (One given to the constructor is asked whenever γ is needed.)"""
+        self.gamma = actor_loss.value_estimator.gamma.clone()
 
     def _find_in_keys(self) -> Iterator[NestedKey]:
         yield from (*keys_read(self.value_model), "lambda_target")

@@ -2,7 +2,9 @@
 
 * A multilayer perceptron is one batched matrix product for each of its layers (`Perceptron`).
 * Any other network runs under `torch.vmap`, which costs the host several times what the operations of a small network
-  do. Few members are therefore asked one after the other, except in compiled code, where the host's time doesn't count.
+  do. Few members are therefore asked one after the other. In compiled code all are, however many: there a linear layer
+  under `torch.vmap` would be good for one batch size alone. Only where members are to draw the same random numbers
+  (`set_vmap_randomness`) it is `torch.vmap` always.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from ..estimators.calls import is_plain
 
 MEMBERS_IN_TURN = 4
-"""Up to so many members are asked one after the other."""
+"""Up to so many members are asked one after the other outside of compiled code."""
 
 # Functions of each element by itself, whatever dimensions there are in front, that hold no parameters.
 _ELEMENTWISE = (nn.ReLU, nn.Tanh, nn.ELU, nn.SiLU, nn.GELU, nn.LeakyReLU, nn.Sigmoid, nn.Softplus, nn.Mish, nn.Identity)

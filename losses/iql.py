@@ -164,7 +164,8 @@ class IQLLoss(ActionValueLoss):
         action = self._keys("action")[0]
         with self._parameters_in("actor_network"):
             dist = distribution(self.actor_network, data)
-        log_prob = ActionHeads(dist, action, self._get(tensordict, "reward").ndim - 1).log_prob(data)
+        heads = ActionHeads(dist, action, self._get(tensordict, "reward").ndim - 1)
+        log_prob = heads.log_prob({key: self._taken_action(tensordict, key) for key in heads.heads})
         return self._one_per_sample(log_prob, "the log-probability of the action", tensordict)
 
     def _value(self, data: TensorDictBase, tensordict: TensorDictBase) -> Tensor:

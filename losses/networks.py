@@ -73,15 +73,17 @@ class FunctionalModule(TensorDictModuleBase):
             compare_against: parameters that are trained by another network: here they get no gradient.
 
         Raises:
-            RuntimeError: a parameter isn't initialised (lazy modules).
+            RuntimeError: what would be copied isn't initialised (lazy modules): all of an ensemble or of a network
+                with a target, and what is in ``compare_against``.
 
         """
-        shared = {id(x) for x in compare_against or ()}
-        params = parameters_of(module)
+        modules = module if isinstance(module, list) else [module]
+        members = [TensorDict.from_module(m, as_module=True) for m in modules]
+        shared = {id(x) for x in compare_against or ()}.intersection(*(map(id, tensors_of(m)) for m in members))
+        params, network = members[0], modules[0]
         self._shared[module_name] = self._found_elsewhere(params, shared)
-        network = module[0] if isinstance(module, list) else module
         if isinstance(module, list):
-            network = stateless(network)
+            params, network = stacked(members, shared), stateless(network)
         elif expand_dim:
             params, network = ensemble(params, expand_dim, shared), stateless(network)
         else:
@@ -284,28 +286,19 @@ def stateless(module: M) -> M:
     return deepcopy(module, memo)
 
 
-def parameters_of(module: nn.Module | Sequence[nn.Module]) -> TensorDictParams:
-    """The parameters and buffers of ``module`` itself, not copies; those of several modules are stacked.
+def stacked(members: Sequence[TensorDictParams], shared: set[int]) -> TensorDictParams:
+    """The parameters of several networks, stacked along dimension 0; those in ``shared`` (by id) as in `ensemble`."""
+    for params in members:
+        _require_initialised(params)
+    values: TensorDictBase = torch.stack([params.data for params in members])
 
-    Raises:
-        RuntimeError: a module is lazy and has not seen data yet, so that its parameters have no shape.
+    def stack(key: NestedKey, x: Tensor) -> Tensor:
+        if id(x) in shared:
+            return Buffer(x.data.expand(len(members), *x.shape))
+        value = values.get(key)
+        return nn.Parameter(value, x.requires_grad) if isinstance(x, nn.Parameter) else Buffer(value)
 
-    """
-    if isinstance(module, nn.Module):
-        for name, x in (*module.named_parameters(), *module.named_buffers()):
-            if nn.parameter.is_lazy(x):
-                raise RuntimeError(
-                    f"{name} of the {type(module).__name__} is not initialised: call the network once on data before "
-                    "the loss is built"
-                )
-        return TensorDict.from_module(module, as_module=True)
-    each = [parameters_of(m) for m in module]
-    stacked: TensorDictBase = torch.stack([params.data for params in each])
-    trained = {key: x.requires_grad for key, x in each[0].items(True, True) if isinstance(x, nn.Parameter)}
-    result = TensorDict({}, [len(each)])
-    for key, x in stacked.items(True, True):
-        result.set(key, nn.Parameter(x, trained[key]) if key in trained else Buffer(x))
-    return TensorDictParams(result)
+    return _mapped(members[0], stack, [len(members)])
 
 
 def ensemble(params: TensorDictParams, size: int, shared: set[int]) -> TensorDictParams:
@@ -433,7 +426,18 @@ def delayed_copy(params: TensorDictParams) -> TensorDictParams:
 def _mapped(
     params: TensorDictBase, function: Callable[[NestedKey, Tensor], Tensor], batch_size: Sequence[int]
 ) -> TensorDictParams:
+    _require_initialised(params)
     result = TensorDict({}, batch_size)
     for key, x in params.items(True, True):
         result.set(key, function(key, x))
     return TensorDictParams(result)
+
+
+def _require_initialised(params: TensorDictBase) -> None:
+    """Refuse to copy what has no shape yet, since its module is lazy and has not seen data."""
+    for key, x in params.items(True, True):
+        if nn.parameter.is_lazy(x):
+            raise RuntimeError(
+                f"the network's parameter {key!r} is not initialised, but is to be copied for a target network or an "
+                "ensemble, or to be kept without gradient: call the network once on data before the loss is built"
+            )

@@ -37,7 +37,7 @@ class PolicyGradientLoss(LossModule):
         separate_losses: parameters that the policy shares with the critic are trained by the policy's loss only.
         functional: take the networks apart (`convert_to_functional`). False uses them as they are.
         reduction: ``"mean"`` (None), ``"sum"`` or ``"none"``: losses of shape ``[*B]``.
-        clip_value: bound on the step of the value away from the one in the data (`clipped_value_loss`).
+        clip_value: bound on the step of the value away from the one in the data (`fusedrl.kernels.value_loss`).
         delay_actor: keep target parameters of the policy.
         delay_value: keep target parameters of the critic, which then give the value of the next observation.
         device: where the coefficients are put; by default where the parameters are.

@@ -91,7 +91,7 @@ class PPOLoss(ActorCriticLoss):
         separate_losses: parameters that the policy shares with the critic are trained by the policy's loss only.
         functional: hold the networks' parameters in the loss. False uses the networks as they are.
         reduction: ``"mean"`` (None), ``"sum"``, or ``"none"``: losses of shape ``[*B]``.
-        clip_value: bound on the step of the value away from the one in the data (`utils.clipped_value_loss`).
+        clip_value: bound on the step of the value away from the one in the data (`fusedrl.kernels.value_loss`).
         delay_actor: keep a copy of the policy in ``target_actor_network_params`` for an updater to move, and take
             it instead of π_old as the policy that the clip range, the KL penalty and ``kl_approx`` refer to (Hilton
             et al. 2021, arXiv:2110.00641).

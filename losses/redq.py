@@ -45,7 +45,7 @@ class REDQLoss(SoftActorCriticLoss):
         qvalue_network: Q, which reads the action. An ensemble is made of it, each member drawn anew; a list of
             networks is an ensemble as it is.
         num_qvalue_nets: N, the size of the ensemble.
-        sub_sample_len: the size of M; no more than N are taken.
+        sub_sample_len: the size of M; where it is N or more, M is the whole ensemble. (TorchRL then takes N − 1.)
         loss_function: d: ``"l1"``, ``"l2"`` or ``"smooth_l1"`` (`distance_loss`).
         alpha_init: α at the start.
         min_alpha: the least α (None: no bound).

@@ -161,7 +161,7 @@ class SACLoss(SoftActorCriticLoss):
         )
         shared = self._trained_by_policy()
         self.delay_value = delay_value
-        self.skip_done_states = skip_done_states
+        self.skip_done_states = skip_done_states  # a public attribute in TorchRL; here nothing reads it
         if value_network is None:
             self.value_network = None
         else:
@@ -182,6 +182,11 @@ class SACLoss(SoftActorCriticLoss):
     @property
     def target_entropy(self) -> Tensor:
         """H̄, a 0-d tensor."""
+        return self._target_entropy
+
+    @property
+    def target_entropy_buffer(self) -> Tensor:
+        """H̄ by TorchRL's other name."""
         return self._target_entropy
 
     @dispatch

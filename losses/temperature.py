@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from .base import LossModule
 
+UNREACHED_ALPHA = 1e9
+"""The greatest α where only the least is given: as in TorchRL, whose checkpoints then hold an upper bound too."""
+
 
 class TemperatureLoss(LossModule):
     r"""Base of the losses with a temperature α.
@@ -39,7 +42,7 @@ class TemperatureLoss(LossModule):
         fixed: bool,
         target_entropy: float | Tensor,
     ) -> None:
-        """Start with α = ``alpha_init``, to stay in [``min_alpha``, ``max_alpha``] (None: no bound).
+        """Start with α = ``alpha_init``, to stay in [``min_alpha``, ``max_alpha``] (None: no bound that is reached).
 
         Raises:
             ValueError: one of them isn't positive, or the bounds are in the wrong order.
@@ -48,6 +51,8 @@ class TemperatureLoss(LossModule):
         for name, value in (("alpha_init", alpha_init), ("min_alpha", min_alpha), ("max_alpha", max_alpha)):
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, but is {value}")
+        if min_alpha is not None and max_alpha is None:
+            max_alpha = UNREACHED_ALPHA
         if min_alpha is not None and max_alpha is not None and min_alpha > max_alpha:
             raise ValueError(f"min_alpha is {min_alpha}, which is more than max_alpha, {max_alpha}")
         self.register_coeff_buffer("alpha_init", alpha_init)
@@ -59,6 +64,26 @@ class TemperatureLoss(LossModule):
         else:
             self.register_parameter("log_alpha", nn.Parameter(self.alpha_init.log()))
 
+    @property
+    def alpha(self) -> Tensor:
+        """α between its bounds, a 0-d tensor without gradient."""
+        log_alpha = self.log_alpha.detach()
+        return (log_alpha.clamp(self.min_log_alpha, self.max_log_alpha) if self._has_bounds else log_alpha).exp()
+
+    @property
+    def fixed_alpha(self) -> bool:
+        """Whether α isn't learned."""
+        return not isinstance(self.log_alpha, nn.Parameter)
+
+    @property
+    def device(self) -> torch.device:
+        """Where α is, and with it the loss."""
+        return self.log_alpha.device
+
+    @property
+    def _has_bounds(self) -> bool:
+        return self.min_log_alpha is not None or self.max_log_alpha is not None
+
     def _bounded_alpha(self) -> Tensor:
         """α as a constant, once ``log_alpha`` is moved between its bounds."""
         with torch.no_grad():
@@ -66,7 +91,7 @@ class TemperatureLoss(LossModule):
 
     def _trained_alpha(self) -> Tensor:
         """α as a function of ``log_alpha``, once that is moved between its bounds."""
-        if self.min_log_alpha is not None or self.max_log_alpha is not None:
+        if self._has_bounds:
             with torch.no_grad():
                 self.log_alpha.clamp_(self.min_log_alpha, self.max_log_alpha)
         return self.log_alpha.exp()

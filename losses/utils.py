@@ -22,7 +22,6 @@ __all__ = [
     "ValueEstimators",
     "build_value_estimator",
     "check_distance",
-    "clipped_value_loss",
     "default_value_kwargs",
     "dispatch_value_estimator",
     "distance_loss",
@@ -86,45 +85,6 @@ def distance_loss(v1: Distances, v2: Distances, loss_function: str, strict_shape
     return distance(v1, v2, reduction="none")
 
 
-def clipped_value_loss(
-    old_value: Tensor, value: Tensor, value_target: Tensor, clip_value: float | Tensor, loss_function: str
-) -> tuple[Tensor, Tensor]:
-    r"""Pessimistic critic loss: no gain is left in moving the value further than ε from the old one.
-
-    .. math::
-        L_t = \max\left(d(V_t, \hat V_t),\ d(\text{clip}(V_t, V^\text{old}_t - ε, V^\text{old}_t + ε), \hat V_t)
-        \right)
-
-    Args:
-        old_value: V^old, the value when the data was collected, shape ``[*B, 1]``.
-        value: V, the critic's value now, the same shape.
-        value_target: V̂, the same shape.
-        clip_value: ε.
-        loss_function: d, see `distance_loss`.
-
-    Returns:
-        The loss, of the same shape, and the share of the samples whose value was clipped, of the same shape too:
-        1 where it was, else 0.
-
-    Raises:
-        RuntimeError: the shapes differ.
-
-    Examples:
-        >>> old, new, target = torch.zeros(2), torch.tensor([0.1, 1.0]), torch.ones(2)
-        >>> clipped_value_loss(old, new, target, 0.2, "l1")
-        (tensor([0.9000, 0.8000]), tensor([0., 1.]))
-
-    See Schulman et al. 2016 (arXiv:1506.02438) and the implementation of Dhariwal et al. 2017, OpenAI Baselines.
-
-    """
-    step = value - old_value
-    clipped = old_value + step.clamp(-clip_value, clip_value)  # type: ignore[arg-type]  # both of one type
-    loss = torch.max(
-        distance_loss(value, value_target, loss_function), distance_loss(clipped, value_target, loss_function)
-    )
-    return loss, (step.detach().abs() > clip_value).to(value.dtype)
-
-
 @contextmanager
 def hold_out_net(network: nn.Module) -> Iterator[None]:
     """Inside the block the parameters of ``network`` require no gradient; after it they do as before.
@@ -166,7 +126,8 @@ def next_state_value(
         r + γ^n (1 - \text{term}) v',
 
     where n is the entry ``steps_to_next_obs`` if there is one (n-step rewards), else 1, and the entry ``done``
-    stands in for a missing ``terminated``. v' of a terminated step is never read into the result.
+    stands in for a missing ``terminated``. v' of a terminated step is never read into the result; that of a truncated
+    one is. (In TorchRL it isn't either.)
 
     Args:
         tensordict: batch size ``[*B]``, with ``("next", "reward")`` and the rest of shape ``[*B, 1]``.

@@ -8,10 +8,11 @@ import pytest
 import torch
 from fusedrl.estimators import heads
 from fusedrl.losses.cql import CQLLoss
-from helpers_losses import DOUBLE, squashed_normal
+from helpers_losses import DOUBLE, diagonal_normal, squashed_normal
 from helpers_q import (
     ACTION,
     CLOSE,
+    OBSERVATION,
     assert_padding_is_ignored,
     assert_parity,
     assert_states_are_exchanged,
@@ -105,6 +106,40 @@ def test_the_conservative_term_trains_the_values_alone():
     assert all(name.startswith("qvalue_network_params") for name in reached)
 
 
+class OnTrunk(nn.Module):
+    """A layer on ``trunk``, and what comes besides the observation."""
+
+    def __init__(self, trunk, head):
+        super().__init__()
+        self.trunk, self.head = trunk, head
+
+    def forward(self, observation, *rest):
+        return self.head(torch.cat([self.trunk(observation), *rest], -1))
+
+
+def make_with_trunk(cls=CQLLoss, *, members=None):
+    trunk = nn.Linear(OBSERVATION, OBSERVATION, **DOUBLE)
+    actor = stochastic_actor()
+    actor[0].module = OnTrunk(trunk, actor[0].module)
+    judges = [OnTrunk(trunk, nn.Linear(OBSERVATION + ACTION, 1, **DOUBLE)) for _ in range(members or 1)]
+    qvalues = [TensorDictModule(judge, ["observation", "action"], ["state_action_value"]) for judge in judges]
+    return make(cls, actor, qvalues if members else qvalues[0])
+
+
+@pytest.mark.parametrize("members", [None, 2], ids=["network", "list"])
+def test_what_the_values_share_with_the_policy_stays_the_policy_s(members):
+    loss = make_with_trunk(members=members)
+    own = loss.actor_network_params["module", "0", "module", "trunk", "weight"]
+    seen = loss.qvalue_network_params["module", "trunk", "weight"]
+    with torch.no_grad():
+        own += 1.0
+    assert torch.equal(seen, own.expand(2, *own.shape))
+    out, _ = run(loss, transitions())
+    found = gradients(loss, out)
+    assert not any(gradient.any() for name, gradient in found["loss_qvalue"].items() if "trunk" in name)
+    assert found["loss_actor"]["actor_network_params.module.0.module.trunk.weight"].any()
+
+
 def test_the_greatest_of_several_actions_is_backed_up():
     data = transitions((4,))
     loss = make(
@@ -158,13 +193,25 @@ def test_options_that_make_no_sense_are_refused(option, value):
 # --- TorchRL ----------------------------------------------------------------------------------------------------
 
 
-def peers(**options):
+def peers(*, networks=lambda: (stochastic_actor(), qvalue_network()), **options):
     theirs = pytest.importorskip("torchrl.objectives")
-    actor, qvalue = stochastic_actor(), qvalue_network()
+    actor, qvalue = networks()
     pair = [make(cls, actor, qvalue, **options) for cls in (CQLLoss, theirs.CQLLoss)]
     same_parameters(*pair)
     desynchronise_targets(*pair)
     return pair
+
+
+@pytest.fixture
+def means_are_drawn(monkeypatch):
+    """Draws come in another order than TorchRL's, so all are the mean."""
+    for drawing in (torch.distributions.normal, heads):
+        monkeypatch.setattr(drawing, "_standard_normal", lambda shape, dtype, device: torch.zeros(
+            shape, dtype=dtype, device=device))  # fmt: skip
+    monkeypatch.setattr(torch, "normal", lambda mean, std: mean.clone())
+
+
+ALIKE = ["loss_actor", "loss_actor_bc", "loss_qvalue", "loss_alpha", "alpha", "entropy"]
 
 
 @pytest.mark.parametrize(
@@ -173,15 +220,34 @@ def peers(**options):
      {"delay_qvalue": False}, {"fixed_alpha": True}, {"alpha_init": 0.3}],
     ids=str,
 )  # fmt: skip
-def test_all_but_the_conservative_term_is_that_of_torchrl(options, monkeypatch):
-    """Draws come in another order, so all are the mean here. TorchRL's delay_actor has no effect: it isn't compared."""
-    for drawing in (torch.distributions.normal, heads):
-        monkeypatch.setattr(drawing, "_standard_normal", lambda shape, dtype, device: torch.zeros(
-            shape, dtype=dtype, device=device))  # fmt: skip
-    monkeypatch.setattr(torch, "normal", lambda mean, std: mean.clone())
-    keys = ["loss_actor", "loss_actor_bc", "loss_qvalue", "loss_alpha", "alpha", "entropy"]
-    assert_parity(*peers(**options), transitions(), keys=keys)
+@pytest.mark.usefixtures("means_are_drawn")
+def test_all_but_the_conservative_term_is_that_of_torchrl(options):
+    """TorchRL's delay_actor has no effect: it isn't compared."""
+    assert_parity(*peers(**options), transitions(), keys=ALIKE)
+
+
+def policy_and_critic_on_one_trunk():
+    modules = pytest.importorskip("torchrl.modules")
+    parameters, critic = stochastic_actor()[0], qvalue_network()
+    parameters.in_keys, critic.in_keys = ["hidden"], ["hidden", "action"]
+    actor = modules.ProbabilisticActor(parameters, in_keys=["loc", "scale"], distribution_class=diagonal_normal)
+    trunk = TensorDictModule(nn.Linear(OBSERVATION, OBSERVATION, **DOUBLE), ["observation"], ["hidden"])
+    both = modules.ActorCriticOperator(trunk, actor, critic)
+    return both.get_policy_operator(), both.get_critic_operator()
+
+
+@pytest.mark.usefixtures("means_are_drawn")
+def test_a_critic_that_asks_the_policy_for_its_action_does_not_hide_that_in_the_data():
+    assert_parity(*peers(networks=policy_and_critic_on_one_trunk), transitions(), keys=ALIKE)
 
 
 def test_states_are_exchanged_with_torchrl():
     assert_states_are_exchanged(*peers(with_lagrange=True))
+
+
+@pytest.mark.parametrize("members", [None, 2], ids=["network", "list"])
+def test_a_trunk_shared_with_the_policy_is_trained_as_by_torchrl(members):
+    theirs = pytest.importorskip("torchrl.objectives")
+    ours, other = (make_with_trunk(cls, members=members) for cls in (CQLLoss, theirs.CQLLoss))
+    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in other.named_parameters()]
+    ours.load_state_dict(other.state_dict())  # there, what all members see as one can't be loaded

@@ -416,6 +416,14 @@ def test_nothing_is_imagined_from_padding():
     assert_same(loss, wanted, other, found)
 
 
+def test_a_discount_that_is_assigned_takes_the_place_of_the_actors():
+    actor = actor_loss(Env())
+    loss = DreamerV3ValueLoss(critic(), actor_loss=actor)
+    assert loss.gamma == actor.value_estimator.gamma
+    loss.gamma = 0.125
+    assert loss.gamma == 0.125
+
+
 def test_steps_of_padding_end_a_replayed_sequence():
     loss, data = value_loss(), replayed((2, 3))
     for end in ("done", "terminated"):

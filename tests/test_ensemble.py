@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from fusedrl.losses.ensemble import Perceptron
-from fusedrl.losses.networks import parameters_of, tensors_of
+from fusedrl.losses.networks import stacked, tensors_of
 from helpers_q import CLOSE
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
@@ -33,6 +33,10 @@ NETWORKS = {
     "without_bias": lambda: module(nn.Sequential(*layers(bias=False))),
     "mlp_of_two_inputs": mlp,
 }
+
+
+def parameters_of(members):
+    return stacked([TensorDict.from_module(member, as_module=True) for member in members], set())
 
 
 def members_of(make, size=3):

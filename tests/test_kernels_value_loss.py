@@ -19,7 +19,7 @@ from fusedrl.kernels import (
 from fusedrl.kernels.backend import fastest_backend
 from fusedrl.losses import functional
 from fusedrl.losses.reduction import reduce_loss
-from fusedrl.losses.utils import clipped_value_loss, distance_loss
+from fusedrl.losses.utils import distance_loss
 from helpers_launches import launched, plan_with, planned_with
 from helpers_samples import BACKENDS, LAYOUTS, Calls, close, in_float64, run_without_interpreter
 from hypothesis import given, settings
@@ -140,6 +140,14 @@ def test_hand_computed_mask_and_weights(any_backend, device) -> None:
 
 
 # --- against the reference, and the reference against what it replaces ----------------------------------------------
+
+
+def clipped_value_loss(old_value, value, value_target, clip, kind):
+    """The worse of the value's distance and of that of a bounded step, and which steps are bounded, as 0 or 1."""
+    step = value - old_value
+    clipped = old_value + step.clamp(-clip, clip)
+    loss = torch.max(*(distance_loss(x, value_target, kind) for x in (value, clipped)))
+    return loss, (step.detach().abs() > clip).to(value.dtype)
 
 
 @pytest.mark.parametrize(("masked", "weighted"), itertools.product([False, True], repeat=2))

@@ -298,9 +298,9 @@ def test_list_of_networks_becomes_an_ensemble_as_it_is():
 
 
 def test_shared_parameters_are_trained_once(network):
-    head = TensorDictModule(nn.Linear(4, 1), ["hidden"], ["q"])
-    both = nn.ModuleList([network, head])
-    for expand_dim in (None, 2):
+    heads = [TensorDictModule(nn.Linear(4, 1), ["hidden"], ["q"]) for _ in range(2)]
+    one, other = (nn.ModuleList([network, head]) for head in heads)
+    for both, expand_dim in ((one, None), (one, 2), ([one, other], 2)):
         loss = LossModule()
         loss.convert_to_functional(
             both, "qvalue_network", expand_dim=expand_dim, compare_against=list(network.parameters())
@@ -314,12 +314,13 @@ def test_shared_parameters_are_trained_once(network):
 
 
 @pytest.mark.parametrize("change", [lambda x: x.double(), deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-@pytest.mark.parametrize("expand_dim", [None, 2])
-def test_shared_parameters_stay_shared(network, change, expand_dim):
+@pytest.mark.parametrize("kind", ["single", "ensemble", "list"])
+def test_shared_parameters_stay_shared(network, change, kind):
     loss = LossModule()
     loss.convert_to_functional(network, "value_network")
     both = nn.ModuleList([network, TensorDictModule(nn.Linear(4, 1), ["hidden"], ["q"])])
-    loss.convert_to_functional(both, "qvalue_network", expand_dim, compare_against=network.parameters())
+    members, expand_dim = [both, both] if kind == "list" else both, None if kind == "single" else 2
+    loss.convert_to_functional(members, "qvalue_network", expand_dim, compare_against=network.parameters())
     trained = {name for name, _ in loss.named_parameters()}
     loss = change(loss)
     assert {name for name, _ in loss.named_parameters()} == trained
@@ -397,11 +398,6 @@ def test_network_goes_on_holding_what_the_loss_holds(change):
         torch.testing.assert_close(held.detach(), params[layer, name].detach(), rtol=0, atol=0)
     assert isinstance(module[0].bias, nn.Parameter)
     assert "1.running_mean" in dict(module.named_buffers())
-
-
-def test_uninitialised_networks_are_refused():
-    with pytest.raises(RuntimeError, match="call the network once on data"):
-        ValueLoss(TensorDictModule(nn.LazyLinear(1), ["observation"], ["state_value"]))
 
 
 def test_networks_can_be_used_as_they_are(network, data):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from fusedrl import losses
 from fusedrl.losses.reduction import align, reduce_loss
-from fusedrl.losses.utils import check_distance, clipped_value_loss
+from fusedrl.losses.utils import check_distance
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -39,19 +39,6 @@ def test_unknown_distance_is_named():
         losses.distance_loss(torch.zeros(1), torch.zeros(1), "foo")
     with pytest.raises(ValueError, match="loss_critic_type is 'foo'"):
         check_distance("foo", "loss_critic_type")
-
-
-@pytest.mark.parametrize("clip_value", [0.25, torch.tensor(0.25)])
-def test_clipped_value_loss_takes_the_worse_of_both(clip_value):
-    old = torch.zeros(4)
-    value = torch.tensor([0.125, 1.0, -1.0, 1.0], requires_grad=True)
-    target = torch.tensor([1.0, 1.0, 1.0, -1.0])
-    loss, clipped = clipped_value_loss(old, value, target, clip_value, "l1")
-    # within the range; clipped at 0.25, 0.75 off; −1 itself is further off; 1 itself is further off
-    assert loss.tolist() == [0.875, 0.75, 2.0, 2.0]
-    assert clipped.tolist() == [0, 1, 1, 1]
-    # No gain is left where the clipped one is worse.
-    assert torch.autograd.grad(loss.sum(), value)[0].tolist() == [-1, 0, -1, 1]
 
 
 # --- holding out ------------------------------------------------------------------------------------------------

@@ -230,6 +230,13 @@ def test_actor_loss_of_a_policy_without_an_entropy_in_closed_form(reinforce):
     assert_same(*losses, experience().select("state", "belief"), list(actor.parameters()))
 
 
+def test_how_returns_are_normalised_is_read_under_the_same_names():
+    options = {"rate": 0.3, "quantiles": (0.1, 0.8), "min_scale": 0.5}
+    options = {f"return_normalization_{name}": value for name, value in options.items()}
+    for loss in actor_losses(actor_model(), critic(), Env(), **options):
+        assert {name: getattr(loss, name) for name in options} == options
+
+
 def test_actor_loss_doesnt_move_the_range_of_returns_when_it_is_evaluated():
     losses = actor_losses(actor_model(), critic(), Env(), return_normalization_rate=0.5)
     for loss in losses:
@@ -303,6 +310,20 @@ def test_value_loss_follows_the_actors_discount():
     losses = [m.DreamerV3ValueLoss(value, actor_loss=a) for m, a in zip((ours, theirs), actors, strict=True)]
     assert_same(*losses, imagined(), list(value.parameters()))
     assert losses[0].gamma == 0.7
+
+
+def test_the_discount_of_the_value_loss_is_assigned_or_taken_from_an_actor_once():
+    value = critic()
+    actors = told_their_time(*(m.DreamerV3ActorLoss(actor_model(), value, Env()) for m in (ours, theirs)), gamma=0.75)
+    losses = [m.DreamerV3ValueLoss(value, gamma=0.5) for m in (ours, theirs)]
+    for loss, actor in zip(losses, actors, strict=True):
+        loss.sync_gamma_with_actor_loss(actor)
+    told_their_time(*actors, gamma=0.25)
+    assert_same(*losses, imagined(), list(value.parameters()))
+    assert losses[0].gamma == losses[1].gamma == 0.75
+    for loss in losses:
+        loss.gamma = 0.125
+    assert_same(*losses, imagined(), list(value.parameters()))
 
 
 @pytest.mark.parametrize("options", [{}, {"slow_critic_regularization": 0.5}, {"reduction": "none"}])

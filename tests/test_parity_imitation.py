@@ -26,7 +26,7 @@ from torch import nn
 pytest.importorskip("torchrl")
 from torchrl import objectives as theirs
 from torchrl.data import Bounded, Composite
-from torchrl.modules import DiffusionActor, ProbabilisticActor, TanhDelta
+from torchrl.modules import Actor, DiffusionActor, ProbabilisticActor, TanhDelta
 
 REDUCTIONS = ["mean", "sum", "none"]
 
@@ -57,6 +57,12 @@ def compare(name, ours, network, data, keys=None, tolerance=None, **options):
 @pytest.mark.parametrize("actor", [stochastic_actor, deterministic_actor])
 def test_behaviour_cloning(actor, loss_function, reduction):
     compare("BCLoss", BCLoss, actor(), demonstrations(), loss_function=loss_function, reduction=reduction)
+
+
+@pytest.mark.parametrize("loss_function", [None, "l1"])
+def test_behaviour_cloning_of_an_actor_whose_distribution_is_a_point(loss_function):
+    actor = Actor(nn.Linear(OBSERVATION, 2, **DOUBLE))
+    compare("BCLoss", BCLoss, actor, demonstrations(), loss_function=loss_function)
 
 
 def test_behaviour_cloning_of_the_deterministic_action_of_a_squashed_policy():

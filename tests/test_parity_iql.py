@@ -71,6 +71,14 @@ def test_outputs_gradients_and_priorities_agree(options):
     assert_parity(*pair(**options), transitions())
 
 
+def state_values():
+    return TensorDictModule(nn.Linear(OBSERVATION, 1, **DOUBLE), ["observation"], ["state_action_value"])
+
+
+def test_an_action_that_no_network_reads_agrees():
+    assert_parity(*pair(qvalue=state_values), transitions())
+
+
 @pytest.mark.parametrize("estimator", ["TD0", "TD1", "TDLambda"])
 def test_every_estimator_agrees(estimator):
     ours, other = pair()

@@ -12,7 +12,6 @@ from helpers_q import (
     poisoned,
     qvalue_network,
     run,
-    same_parameters,
     stochastic_actor,
 )
 from helpers_sac import continuous, made, policy_of, redq, values_of
@@ -62,24 +61,27 @@ def test_losses_are_those_of_the_paper():
     torch.testing.assert_close(seen["td_error"], (values - target).square().max(0).values, **CLOSE)
 
 
-def test_every_call_draws_a_subset_of_its_own():
-    """With targets that are far apart, the next value tells which of them were asked."""
-    loss, data = prepared(sub_sample_len=1)
+def members_asked(size):
+    """The least member among those asked for the target, in each of 40 calls; each member's value tells which it is."""
+    loss, data = prepared(sub_sample_len=size)
     for p in loss.actor_network_params.values(True, True):
         p.data.zero_()
     for p in loss.target_qvalue_network_params.values(True, True):
         p.data.zero_()
         if p.shape == (NETS, 1):  # the bias of the last layer is the value
             p.data.copy_(1000.0 * torch.arange(NETS).unsqueeze(-1))
-    asked = {round(run(loss, data, seed)[0]["next.state_value"].mean().item() / 1000) for seed in range(40)}
-    assert asked == set(range(NETS))
+    return {round(run(loss, data, seed)[0]["next.state_value"].mean().item() / 1000) for seed in range(40)}
+
+
+def test_every_call_draws_a_subset_of_its_own():
+    assert members_asked(1) == set(range(NETS))
 
 
 @pytest.mark.parametrize("size", [NETS, NETS + 3])
 def test_a_subset_of_all_is_the_ensemble_whatever_is_drawn(size):
-    (loss, data), (other, _) = prepared(sub_sample_len=size), prepared(sub_sample_len=NETS)
-    same_parameters(loss, other)
-    torch.testing.assert_close(run(loss, data)[0].to_dict(), run(other, data)[0].to_dict(), **CLOSE)
+    """TorchRL takes one less, so that it misses the least member now and then."""
+    assert members_asked(NETS - 1) == {0, 1}
+    assert members_asked(size) == {0}
 
 
 @pytest.mark.parametrize("size", [0, -1])

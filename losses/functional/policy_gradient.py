@@ -3,6 +3,10 @@
 An objective is what the papers maximise, one value per sample; a loss is its negative. Tensors of one call have
 one shape ``[*B, 1]`` unless said otherwise. A ``mask`` is bool and broadcastable to that shape: True marks the
 samples that count, and what stands at the others is never read into a result.
+
+`ClipPPOLoss` runs its objective, the gradient and what is logged of them as one operator,
+`fusedrl.kernels.clip_ppo_loss`; what it computes is `clip_ppo_objective`, `approximate_kl`, `clip_fraction`,
+`effective_sample_size` and `largest_ratio`. Critics learn by `fusedrl.kernels.value_loss`.
 """
 
 import torch
