@@ -46,9 +46,14 @@ def device_of(module: Any) -> torch.device | None:
     return next((p.device for p in module.parameters()), None) if isinstance(module, nn.Module) else None
 
 
+def has_distribution(policy: object) -> bool:
+    """Whether a policy draws its action. One that computes it may have a ``get_dist``, too, but not the rest."""
+    return hasattr(policy, "get_dist") and hasattr(policy, "dist_sample_keys")
+
+
 def check_distribution(actor_network: object, owner: str) -> None:
     """Raise TypeError, in the name of its ``owner``, if the policy has no distribution."""
-    if not hasattr(actor_network, "get_dist"):
+    if not has_distribution(actor_network):
         raise TypeError(
             f"{owner} needs an actor_network that has a distribution, such as a ProbabilisticTensorDictSequential, but "
             f"it is a {type(actor_network).__name__}"

@@ -10,6 +10,7 @@ from tensordict.nn import TensorDictModule, dispatch
 from torch import Tensor
 
 from ..estimators.calls import distribution
+from ..estimators.modules import has_distribution
 from .functional.imitation import classification_loss
 from .policy import ActionHeads
 from .reduction import align
@@ -77,8 +78,7 @@ class BCLoss(SupervisedLoss):
         reduction: str | None = None,
     ) -> None:
         super().__init__(reduction)
-        # Not `get_dist`, which deterministic actors may have too: that of TorchRL's `Actor` is its action's point mass.
-        self.stochastic = hasattr(actor_network, "dist_sample_keys")
+        self.stochastic = has_distribution(actor_network)
         heads = list(actor_network.dist_sample_keys) if self.stochastic else []
         if len(heads) > 1:
             if loss_function is not None:

@@ -353,6 +353,10 @@ def test_a_policy_without_a_distribution_is_refused(name):
     cls = type(make())
     with pytest.raises(TypeError, match=r"needs an actor_network that has a distribution.*TensorDictModule"):
         cls(deterministic_actor(), qvalue_network(), target_entropy=-1.0)
+    actor = deterministic_actor()
+    actor.get_dist = lambda data: None  # as TorchRL's Actor has one
+    with pytest.raises(TypeError, match="needs an actor_network that has a distribution"):
+        cls(actor, qvalue_network(), target_entropy=-1.0)
 
 
 def test_a_policy_of_the_other_kind_of_action_is_refused():
