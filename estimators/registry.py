@@ -130,9 +130,14 @@ def dispatch_value_estimator(
 
 
 def _resolve(value_type: Hashable) -> Hashable:
-    """The key that ``value_type`` stands for: itself, or the enum member whose name it is, in any case."""
-    if isinstance(value_type, Enum) or value_type in _entries:
+    """The key that ``value_type`` stands for: itself, or the enum member whose name it is, in any case.
+
+    A member of another enum, such as TorchRL's, stands for ours of the same name if it isn't registered itself.
+    """
+    if value_type in _entries:
         return value_type
+    if isinstance(value_type, Enum):
+        return ValueEstimators.__members__.get(value_type.name, value_type)
     if not isinstance(value_type, str):
         raise TypeError(
             f"value_type must be a string or a member of an enum, such as ValueEstimators.GAE, but is a "
