@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import scan_batching
 from .backend import resolve_backend
 from .dispatch import (
     are_plain,
@@ -98,6 +99,8 @@ def backend_module(name: str) -> Any:
 class _Solve(torch.autograd.Function):
     """Inputs: backend, time_dim, then the fields of `Recurrence`. γ and λ get gradients if they are tensors."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(name: str, time_dim: int, *fields: Any) -> tuple[Tensor, ...]:
         return tuple(_forward(name, time_dim, Recurrence(*fields)))
@@ -150,7 +153,9 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[bool]) 
     gamma = gamma if gamma_tensor is None else gamma_tensor
     lmbda = lmbda if lmbda_tensor is None else lmbda_tensor
     problem = Recurrence(kind, gamma, lmbda, *tensors)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    # A transform of torch.func enables gradients whether or not it goes on to differentiate this one.
+    again = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*ctx.saved_tensors, *grads))
+    if again and not torch.compiler.is_compiling():
         found = differentiable_backward(lambda inner: solve(inner, time_dim, name), time_dim, problem, grads, needs)
     else:
         found = _backward(name, time_dim, problem, y, grads, needs)
@@ -295,3 +300,5 @@ _library.impl("recurrence", _recurrence, "CompositeExplicitAutograd")
 _library.impl("recurrence_backward", _recurrence_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("fusedrl::recurrence", _recurrence_fake, lib=_library)
 torch.library.register_fake("fusedrl::recurrence_backward", _recurrence_backward_fake, lib=_library)
+torch.library.register_vmap("fusedrl::recurrence", scan_batching.recurrence, lib=_library)
+torch.library.register_vmap("fusedrl::recurrence_backward", scan_batching.recurrence_backward, lib=_library)

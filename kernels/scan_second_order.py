@@ -19,20 +19,28 @@ def differentiable_backward(
     solve: Solver, time_dim: int, problem: Recurrence, grads: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> list[Tensor]:
     """Gradients of the needed inputs among γ, λ, reward, value and next value, with a graph of their own."""
-    inputs = [x for x, need in zip(problem[1:6], needs, strict=True) if need]
+    names = [name for name, need in zip(Recurrence._fields[1:6], needs, strict=True) if need]
+    inputs = [getattr(problem, name) for name in names]
     if not problem.reward.numel():
         return [torch.zeros_like(x) for x in inputs]
     if problem.kind == SCAN:
         return _scan_backward(solve, time_dim, problem, grads[0], needs)
-    if problem.kind == FIXED_DISCOUNT:
-        outputs = scan_reference.solve(problem, time_dim)
-    else:
-        outputs = _composed(solve, time_dim, problem)
-    used = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if g is not None]
+    arrived = [g.to(problem.compute_dtype) for g in grads if g is not None]
+
+    def used(*inputs: Tensor) -> list[Tensor]:
+        """The outputs whose gradients have arrived."""
+        leaves: dict[str, Any] = dict(zip(names, inputs, strict=True))
+        given = problem._replace(**leaves)
+        fixed = problem.kind == FIXED_DISCOUNT
+        outputs = scan_reference.solve(given, time_dim) if fixed else _composed(solve, time_dim, given)
+        return [x for x, g in zip(outputs, grads, strict=True) if g is not None]
+
+    if torch._C._are_functorch_transforms_active():
+        return list(torch.func.vjp(used, *inputs)[1](arrived))
     found = torch.autograd.grad(
-        [o for o, _ in used], inputs, [g for _, g in used], create_graph=True, allow_unused=True
+        used(*inputs), inputs, arrived, create_graph=True, allow_unused=True, materialize_grads=True
     )
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
+    return list(found)
 
 
 def _scan_backward(solve: Solver, time_dim: int, problem: Recurrence, grad: Any, needs: Sequence[bool]) -> list[Tensor]:

@@ -102,6 +102,8 @@ def _is_fused(problem: VTrace, backend: str) -> bool:
     """Whether the backend solves all of it."""
     if forward_ad._current_level >= 0 or backend not in _BACKEND_MODULES:
         return False
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return False  # which know the recurrence and what is around it
     return backend != "triton" or problem.suits_kernel(differentiated=torch.is_grad_enabled())
 
 

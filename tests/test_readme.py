@@ -60,7 +60,7 @@ def test_every_name_in_the_table_of_coverage_lives_where_its_link_says() -> None
 
 
 PARTS = ("_problem", "_kernel", "_operators", "_launch", "_vectorized", "_reference", "_verify", "_composed",
-         "_second_order", "_fixed_discount")  # fmt: skip
+         "_second_order", "_fixed_discount", "_batching")  # fmt: skip
 
 
 def test_every_file_has_its_place_in_the_index() -> None:
