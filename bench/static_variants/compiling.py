@@ -9,8 +9,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 # Of the dtype of tensors: the dtype that is computed in, and the bytes of an element.
-COMPUTE = {"bf16": tl.float32, "fp32": tl.float32, "fp64": tl.float64}
-ITEMSIZE = {"bf16": 2, "fp32": 4, "fp64": 8}
+COMPUTE = {"bf16": tl.float32, "fp16": tl.float32, "fp32": tl.float32, "fp64": tl.float64}
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 _DIVISIBLE = [["tt.divisibility", 16]]
 
 
@@ -69,3 +69,12 @@ def compile_as_launched(kernel: Any, arguments: Mapping[str, Any], target: GPUTa
             signature[name] = declare((i,), x)
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=target, options={"num_warps": warps})
+
+
+def named(variant: Any, always: int) -> str:
+    """The name of a named tuple: its first fields ``always``, of the others those that aren't their defaults."""
+    other = variant._fields[always:]
+    differences = [name for name in other if getattr(variant, name) != variant._field_defaults[name]]
+    return ", ".join(
+        [*variant[:always], *(f"{name.replace('_', ' ')} {getattr(variant, name)}" for name in differences)]
+    )
