@@ -1,9 +1,5 @@
 """What the tests of the fused losses over samples share: tolerances, layouts, counting of calls."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,11 +47,3 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.names.append(str(function))
         return function(*args, **(kwargs or {}))
-
-
-def run_without_interpreter(source: str) -> subprocess.CompletedProcess:
-    """Run a program that compiles kernels, with `bench` on its path."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    bench = str(Path(__file__).parent.parent / "bench")
-    source = f"import sys; sys.path.insert(0, {bench!r})\n{source}"
-    return subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True, check=False)

@@ -1,10 +1,4 @@
-"""What the action-value losses cost: torch calls of the ``torch`` backend, launches and machine code of the kernels."""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""What the action-value losses cost: torch calls of the ``torch`` backend, launches of the kernels."""
 
 import pytest
 import torch
@@ -13,7 +7,6 @@ from helpers_action_value import of_ensemble, of_policy, of_target, problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 IMPLEMENTATION = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
-BENCH = Path(__file__).parent.parent / "bench"
 
 
 class Calls(TorchDispatchMode):
@@ -117,68 +110,3 @@ def test_the_gradient_of_the_kernels_is_one_product_each(device, weighed) -> Non
     names = calls(lambda: torch.autograd.grad(loss, arguments["values"]))
     assert names.count("aten.mul.out") == 1
     assert names.count("aten.mul.Tensor") == int(weighed)  # 1 / Σ m·w, which the forward launch has found
-
-
-PROGRAM = """
-import itertools, json, sys
-sys.path.insert(0, sys.argv[1])
-import triton.language as tl
-from fusedrl.kernels import action_value_kernel, action_value_launch
-from fusedrl.kernels.checks import LOSS_FUNCTIONS, REDUCTIONS
-from static_table import TARGETS, _read_nvidia
-from static_variants import Strided, compile_as_launched
-
-COMPUTE = {"bf16": tl.float32, "fp32": tl.float32, "fp64": tl.float64}
-SAMPLES = 1 << 20
-
-def arguments(dtype, reduction, loss_function, weighed, single):
-    given, computed = "*" + dtype, f"*{COMPUTE[dtype]}"
-    ensemble, row = Strided(given, (SAMPLES, 1)), Strided(given, (1,))
-    names = {
-        "next_values": ensemble, "values": ensemble, "reward": row, "target": row, "log_prob": row,
-        "terminated": Strided("*u1", (1,)), "gamma": "fp64", "alpha": "fp64", "scale": "fp64",
-        "sample_scale": "fp64", "value_target": given, "next_value": given, "loss": given, "priority": given,
-        "entropy": given, "slopes": computed, "value_slopes": computed, "log_prob_slopes": computed,
-        "samples": SAMPLES, "members": 2, "LOSS_FUNCTION": loss_function, "PRIORITY": "square", "PER_MEMBER": False,
-        "REDUCTION": reduction, "COUNT": weighed and reduction == "mean", "DTYPE": COMPUTE[dtype],
-        "INDEX": tl.int32, "PROGRAMS": action_value_launch._PROGRAMS,
-        "BLOCK": action_value_launch._TILE_BYTES * 8 // COMPUTE[dtype].primitive_bitwidth,
-    }
-    if weighed:
-        names |= {"mask": Strided("*u1", (1,)), "weights": row}
-    if weighed or reduction != "mean":
-        names |= {"surprise": given}
-    if weighed and reduction == "mean":
-        names |= {"reciprocal": computed}
-    return names | ({} if single else {"partials": computed, "arrivals": "*i32"})
-
-rows = []
-for dtype in COMPUTE:
-    variants = [("target", "mean", "l2", False, True)]
-    for weighed, single in itertools.product((False, True), (False, True)):
-        variants += [("policy", "mean", "l2", weighed, single), ("ensemble", "mean", "smooth_l1", weighed, single)]
-    variants += [("policy", "none", "l2", True, False), ("ensemble", "none", "smooth_l1", True, True)]
-    for name, *variant in variants:
-        kernel = getattr(action_value_kernel, f"{name}_kernel")
-        compiled = compile_as_launched(
-            kernel, arguments(dtype, *variant), TARGETS["sm_90"], action_value_launch._WARPS
-        )
-        cost = _read_nvidia(compiled)
-        row = {"registers": cost.registers, "spilled": cost.spill_bytes, "bits": max(cost.loads)}
-        rows.append({"kernel": (name, dtype, *variant), **row})
-print(json.dumps(rows))
-"""
-
-
-def test_the_kernels_compile_for_sm_90_without_spills_and_with_wide_loads() -> None:
-    """In a process without the interpreter. 64 registers let four programs of 256 threads onto a processor."""
-    pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", PROGRAM, str(BENCH)]
-    output = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert output.returncode == 0, output.stderr
-    rows = json.loads(output.stdout)
-    assert len(rows) == 33
-    assert [row for row in rows if row["spilled"]] == []
-    assert [row for row in rows if row["bits"] < (64 if "bf16" in row["kernel"] else 128)] == []
-    assert [row for row in rows if row["registers"] > (64 if "fp64" not in row["kernel"] else 96)] == []

@@ -1,7 +1,6 @@
 """The fused clipped surrogate of PPO: hand-computed cases, backends against the reference, semantics, cost."""
 
 import itertools
-import json
 import math
 from contextlib import nullcontext
 
@@ -21,7 +20,7 @@ from fusedrl.kernels.backend import fastest_backend
 from fusedrl.losses import functional
 from fusedrl.losses.reduction import reduce_loss
 from helpers_launches import launched, plan_with, planned_with
-from helpers_samples import BACKENDS, LAYOUTS, Calls, close, in_float64, run_without_interpreter
+from helpers_samples import BACKENDS, LAYOUTS, Calls, close, in_float64
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -676,56 +675,6 @@ def test_backward_of_the_kernel_is_one_product(device) -> None:
     with Calls() as calls:
         torch.autograd.grad(loss, arguments["log_prob"], one)
     assert [name for name in calls.names if "detach" not in name] == ["aten.mul.Tensor"]
-
-
-COMPILE = """
-import itertools, json
-import triton.language as tl
-from static_table import _read_nvidia
-from static_variants import Strided, compile_as_launched
-from triton.backends.compiler import GPUTarget
-from fusedrl.kernels.ppo_kernel import clip_ppo_kernel
-from fusedrl.kernels.samples_launch import TILE_BYTES, WARPS
-
-def compile_with(*, dtype="fp32", full=False, phases=(False, True), stride=1, samples=1 << 20, tiles=4, power=512,
-                 index=tl.int32, keep=True, reduction="mean", scalar="*fp32"):
-    compute = tl.float64 if dtype == "fp64" else tl.float32
-    x, pointer = Strided("*" + dtype, (stride,)), "*" + dtype
-    arguments = {
-        "log_prob": x, "old_log_prob": x, "advantage": x, "clip_low": "fp64", "clip_high": "fp64", "max_ratio": "fp64",
-        "slope": Strided(f"*{compute}", (stride,)) if keep else None,
-        "loss": None if reduction == "none" else pointer, "loss_of_sample": x if reduction == "none" else None,
-        "kl_approx": pointer, "clip_fraction": pointer, "ess": pointer, "greatest_ratio": pointer,
-        "mean_ratio": pointer, "workspace": f"*{compute}", "samples": samples, "tiles": tiles,
-        "COUNTS": phases[0], "SURROGATE": phases[1], "NORMALIZE": full or phases[0], "MEAN": reduction == "mean",
-        "CAPPED": full, "DTYPE": compute, "INDEX": index, "BLOCK": TILE_BYTES // (compute.primitive_bitwidth // 8),
-        "POWER": power,
-    }
-    if full:
-        arguments |= {"proximal_log_prob": x, "weights": x, "mask": Strided("*u1", (stride,)),
-                      "clip_low_tensor": scalar, "clip_high_tensor": scalar, "max_ratio_tensor": scalar}
-    return _read_nvidia(compile_as_launched(clip_ppo_kernel, arguments, GPUTarget("cuda", 90, 32), WARPS))
-
-rows = []
-for dtype, full in itertools.product(("fp32", "bf16", "fp64"), (False, True)):
-    for phases in ((True, False), (False, True), (True, True)):
-        power = 1 if all(phases) else 512
-        rows.append((f"{dtype} {full} {phases}", *compile_with(dtype=dtype, full=full, phases=phases, power=power)))
-for change in (dict(stride=2), dict(stride=48, index=tl.int64), dict(samples=1, tiles=1, power=1), dict(keep=False),
-               dict(reduction="none"), dict(dtype="fp16", scalar="*bf16"), dict(scalar="*fp64"), dict(samples=1001)):
-    rows.append((str(change), *compile_with(full=True, **change)))
-print(json.dumps(rows))
-"""
-
-
-def test_every_specialisation_compiles_for_a_gpu_without_spills() -> None:
-    pytest.importorskip("triton")
-    result = run_without_interpreter(COMPILE)
-    assert result.returncode == 0, result.stderr
-    rows = json.loads(result.stdout)
-    assert [row for row in rows if row[2]] == []
-    widths = {name: max(loads) for name, _, _, _, _, loads, *_ in rows}
-    assert widths["fp32 False (False, True)"] == widths["fp64 True (False, True)"] == 128
 
 
 # --- verify ---------------------------------------------------------------------------------------------------------

@@ -1,11 +1,7 @@
 """Gaussian log-probabilities and draws: hand-computed, backends against the reference, gradients, edges, errors."""
 
 import math
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -529,47 +525,6 @@ def test_nothing_waits_on_the_host(backend) -> None:
         again = normal_log_prob(loc, scale, action, squash=squash, backend=backend)
         found = torch.autograd.grad(drawn.sum() + log_prob.sum() + again.sum(), (loc, scale, action))
     assert [g.shape for g in found] == [(4, 3)] * 3
-
-
-AHEAD_OF_TIME = """
-import sys
-sys.path.insert(0, "bench")
-import triton.language as tl
-from fusedrl.kernels import squashed_normal_kernel as kernels
-from fusedrl.kernels.squashed_normal_launch import _WARPS, tiling
-from static_table import TARGETS, _read_amd, _read_nvidia
-from static_variants import Strided, compile_as_launched
-
-for name in ("log_prob_kernel", "log_prob_gradient_kernel", "sample_kernel", "sample_gradient_kernel"):
-    for target, dtype, columns, tensors in (("sm_90", "fp64", 8, True), ("gfx942", "fp32", 6, False)):
-        x, row = Strided(f"*{dtype}", (columns, 1)), Strided(f"*{dtype}", (1,))
-        rows, width = tiling(columns)
-        arguments = dict(
-            loc=x, scale=x, action=x, noise=x, grad=row, grad_action=x, grad_log_prob=row, by_loc=x, by_scale=x,
-            by_action=x, log_prob=f"*{dtype}", center="fp64", half="fp64", limit="fp64", rows=4096, columns=columns,
-            SQUASHED=True, DTYPE=tl.float64 if dtype == "fp64" else tl.float32, INDEX=tl.int32,
-            ROWS=rows, COLUMNS=width,
-        )
-        if tensors:
-            arguments |= dict(low=Strided("*fp32", (0, 1)), high=Strided("*fp32", (0, 1)))
-        compiled = compile_as_launched(getattr(kernels, name), arguments, TARGETS[target], _WARPS)
-        read = _read_amd if target.startswith("gfx") else _read_nvidia
-        print(name, target, dtype, *read(compiled)[:2])
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton is there on Linux")
-def test_the_kernels_compile_for_nvidia_and_amd_without_spilling() -> None:
-    """In a process of its own, since here they are interpreted."""
-    root = Path(__file__).parent.parent
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", AHEAD_OF_TIME], cwd=root, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines()]
-    assert len(rows) == 8
-    assert [spilled for *_, spilled in rows] == ["0"] * 8, done.stdout
 
 
 # --- verify -------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,21 @@ STORED = json.loads((ROOT / "bench" / "results" / "static_kernels.json").read_te
 
 
 @pytest.fixture(scope="module")
-def table() -> list[dict]:
+def compiled() -> dict[str, list[dict]]:
+    """The rows of the table, and of the specialisations that it leaves out."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, str(ROOT / "bench" / "static_table.py"), "--json"]
     return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.fixture(scope="module")
+def table(compiled) -> list[dict]:
+    return compiled["kernels"]
+
+
+@pytest.fixture(scope="module")
+def every(compiled) -> list[dict]:
+    return compiled["kernels"] + compiled["specialisations"]
 
 
 def only(rows: list[dict], kernel: str, target: str) -> dict:
@@ -31,9 +43,18 @@ def test_the_stored_table_is_what_the_kernels_compile_to(table) -> None:
     assert table == STORED["kernels"]
 
 
-def test_no_kernel_spills_on_any_target(table) -> None:
+def test_every_kernel_is_in_the_table_for_each_vendor(table) -> None:
+    sources = "".join(path.read_text() for path in (ROOT / "kernels").glob("*_kernel.py"))
+    kernels = set(re.findall(r"^@triton\.jit\ndef (\w+)_kernel\(", sources, re.MULTILINE))
+    assert {"scan", "clip_ppo", "log_prob_gradient"} <= kernels
+    for target in ("sm_90", "gfx942"):
+        names = [row["kernel"] for row in table if row["target"] == target]
+        assert kernels - {word for name in names for word in name.split(",")[0].split()} == set()
+
+
+def test_no_kernel_spills_on_any_target(table, every) -> None:
     assert {row["target"] for row in table} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    assert [row for row in table if row["spill_bytes"]] == []
+    assert [row for row in every if row["spill_bytes"]] == []
 
 
 # Instructions per element of the best kernel known before, and how much more any may take. Few time-major rows have
@@ -49,8 +70,9 @@ def has_several_warps(row: dict) -> bool:
 
 def scans(rows: list[dict], *what: str) -> list[dict]:
     """The rows of the scan, without V-trace's, whose names have all of these parts."""
-    others = ("categorical", "vtrace")
-    found = [r for r in rows if not r["kernel"].startswith(others) and set(what) <= set(r["kernel"].split(", "))]
+    kinds = {"gae", "td_lambda", "scan"}
+    parts = [set(row["kernel"].split(", ")) for row in rows]
+    found = [row for row, has in zip(rows, parts, strict=True) if has & kinds and set(what) <= has]
     assert found, what
     return found
 
@@ -124,3 +146,89 @@ def test_what_a_categorical_kernel_costs_does_not_grow_with_atoms(table) -> None
     )
     assert many["registers"] <= few["registers"] + 8
     assert many["instructions_per_element"] <= few["instructions_per_element"] + 1
+
+
+LOSSES = ("clip_ppo", "value_loss", "action_value")
+# Bits of an access: a thread has 4 elements of float32 or bfloat16 and 2 of float64; where waves are of 64, half.
+WIDTHS = {"fp32": 128, "fp64": 128, "bf16": 64, "fp16": 64}
+
+
+def dtype_of(row: dict) -> str:
+    (dtype,) = WIDTHS.keys() & set(row["kernel"].split(", "))
+    return dtype
+
+
+# In what they differ that changes the code, besides the dtype.
+OF_SAMPLES = {
+    "count",
+    "losses",
+    "count and losses",
+    "required inputs",
+    "all inputs",
+    "stride 2",
+    "stride 4096",
+    "samples 1",
+    "samples 1024",
+    "samples 1048569",
+    "scalars fp64",
+    "scalars bf16",
+    "slope False",
+    "reduction none",
+}
+SPECIALISATIONS = {
+    "clip_ppo": {"normalized", *OF_SAMPLES},
+    "value_loss": {"distance l1", "distance l2", "explained variance False", *OF_SAMPLES},
+    "action_value ensemble": {"required inputs", "all inputs", "programs one", "reduction none"},
+    "action_value policy": {"required inputs", "all inputs", "programs one", "reduction none"},
+    "action_value target": {"required inputs", "all inputs"},
+    "squashed_normal log_prob": {"not squashed", "numbers", "tensors"},
+    "squashed_normal log_prob_gradient": {"not squashed", "numbers", "tensors"},
+    "squashed_normal sample": {"not squashed", "numbers", "tensors"},
+    "squashed_normal sample_gradient": {"not squashed", "numbers", "tensors"},
+}
+
+
+@pytest.mark.parametrize("kernel", SPECIALISATIONS)
+def test_kernels_that_do_not_scan_are_compiled_in_each_way_that_launches_specialise_them(every, kernel) -> None:
+    rows = [row for row in every if row["kernel"].split(", ")[0] == kernel and row["target"] == "sm_90"]
+    assert {"fp32", "bf16", "fp64"} <= {dtype_of(row) for row in rows}
+    assert SPECIALISATIONS[kernel] <= {part for row in rows for part in row["kernel"].split(", ")}
+    assert len({row["kernel"] for row in rows}) == len(rows)
+
+
+def width_of(row: dict) -> int:
+    return WIDTHS[dtype_of(row)] // (2 if row["target"] == "gfx942" else 1)
+
+
+@pytest.mark.parametrize("family", LOSSES)
+def test_samples_that_are_aligned_are_loaded_as_wide_as_a_thread_has_them(every, family) -> None:
+    """Neither a stride nor a number of samples that 16 doesn't divide is."""
+    unaligned = {"stride 2", "stride 4096", "samples 1", "samples 1048569"}
+    rows = [row for row in every if row["kernel"].startswith(family)]
+    aligned = [row for row in rows if unaligned.isdisjoint(row["kernel"].split(", "))]
+    assert {"fp32", "bf16", "fp64"} <= {dtype_of(row) for row in aligned}
+    assert [row for row in aligned if row["widest_load_bits"] != width_of(row)] == []
+
+
+@pytest.mark.parametrize("family", LOSSES)
+def test_slopes_are_stored_as_wide_as_a_thread_has_them(table, family) -> None:
+    """They are in the dtype that is computed in; a target has none, and counting writes a few numbers."""
+    rows = [r for r in table if r["kernel"].startswith(family) and not re.search("target|count", r["kernel"])]
+    assert {(row["target"], row["widest_store_bits"]) for row in rows} == {("sm_90", 128), ("gfx942", 64)}
+
+
+def test_four_programs_of_action_values_fit_on_a_processor(every) -> None:
+    """64 registers let four of 256 threads. A number in float64 takes two."""
+    rows = [row for row in every if row["kernel"].startswith("action_value") and row["target"] == "sm_90"]
+    assert {"fp32", "bf16", "fp64"} <= {dtype_of(row) for row in rows}
+    assert [row for row in rows if row["registers"] > (96 if dtype_of(row) == "fp64" else 64)] == []
+
+
+def test_actions_whose_rows_are_aligned_are_loaded_as_wide_as_a_thread_has_them(every) -> None:
+    rows = [row for row in every if row["kernel"].startswith("squashed_normal") and "16 dimensions" in row["kernel"]]
+    assert {(row["kernel"].split(",")[0], dtype_of(row)) for row in rows if row["target"] == "sm_90"} == {
+        (f"squashed_normal {kernel}", dtype)
+        for kernel in ("log_prob", "log_prob_gradient", "sample", "sample_gradient")
+        for dtype in ("fp32", "bf16")
+    }
+    assert [row for row in rows if row["widest_load_bits"] != width_of(row)] == []

@@ -1,85 +1,16 @@
-"""The compiled forms of the kernels that the static table measures, specialised as launches on aligned tensors are."""
+"""The scan and V-trace, and their adjoints."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import triton
 import triton.language as tl
-from fusedrl.kernels import categorical_kernel, categorical_launch, scan_launch, vtrace_launch
+from fusedrl.kernels import scan_launch, vtrace_launch
 from fusedrl.kernels.scan_kernel import STEPS_PER_LANE, scan_kernel
 from fusedrl.kernels.scan_problem import GAE, SCAN, TD_LAMBDA
 from fusedrl.kernels.vtrace_kernel import vtrace_kernel
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-_COMPUTE = {"bf16": tl.float32, "fp32": tl.float32, "fp64": tl.float64}
-_ITEMSIZE = {"bf16": 2, "fp32": 4, "fp64": 8}
-_DIVISIBLE = [["tt.divisibility", 16]]
-
-
-class Strided(NamedTuple):
-    """A tensor passed as (pointer, strides …)."""
-
-    pointer: str
-    strides: tuple[int, ...]
-
-
-class Variant(Protocol):
-    """One compiled form of a kernel."""
-
-    @property
-    def name(self) -> str:
-        """The row's name in the table."""
-
-    @property
-    def minimum_bytes(self) -> int | None:
-        """Per element, if each input is read once and each output written once; None where elements aren't moved."""
-
-    def compile(self, target: GPUTarget) -> tuple[Any, float]:
-        """The compiled kernel, and the elements of a tile that a thread owns."""
-
-
-def variants() -> list[Variant]:
-    """All rows of the table."""
-    return [*_scan_variants(), *_categorical_variants()]
-
-
-def compile_as_launched(kernel: Any, arguments: Mapping[str, Any], target: GPUTarget, warps: int) -> Any:
-    """Compile for ``arguments``: `Strided`, a pointer type, "fp64", an integer, or what is a constant to the kernel.
-
-    A launch makes a constant of an integer that is 1, and knows of integers and addresses whether 16 divides them.
-    Arguments that aren't given are None.
-    """
-    signature: dict[str, Any] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-
-    def declare(at: tuple[int, ...], x: Any) -> str:
-        if isinstance(x, str) and x.startswith("*"):
-            attributes[at] = _DIVISIBLE
-            return x
-        if x == "fp64":
-            return "fp64"
-        if isinstance(x, int) and not isinstance(x, bool) and x != 1 and not kernel.params[at[0]].is_constexpr:
-            if x % 16 == 0:
-                attributes[at] = _DIVISIBLE
-            return "i32"
-        constants[at] = x
-        return "constexpr"
-
-    for i, name in enumerate(kernel.arg_names):
-        x = arguments.get(name)
-        if isinstance(x, Strided):
-            x = (x.pointer, *x.strides)
-        if isinstance(x, tuple):
-            signature[name] = tuple(declare((i, k), part) for k, part in enumerate(x))
-        else:
-            signature[name] = declare((i,), x)
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options={"num_warps": warps})
-
-
-# --- the scan -----------------------------------------------------------------------------------------------------
+from .compiling import COMPUTE, ITEMSIZE, Strided, compile_as_launched
 
 # The tensors that each variant gets; all gradients that training a critic and an actor needs are in the adjoint.
 _READ = {
@@ -132,7 +63,7 @@ class Scan(NamedTuple):
         used = self.tensors
         if self.phase == "compose":  # which needs what c and d are made of, and writes nothing per element
             used = _READ[self.kind] if self.direction == "recurrence" else _ADJOINT_READ[self.kind]
-        return sum(1 if name in _MASKS else _ITEMSIZE[self.dtype] for name in used)
+        return sum(1 if name in _MASKS else ITEMSIZE[self.dtype] for name in used)
 
     def compile(self, target: GPUTarget) -> tuple[Any, float]:
         """The compiled kernel, and the elements of a tile that a thread owns."""
@@ -185,7 +116,7 @@ def _compile_scan(
     rows, steps = (1 if contiguous else 32, 1 << 20) if split else (1 << 16, 1 << 10)
     if variant.layout.endswith("few rows"):
         rows = 1 << 12
-    itemsize = _ITEMSIZE[variant.dtype]
+    itemsize = ITEMSIZE[variant.dtype]
     tile = scan_launch.tiling(rows, steps, itemsize, time_is_contiguous=contiguous, processors=132, **options)
     assert (tile.split > 1) == split
     strides = (steps, 0, 1) if contiguous else (1, 0, rows)
@@ -195,12 +126,12 @@ def _compile_scan(
     arguments |= scalars
     arguments |= {
         "layout": strides,
-        "compositions": f"*{_COMPUTE[variant.dtype]}" if split else None,
+        "compositions": f"*{COMPUTE[variant.dtype]}" if split else None,
         "rows": rows,
         "inner": 1,
         "steps": steps,
         "ADJOINT": variant.direction != "recurrence",
-        "DTYPE": _COMPUTE[variant.dtype],
+        "DTYPE": COMPUTE[variant.dtype],
         "INDEX": tl.int32,
         "TIME_IS_CONTIGUOUS": contiguous,
         "TILE_ROWS": tile.rows,
@@ -214,7 +145,7 @@ def _compile_scan(
     return compiled, tile.rows * tile.lanes * STEPS_PER_LANE / (tile.warps * target.warp_size)
 
 
-def _scan_variants() -> Iterable[Scan | VTrace]:
+def variants() -> Iterable[Scan | VTrace]:
     """Every kind, direction and layout in float32; split rows and the other dtypes for GAE and V-trace."""
     layouts = ("contiguous time", "time-major")
     directions = ("recurrence", "adjoint", "adjoint γλ")
@@ -238,78 +169,3 @@ def _scan_variants() -> Iterable[Scan | VTrace]:
             for phase in ("whole row", "compose", "solve"):
                 yield VTrace(direction, layout, phase, "fp32")
         yield VTrace(direction, "contiguous time", "whole row", "fp64")
-
-
-# --- the categorical loss -----------------------------------------------------------------------------------------
-
-
-class Categorical(NamedTuple):
-    """A kernel of the categorical loss.
-
-    The element is one of the tile that dominates: a hat function of loss and projection, an element of the gradient.
-    """
-
-    kernel: str  # "loss" (with the online network's choice), "gradient" or "projection"
-    layout: str  # "actions last" or "atoms last"
-    atoms: int
-    actions: int
-    dtype: str
-
-    @property
-    def name(self) -> str:
-        """The row's name in the table."""
-        return f"categorical {self.kernel}, {self.layout}, {self.atoms} atoms × {self.actions} actions, {self.dtype}"
-
-    @property
-    def minimum_bytes(self) -> None:
-        """None: the element of a hat function isn't one of memory."""
-        return None
-
-    def compile(self, target: GPUTarget) -> tuple[Any, float]:
-        """The compiled kernel, and the elements of a tile that a thread owns."""
-        compute = _COMPUTE[self.dtype]
-        floating, precise = "*" + self.dtype, f"*{compute}"
-        tile = categorical_launch.tiling(
-            self.atoms, self.actions, compute.primitive_bitwidth // 8, sources=target.warp_size
-        )
-        inner = (self.actions, 1) if self.layout == "actions last" else (1, self.atoms)
-        distribution = Strided(floating, (self.atoms * self.actions, *inner))
-        arguments = {
-            "log_prob": distribution,
-            "next_log_prob": distribution,
-            "next_online_log_prob": distribution,
-            "found": distribution,
-            "prob": Strided(floating, (self.atoms, 1)),
-            "action": Strided("*i64", (1,)),
-            "support": Strided("*fp32", (1,)),
-            "reward": Strided("*fp32", (1,)),
-            "terminated": Strided("*u1", (1,)),
-            "grad": Strided(floating, (1,)),
-            "gamma": "fp64",
-            "loss": floating,
-            "projected": floating if self.kernel == "projection" else precise,
-            "atoms": self.atoms,
-            "actions": self.actions,
-            "DTYPE": compute,
-            "INDEX": tl.int32,
-            "ACTIONS_POWER": tile.actions_power,
-            "TILE_ATOMS": tile.atoms,
-            "TARGETS": tile.targets,
-            "SOURCES": tile.sources,
-        }
-        kernel = getattr(categorical_kernel, f"{self.kernel}_kernel")
-        compiled = compile_as_launched(kernel, arguments, target, categorical_launch._WARPS)
-        elements = tile.atoms * tile.actions_power if self.kernel == "gradient" else tile.sources * tile.targets
-        return compiled, elements / (categorical_launch._WARPS * target.warp_size)
-
-
-def _categorical_variants() -> Iterable[Categorical]:
-    """All kernels at 51 atoms and 6 actions in every dtype; other layouts and sizes in float32."""
-    for kernel in ("loss", "gradient", "projection"):
-        for dtype in ("fp32", "bf16", "fp64"):
-            yield Categorical(kernel, "actions last", 51, 6, dtype)
-    for kernel in ("loss", "gradient"):
-        yield Categorical(kernel, "atoms last", 51, 6, "fp32")
-        yield Categorical(kernel, "actions last", 512, 6, "fp32")
-    for atoms, actions in ((51, 18), (101, 6)):
-        yield Categorical("loss", "actions last", atoms, actions, "fp32")
