@@ -15,7 +15,7 @@ from ..estimators.td import TD0Estimator
 from ..kernels import EnsembleLoss, Target, ensemble_loss, value_target
 from .base import LossModule
 from .ensemble import MEMBERS_IN_TURN
-from .networks import Parameters, keys_read, tensors_of
+from .networks import Parameters, keys_read, parts_of
 from .utils import ValueEstimators
 
 
@@ -175,17 +175,17 @@ class ActionValueLoss(LossModule):
         compiling = isinstance(params, TensorDictBase)
         if members is not None:
             params = params[members] if isinstance(params, TensorDictBase) else [x[members] for x in params]
-        tensors = tensors_of(params) if isinstance(params, TensorDictBase) else params
+        parts = parts_of(params, self._whole[name]) if isinstance(params, TensorDictBase) else params
 
         perceptron = self._perceptrons[name]
         if perceptron is not None and perceptron.out_key == key and not skip_existing():
-            values = perceptron(data, tensors)
+            values = perceptron(data, parts)
             if values is not None:
                 return values
         # Compiled, a linear layer under vmap would be good for data [B, T, F] of one B and T alone.
-        few = compiling or len(tensors[0]) <= MEMBERS_IN_TURN
+        few = compiling or len(parts[0]) <= MEMBERS_IN_TURN
         if self.deactivate_vmap or (few and self.vmap_randomness != "same"):
-            each: Any = zip(*(x.unbind(0) for x in tensors), strict=True)
+            each: Any = zip(*(x.unbind(0) for x in parts), strict=True)
             if isinstance(params, TensorDictBase):
                 each = params.unbind(0)
             return torch.stack([self._call(name, data, key, one) for one in each])
@@ -193,7 +193,7 @@ class ActionValueLoss(LossModule):
         def member(*one: Any) -> Tensor:
             return self._call(name, data, key, one[0] if compiling else one)
 
-        return torch.vmap(member, randomness=self.vmap_randomness)(*([params] if compiling else tensors))
+        return torch.vmap(member, randomness=self.vmap_randomness)(*([params] if compiling else parts))
 
     def _ensemble_values(
         self,

@@ -188,7 +188,8 @@ class PolicyGradientLoss(LossModule):
             self._require(tensordict, "advantage")
         if self.critic_network is not None and self.functional:
             # Targets only where there are any: without, an estimator can find both values in one call.
-            target_params = self.target_critic_network_params if self.delay_value else None
+            # Not the very targets, into which an estimator writes where a module holds parameters as one TensorDict.
+            target_params = self.target_critic_network_params.detach() if self.delay_value else None
             self.value_estimator(tensordict, params=self.critic_network_params, target_params=target_params)
         else:
             with torch.no_grad():
