@@ -87,6 +87,7 @@ class ActionValueLoss(LossModule):
             KeyError: an entry is missing, or all of done and terminated.
 
         """
+        self._absent.clear()
         current_keys, next_keys = self._read_by(current), self._read_by(following)
         self._get(tensordict, "reward")
         terminated = tensordict.get(*self._keys("terminated"), None)
@@ -101,29 +102,31 @@ class ActionValueLoss(LossModule):
         if terminal.ndim != tensordict.ndim + 1 or terminal.shape[-1] != 1:
             terminal = any_right(terminal, tensordict.ndim).unsqueeze(-1)
         for key in next_keys:
-            x = next_data.get(key)
-            if x.is_floating_point():
+            x = next_data.get(key, None)
+            if x is not None and x.is_floating_point():
                 next_data.set(key, torch.where(_beside(terminal, x), x.nan_to_num(0.0, 0.0, 0.0), x))
         valid = self._mask(tensordict, terminal)
         if valid is not None:
             for part, keys in ((data, current_keys), (next_data, next_keys)):
                 for key in keys:
-                    x = part.get(key)
-                    if x.is_floating_point():
+                    x = part.get(key, None)
+                    if x is not None and x.is_floating_point():
                         part.set(key, torch.where(_beside(valid, x), x, 0))
         return data, next_data
 
     def _inputs(
         self, tensordict: TensorDictBase, keys: list[NestedKey], networks: Sequence[str], prefix: str = ""
     ) -> TensorDictBase:
-        """A new TensorDict of the entries ``keys``, below the entry ``prefix`` if that is given."""
+        """A new TensorDict of the entries ``keys``, below the entry ``prefix`` if that is given.
+
+        The ``networks`` may do without some of them, see `_require_inputs`.
+        """
         source = tensordict.get(prefix) if prefix else tensordict
         try:
             return source.select(*keys)
         except KeyError:
-            entries = [unravel_key((prefix, key)) for key in keys] if prefix else keys
-            self._require_entries(tensordict, entries, f"the networks {', '.join(networks)} read it")
-            raise
+            self._require_inputs(tensordict, keys, networks, f"the networks {', '.join(networks)} read it", prefix)
+            return source.select(*keys, strict=False)
 
     def _taken_action(self, tensordict: TensorDictBase) -> Tensor:
         """The actions in the data; those of padded steps, which may stand for none at all, are 0."""
