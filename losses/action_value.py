@@ -15,7 +15,7 @@ from ..estimators.td import TD0Estimator
 from ..kernels import EnsembleLoss, Target, ensemble_loss, value_target
 from .base import LossModule
 from .ensemble import MEMBERS_IN_TURN
-from .networks import Parameters, keys_read, tensors_of
+from .networks import Parameters, keys_read, parts_of
 from .utils import ValueEstimators
 
 
@@ -87,6 +87,7 @@ class ActionValueLoss(LossModule):
             KeyError: an entry is missing, or all of done and terminated.
 
         """
+        self._absent.clear()
         current_keys, next_keys = self._read_by(current), self._read_by(following)
         self._get(tensordict, "reward")
         terminated = tensordict.get(*self._keys("terminated"), None)
@@ -101,29 +102,31 @@ class ActionValueLoss(LossModule):
         if terminal.ndim != tensordict.ndim + 1 or terminal.shape[-1] != 1:
             terminal = any_right(terminal, tensordict.ndim).unsqueeze(-1)
         for key in next_keys:
-            x = next_data.get(key)
-            if x.is_floating_point():
+            x = next_data.get(key, None)
+            if x is not None and x.is_floating_point():
                 next_data.set(key, torch.where(_beside(terminal, x), x.nan_to_num(0.0, 0.0, 0.0), x))
         valid = self._mask(tensordict, terminal)
         if valid is not None:
             for part, keys in ((data, current_keys), (next_data, next_keys)):
                 for key in keys:
-                    x = part.get(key)
-                    if x.is_floating_point():
+                    x = part.get(key, None)
+                    if x is not None and x.is_floating_point():
                         part.set(key, torch.where(_beside(valid, x), x, 0))
         return data, next_data
 
     def _inputs(
         self, tensordict: TensorDictBase, keys: list[NestedKey], networks: Sequence[str], prefix: str = ""
     ) -> TensorDictBase:
-        """A new TensorDict of the entries ``keys``, below the entry ``prefix`` if that is given."""
+        """A new TensorDict of the entries ``keys``, below the entry ``prefix`` if that is given.
+
+        The ``networks`` may do without some of them, see `_require_inputs`.
+        """
         source = tensordict.get(prefix) if prefix else tensordict
         try:
             return source.select(*keys)
         except KeyError:
-            entries = [unravel_key((prefix, key)) for key in keys] if prefix else keys
-            self._require_entries(tensordict, entries, f"the networks {', '.join(networks)} read it")
-            raise
+            self._require_inputs(tensordict, keys, networks, f"the networks {', '.join(networks)} read it", prefix)
+            return source.select(*keys, strict=False)
 
     def _taken_action(self, tensordict: TensorDictBase, key: NestedKey | None = None) -> Tensor:
         """The actions in the data, of the head ``key`` if there are several, whether or not a network reads them.
@@ -180,17 +183,17 @@ class ActionValueLoss(LossModule):
         compiling = isinstance(params, TensorDictBase)
         if members is not None:
             params = params[members] if isinstance(params, TensorDictBase) else [x[members] for x in params]
-        tensors = tensors_of(params) if isinstance(params, TensorDictBase) else params
+        parts = parts_of(params, self._whole[name]) if isinstance(params, TensorDictBase) else params
 
         perceptron = self._perceptrons[name]
         if perceptron is not None and perceptron.out_key == key and not skip_existing():
-            values = perceptron(data, tensors)
+            values = perceptron(data, parts)
             if values is not None:
                 return values
         # Compiled, a linear layer under vmap would be good for data [B, T, F] of one B and T alone.
-        few = compiling or len(tensors[0]) <= MEMBERS_IN_TURN
+        few = compiling or len(parts[0]) <= MEMBERS_IN_TURN
         if self.deactivate_vmap or (few and self.vmap_randomness != "same"):
-            each: Any = zip(*(x.unbind(0) for x in tensors), strict=True)
+            each: Any = zip(*(x.unbind(0) for x in parts), strict=True)
             if isinstance(params, TensorDictBase):
                 each = params.unbind(0)
             return torch.stack([self._call(name, data, key, one) for one in each])
@@ -198,7 +201,7 @@ class ActionValueLoss(LossModule):
         def member(*one: Any) -> Tensor:
             return self._call(name, data, key, one[0] if compiling else one)
 
-        return torch.vmap(member, randomness=self.vmap_randomness)(*([params] if compiling else tensors))
+        return torch.vmap(member, randomness=self.vmap_randomness)(*([params] if compiling else parts))
 
     def _ensemble_values(
         self,

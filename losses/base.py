@@ -134,7 +134,13 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
         if not torch.compiler.is_compiling():
             self._warn_of_idle_targets()
         with set_interaction_type(self.deterministic_sampling_mode):
-            out = super().__call__(*args, **kwargs)
+            try:
+                out = super().__call__(*args, **kwargs)
+            except Exception as error:
+                lacking = self._lacking(error)
+                if lacking is None:
+                    raise
+                raise lacking from error
         # Whether tensordict.nn's own hook selects depends on the optional in_keys being there.
         chosen = getattr(self, "_out_keys_apparent", None)
         if isinstance(out, TensorDictBase) and chosen is not None and chosen != getattr(self, "_out_keys", None):

@@ -10,7 +10,9 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
 from torch import Tensor
 
-from .networks import keys_read
+from .networks import can_lack, keys_read
+
+NEEDS = "needs the entry"
 
 NEXT_KEYS = ("reward", "done", "terminated")
 """The keys whose entries are read under "next"."""
@@ -34,6 +36,7 @@ class KeyedModule(TensorDictModuleBase):
         super().__init__()
         self._tensor_keys = self.default_keys()
         self._in_keys: list[NestedKey] | None = None
+        self._absent: dict[NestedKey, KeyError] = {}
 
     @property
     def tensor_keys(self) -> Any:
@@ -109,11 +112,39 @@ class KeyedModule(TensorDictModuleBase):
 
     def _require_entries(self, tensordict: TensorDictBase, keys: Iterable[NestedKey], hint: str) -> None:
         """Check that the entries ``keys`` are there; the ``hint`` is for the message of the KeyError."""
-        names = tensordict.keys()
-        for key in keys:
-            if (key not in names) if isinstance(key, str) else (tensordict.get(key, None) is None):
-                present = ", ".join(sorted(map(repr, tensordict.keys(True, True))))
-                raise KeyError(f"{type(self).__name__} needs the entry {key!r} ({hint}), but the input has: {present}")
+        for key in _absent_from(tensordict, keys):
+            raise self._missing(tensordict, key, hint)
+
+    def _require_inputs(
+        self, tensordict: TensorDictBase, keys: Iterable[NestedKey], networks: Iterable[str], hint: str, below: str = ""
+    ) -> None:
+        """Check that the inputs ``keys`` of the ``networks`` are there, ``below`` an entry such as "next".
+
+        Those that a network may do without are left to the network, and `_lacking` says what its error is about.
+
+        Raises:
+            KeyError: an input that is needed is missing; the ``hint`` is for the message.
+
+        """
+        entries = {unravel_key((below, key)) if below else key: key for key in keys}
+        for entry in _absent_from(tensordict, entries):
+            if not all(can_lack(getattr(self, name), entries[entry]) for name in networks):
+                raise self._missing(tensordict, entry, hint)
+            if not torch.compiler.is_compiling():  # what is kept now would be found changed in the next call
+                self._absent.setdefault(entry, self._missing(tensordict, entry, hint))
+
+    def _lacking(self, error: Exception) -> KeyError | None:
+        """The error of an absent entry that the ``error`` of a network is about; None if it is about something else."""
+        if NEEDS in str(error):  # says it already
+            return None
+        message = str(error.__cause__ or error)  # a value estimator says what it makes of the network's own complaint
+        named = [key for key in self._absent if (key if isinstance(key, str) else key[-1]) in message]
+        about = named or (list(self._absent) if "None" in message else [])
+        return self._absent[about[0]] if about else None
+
+    def _missing(self, tensordict: TensorDictBase, key: NestedKey, hint: str) -> KeyError:
+        present = ", ".join(sorted(map(repr, tensordict.keys(True, True))))
+        return KeyError(f"{type(self).__name__} {NEEDS} {key!r} ({hint}), but the input has: {present}")
 
     def _require_shape(self, x: Tensor, key: NestedKey, of: Tensor, of_key: NestedKey) -> None:
         """Refuse what would broadcast by accident.
@@ -127,3 +158,10 @@ class KeyedModule(TensorDictModuleBase):
                 f"{type(self).__name__}: {key!r} has shape {tuple(x.shape)}, but {of_key!r} has shape "
                 f"{tuple(of.shape)}: both must agree"
             )
+
+
+def _absent_from(tensordict: TensorDictBase, keys: Iterable[NestedKey]) -> Iterator[NestedKey]:
+    names = tensordict.keys()
+    for key in keys:
+        if (key not in names) if isinstance(key, str) else (tensordict.get(key, None) is None):
+            yield key

@@ -4,14 +4,20 @@ A loss calls a network with the parameters of its choice (trained, target, one o
 into it for the time of the call.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
+from inspect import signature
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import (
+    ProbabilisticTensorDictModule,
+    TensorDictModule,
+    TensorDictModuleBase,
+    TensorDictSequential,
+)
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 from torch.nn import Buffer
@@ -25,8 +31,11 @@ M = TypeVar("M", bound=nn.Module)
 Entry = tuple[str, NestedKey]
 """A parameter of a loss: the network, and where in its parameters."""
 
-Parameters: TypeAlias = TensorDictBase | Sequence[Tensor]
-"""Parameters of a network: by their names, or in the order of `tensors_of`."""
+Path = tuple[str, ...]
+"""Where in the parameters of a network something is."""
+
+Parameters: TypeAlias = TensorDictBase | Sequence[Any]
+"""Parameters of a network: by their names, or in the order of `parts_of`."""
 
 Slots = list[tuple[dict[str, Any], str]]
 """Where a network keeps its parameters and buffers: a module's dict, and the name in it."""
@@ -43,8 +52,10 @@ class FunctionalModule(TensorDictModuleBase):
         self._shared: dict[str, dict[NestedKey, Entry]] = {}
         self._has_update_associated: dict[str, bool] = {}
         self._slots: dict[str, Slots] = {}
+        self._whole: dict[str, dict[Path, TensorDictParams]] = {}
         self._own_params: dict[str, TensorDictBase | None] = {}
         self._perceptrons: dict[str, Perceptron | None] = {}
+        self._random: dict[str, bool] = {}
         self._places: dict[str, list[tuple[TensorDictBase, Slots]]] = {}
         self._reads: dict[tuple[str, ...], list[NestedKey]] = {}
         self.register_load_state_dict_pre_hook(_load_shared_once)
@@ -74,12 +85,15 @@ class FunctionalModule(TensorDictModuleBase):
 
         Raises:
             RuntimeError: what would be copied isn't initialised (lazy modules): all of an ensemble or of a network
-                with a target, and what is in ``compare_against``.
+                with a target, and what is in ``compare_against``. Or a parameter can't be exchanged for another.
 
         """
         modules = module if isinstance(module, list) else [module]
+        for m in modules:
+            _refuse_aliases(m)
         members = [TensorDict.from_module(m, as_module=True) for m in modules]
-        shared = {id(x) for x in compare_against or ()}.intersection(*(map(id, tensors_of(m)) for m in members))
+        everywhere = [{id(x) for x in params.values(True, True)} for params in members]
+        shared = {id(x) for x in compare_against or ()}.intersection(*everywhere)
         params, network = members[0], modules[0]
         self._shared[module_name] = self._found_elsewhere(params, shared)
         if isinstance(module, list):
@@ -90,6 +104,8 @@ class FunctionalModule(TensorDictModuleBase):
             params = without_shared(params, shared)
         # Not among the registered modules: what is trained and saved are the parameters.
         self._functional_networks[module_name] = self.__dict__[module_name] = network
+        # Not when it's first needed, which may be in compiled code, where a module may not be looked into at any time.
+        self._random[module_name] = is_random(network)
         setattr(self, f"{module_name}_params", params)
         if create_target_params:
             setattr(self, f"target_{module_name}_params", delayed_copy(params))
@@ -131,15 +147,15 @@ class FunctionalModule(TensorDictModuleBase):
             return params.detach() if detach else params
         if params is self._own_params[name] and not detach:
             return params
-        tensors = self._tensors_of(name, params)
-        return [x.detach() for x in tensors] if detach else tensors
+        parts = self._parts_of(name, params)
+        return [x.detach() for x in parts] if detach else parts
 
-    def _tensors_of(self, name: str, params: TensorDictBase) -> list[Tensor]:
-        """`tensors_of` the ``params`` of the network ``name``."""
+    def _parts_of(self, name: str, params: TensorDictBase) -> list[Any]:
+        """`parts_of` the ``params`` of the network ``name``."""
         for known, places in self._places[name]:
             if params is known:
                 return [place[key] for place, key in places]
-        return tensors_of(params)
+        return parts_of(params, self._whole[name])
 
     def _with_parameters(self, name: str, params: Parameters) -> AbstractContextManager[Any]:
         """Within the block the network ``name`` has ``params``, such as those of one member of an ensemble."""
@@ -148,20 +164,21 @@ class FunctionalModule(TensorDictModuleBase):
         if not isinstance(params, TensorDictBase):
             return in_slots(self._slots[name], params)
         if torch.compiler.is_compiling():
-            return swapped_in(params, self._functional_networks[name])
-        return in_slots(self._slots[name], self._tensors_of(name, params))
+            return swapped_in(params, self._functional_networks[name], self._whole[name])
+        return in_slots(self._slots[name], self._parts_of(name, params))
 
     def _find_slots(self, name: str) -> None:
         """Where the network ``name`` keeps its parameters, whether they are the loss's own, and what network it is."""
         network, params = self._functional_networks[name], getattr(self, f"{name}_params")
         self._reads.clear()
-        self._slots[name] = slots_of(network, params)
-        own = _hold(self._slots[name], params)
+        self._whole[name] = whole = held_whole(network)
+        self._slots[name] = slots_of(network, params, whole)
+        own = _hold(self._slots[name], params, whole)
         self._own_params[name] = params if own else None
         self._places[name] = []
         for kept in (params, self._modules.get(f"target_{name}_params")):
-            places = None if kept is None else places_of(kept)
-            if places is not None and _hold(places, kept):
+            places = None if kept is None else places_of(kept, whole)
+            if places is not None and _hold(places, kept, whole):
                 self._places[name].append((kept, places))
         self._perceptrons[name] = Perceptron.of(network, params) if params.ndim else None
 
@@ -181,7 +198,9 @@ class FunctionalModule(TensorDictModuleBase):
             return network
         if copy:
             network = deepcopy(network)
-        getattr(self, f"{network_name}_params").to_module(network, return_swap=False)
+        params, whole = getattr(self, f"{network_name}_params"), held_whole(network)
+        _without(params, whole).to_module(network, return_swap=False)
+        fill_whole(whole, params)
         return network
 
     def from_stateful_net(self, network_name: str, stateful_net: nn.Module) -> None:
@@ -218,6 +237,10 @@ class FunctionalModule(TensorDictModuleBase):
         self._tie()
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Slots and places are dicts of modules and TensorDicts, which know what of theirs can be pickled.
+        return {**self.__dict__, "_slots": {}, "_places": {}}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy is made of each tensor for itself, wherever it occurs.
         super().__setstate__(state)
@@ -250,7 +273,8 @@ class FunctionalModule(TensorDictModuleBase):
         """
         if self._vmap_randomness is not None:
             return self._vmap_randomness
-        random = any(is_random(getattr(self, name)) for name in self._network_names())
+        registered = (name for name in self._network_names() if name not in self._functional_networks)
+        random = any(self._random.values()) or any(is_random(getattr(self, name)) for name in registered)
         found = "different" if random else "error"
         if not torch.compiler.is_compiling():  # what is kept now would be found changed in the next call
             self._vmap_randomness = found
@@ -268,6 +292,30 @@ class FunctionalModule(TensorDictModuleBase):
         self._vmap_randomness = value
 
 
+def can_lack(network: Any, key: NestedKey) -> bool:
+    """Whether the ``network`` may do without its input ``key``: as far as one can see, the modules that read it may.
+
+    That is: they have a ``forward`` of their own, as recurrent ones that start from zeros; or None is their default.
+    """
+    if isinstance(network, TensorDictSequential):
+        for module in network.module:
+            if key in map(unravel_key, module.in_keys) and not can_lack(module, key):
+                return False
+            if key in map(unravel_key, module.out_keys):
+                break
+        return True
+    if isinstance(network, ProbabilisticTensorDictModule):
+        return False
+    if getattr(type(network), "forward", None) is not TensorDictModule.forward or key not in network.in_keys:
+        return True
+    try:
+        read = list(signature(getattr(network.module, "forward", network.module)).parameters.values())
+    except ValueError:  # a function of PyTorch, about which nothing can be found out
+        return False
+    at = network.in_keys.index(key)
+    return at < len(read) and read[at].default is None
+
+
 def _load_shared_once(module: FunctionalModule, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """What an ensemble shares with another network is loaded there: its own entry, a view for all members, follows."""
     for name, entries in module._shared.items():
@@ -279,10 +327,13 @@ def _load_shared_once(module: FunctionalModule, state_dict: dict[str, Any], pref
 
 def stateless(module: M) -> M:
     """A copy of ``module`` whose parameters and buffers have shapes but no data (device ``meta``)."""
-    memo: dict[int, Tensor] = {}
+    memo: dict[int, Any] = {}
     for x in (*module.parameters(), *module.buffers()):
         empty = torch.empty_like(x, device="meta")
         memo[id(x)] = nn.Parameter(empty, x.requires_grad) if isinstance(x, nn.Parameter) else empty
+    for held in module.modules():
+        if isinstance(held, TensorDictParams):  # whose copy would be one of the tensors, too
+            memo[id(held)] = TensorDictParams(held.apply(lambda x: memo[id(x)], device=None), no_convert=True)
     return deepcopy(module, memo)
 
 
@@ -298,7 +349,20 @@ def stacked(members: Sequence[TensorDictParams], shared: set[int]) -> TensorDict
         value = values.get(key)
         return nn.Parameter(value, x.requires_grad) if isinstance(x, nn.Parameter) else Buffer(value)
 
-    return _mapped(members[0], stack, [len(members)])
+    return _mapped(members[0], stack, in_front=[len(members)])
+
+
+def _refuse_aliases(network: nn.Module) -> None:
+    """Refuse modules that keep their parameters in a TensorDict a second time: others would have no effect on them."""
+    own = {id(x) for x in network.parameters()}
+    for module in network.modules():
+        for name, x in () if isinstance(module, TensorDictParams) else vars(module).items():
+            if isinstance(x, TensorDictBase) and any(id(tensor) in own for tensor in x.values(True, True)):
+                raise RuntimeError(
+                    f"a {type(module).__name__} reads its parameters from the TensorDict {name!r}, where a loss can't "
+                    "exchange them: keep them in a TensorDictParams (TorchRL's multi-agent networks do with "
+                    "use_td_params=True)"
+                )
 
 
 def ensemble(params: TensorDictParams, size: int, shared: set[int]) -> TensorDictParams:
@@ -318,7 +382,7 @@ def ensemble(params: TensorDictParams, size: int, shared: set[int]) -> TensorDic
         low, high = x.data.min(), x.data.max()
         return nn.Parameter(low + (high - low) * torch.rand_like(stacked), x.requires_grad)
 
-    return _mapped(params, members, [size])
+    return _mapped(params, members, in_front=[size])
 
 
 def without_shared(params: TensorDictParams, shared: set[int]) -> TensorDictParams:
@@ -333,54 +397,98 @@ def share(params: TensorDictParams, sources: dict[NestedKey, Tensor]) -> TensorD
     def shared(key: NestedKey, x: Tensor) -> Tensor:
         return Buffer(sources[key].data.expand_as(x)) if key in sources else x
 
-    return _mapped(params, shared, params.batch_size)
+    return _mapped(params, shared)
 
 
-def tensors_of(params: TensorDictBase) -> list[Tensor]:
-    """The tensors in ``params``, in one order for all that have the same structure."""
-    return list(params.values(True, True))
+def held_whole(network: nn.Module) -> dict[Path, TensorDictParams]:
+    """The TensorDicts in which modules of ``network`` hold parameters, as TorchRL's multi-agent networks do.
 
-
-def places_of(params: TensorDictBase) -> Slots | None:
-    """The dicts in which nested ``params`` keep their tensors, in the order of `tensors_of`; None if there are none.
-
-    To read them costs a fraction of `tensors_of`.
+    Such a module reads that TensorDict and not its tensors one by one, which is therefore exchanged as a whole.
     """
-    params = getattr(params, "_param_td", params)
+    modules = network.named_modules(remove_duplicate=False)
+    return {tuple(name.split(".")): module for name, module in modules if isinstance(module, TensorDictParams)}
+
+
+def _plain(x: Any) -> Any:
+    """The TensorDict inside a TensorDictParams; anything else as it is."""
+    return getattr(x, "_param_td", x)
+
+
+def _without(params: TensorDictBase, whole: Iterable[Path]) -> TensorDictBase:
+    """``params`` but for those that are held ``whole``."""
+    return _plain(params).exclude(*whole) if whole else params
+
+
+def parts_of(params: TensorDictBase, whole: Container[Path]) -> list[Any]:
+    """The tensors in ``params``, and the TensorDicts that are ``whole``, in one order for all of the same structure."""
+    if not whole:
+        return list(params.values(True, True))
+    return [part for _, part in _parts_of(params, whole)]
+
+
+def _parts_of(params: TensorDictBase, whole: Container[Path], above: Path = ()) -> Iterator[tuple[Path, Any]]:
+    for key, x in params.items():
+        path = (*above, key)
+        if isinstance(x, TensorDictBase) and path not in whole:
+            yield from _parts_of(x, whole, path)
+        else:
+            yield path, _plain(x)
+
+
+def places_of(params: TensorDictBase, whole: Container[Path], above: Path = ()) -> Slots | None:
+    """The dicts in which nested ``params`` keep their parts, in the order of `parts_of`; None if there are none.
+
+    To read them costs a fraction of `parts_of`.
+    """
+    params = _plain(params)
+    held = getattr(params, "_tensordict", None)
+    if held is None:
+        return None
     places: Slots = []
     for name, x in params.items():
-        held = getattr(params, "_tensordict", None)
-        if held is None:
-            return None
-        below = places_of(x) if isinstance(x, TensorDictBase) else [(held, name)]
-        if below is None:
-            return None
-        places += below
+        path = (*above, name)
+        if not isinstance(x, TensorDictBase):
+            places.append((held, name))
+        elif path in whole:
+            places.append((x.__dict__, "_param_td") if isinstance(x, TensorDictParams) else (held, name))
+        else:
+            below = places_of(x, whole, path)
+            if below is None:
+                return None
+            places += below
     return places
 
 
-def slots_of(network: nn.Module, params: TensorDictBase) -> Slots:
-    """The dicts in which the modules of ``network`` keep what is in ``params``, in the order of `tensors_of`."""
-    slots = []
-    for key in params.keys(True, True):
-        *path, name = (key,) if isinstance(key, str) else key
-        owner = network.get_submodule(".".join(path))
+def slots_of(network: nn.Module, params: TensorDictBase, whole: Mapping[Path, TensorDictParams]) -> Slots:
+    """The dicts in which the modules of ``network`` keep what is in ``params``, in the order of `parts_of`."""
+    slots: Slots = []
+    for path, _ in _parts_of(params, whole):
+        if path in whole:
+            slots.append((whole[path].__dict__, "_param_td"))
+            continue
+        *above, name = path
+        owner = network.get_submodule(".".join(above))
         slots.append((owner._parameters if name in owner._parameters else owner._buffers, name))
     return slots
 
 
-def _hold(slots: Slots, params: TensorDictBase) -> bool:
+def _hold(slots: Slots, params: TensorDictBase, whole: Container[Path]) -> bool:
     """Whether the ``slots`` hold the very tensors of ``params``, in the same order."""
-    tensors = tensors_of(params)
-    return len(slots) == len(tensors) and all(slot[key] is x for (slot, key), x in zip(slots, tensors, strict=True))
+    held, wanted = (list(_flat(parts)) for parts in ((slot[key] for slot, key in slots), parts_of(params, whole)))
+    return len(held) == len(wanted) and all(a is b for a, b in zip(held, wanted, strict=True))
+
+
+def _flat(parts: Iterable[Any]) -> Iterator[Tensor]:
+    for part in parts:
+        yield from part.values(True, True) if isinstance(part, TensorDictBase) else (part,)
 
 
 @contextmanager
-def in_slots(slots: Slots, tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Within the block ``tensors`` are in the ``slots`` of a network; after it, however it ends, what was there."""
+def in_slots(slots: Slots, parts: Sequence[Any]) -> Iterator[None]:
+    """Within the block ``parts`` are in the ``slots`` of a network; after it, however it ends, what was there."""
     before = [slot[name] for slot, name in slots]
     try:
-        for (slot, name), x in zip(slots, tensors, strict=True):
+        for (slot, name), x in zip(slots, parts, strict=True):
             slot[name] = x
         yield
     finally:
@@ -389,23 +497,52 @@ def in_slots(slots: Slots, tensors: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def swapped_in(params: TensorDictBase, network: nn.Module) -> Iterator[None]:
-    """Within the block ``network`` has ``params``; after it, however it ends, its own."""
+def swapped_in(
+    params: TensorDictBase, network: nn.Module, whole: Mapping[Path, TensorDictParams] | None = None
+) -> Iterator[None]:
+    """Within the block ``network`` has ``params``; after it, however it ends, its own.
+
+    ``whole`` is what `held_whole` says of the network; compiled code needs it.
+    """
+    whole = {} if whole is None else whole
+    before = [held._param_td for held in whole.values()]
     # Not as `to_module`'s own context, which leaves the parameters in the network when the block raises.
-    own = params.to_module(network, preserve_module_state=False)
+    own = _without(params, whole).to_module(network, preserve_module_state=False)
     try:
+        for path, held in whole.items():
+            # Buffers become plain tensors: compiled code can't put a buffer where a module keeps a plain tensor.
+            held._param_td = _plain(params.get(path)).apply(lambda x: x if x.requires_grad else x.detach())
         yield
     finally:
-        own.to_module(network, return_swap=False, preserve_module_state=False)
+        # Not with `return_swap=False`, which would write into the `params` what a module holds as one TensorDict.
+        own.to_module(network, preserve_module_state=False)
+        for held, part in zip(whole.values(), before, strict=True):
+            held._param_td = part
 
 
-def fill(network: nn.Module, params: TensorDictBase, leave_out: set[NestedKey]) -> None:
+def fill(network: nn.Module, params: TensorDictBase, leave_out: Container[NestedKey] = ()) -> None:
     """Make the parameters and buffers of ``network`` those in ``params``."""
+    whole = held_whole(network)
     for name, _ in (*network.named_parameters(), *network.named_buffers()):
-        key = unravel_key(tuple(name.split(".")))
-        if key not in leave_out:
+        path = tuple(name.split("."))
+        key = unravel_key(path)
+        if key not in leave_out and not any(path[: len(at)] == at for at in whole):
             owner, _, attribute = name.rpartition(".")
             setattr(network.get_submodule(owner), attribute, params.get(key))
+    fill_whole(whole, params, leave_out)
+
+
+def fill_whole(
+    whole: Mapping[Path, TensorDictParams], params: TensorDictBase, leave_out: Container[NestedKey] = ()
+) -> None:
+    """Make the entries of those that are held ``whole`` those in ``params``."""
+    for path, held in whole.items():
+        part = _plain(params.get(path)).copy()
+        for key in held.keys(True, True):
+            if unravel_key((path, key)) in leave_out:
+                part.set(key, held.get(key))
+        held._param_td = part
+        held._reset_params()
 
 
 def reset_parameters(network: nn.Module, params: TensorDictBase) -> None:
@@ -420,17 +557,24 @@ def reset_parameters(network: nn.Module, params: TensorDictBase) -> None:
 
 def delayed_copy(params: TensorDictParams) -> TensorDictParams:
     """A copy of ``params`` made of buffers, for a target network."""
-    return _mapped(params, lambda _, x: Buffer(x.data.clone()), params.batch_size)
+    return _mapped(params, lambda _, x: Buffer(x.data.clone()))
 
 
 def _mapped(
-    params: TensorDictBase, function: Callable[[NestedKey, Tensor], Tensor], batch_size: Sequence[int]
+    params: TensorDictBase, function: Callable[[NestedKey, Tensor], Tensor], in_front: Sequence[int] = ()
 ) -> TensorDictParams:
+    """What ``function`` makes of key and value of each of ``params``; it may add dimensions ``in_front``."""
+
+    def level(params: TensorDictBase, above: Path = ()) -> TensorDict:
+        result = TensorDict({}, [*in_front, *params.batch_size])
+        for key, x in params.items():
+            path = (*above, key)
+            nested = isinstance(x, TensorDictBase)
+            result.set(key, level(x, path) if nested else function(unravel_key(path), x))
+        return result
+
     _require_initialised(params)
-    result = TensorDict({}, batch_size)
-    for key, x in params.items(True, True):
-        result.set(key, function(key, x))
-    return TensorDictParams(result)
+    return TensorDictParams(level(params))
 
 
 def _require_initialised(params: TensorDictBase) -> None:

@@ -161,10 +161,13 @@ class PolicyGradientLoss(LossModule):
             KeyError: an entry that the loss reads is missing; among them are those that the keys ``names`` stand for.
 
         """
-        self._require(tensordict, "action", *names, networks=["actor_network"])
+        self._absent.clear()
+        self._require(tensordict, "action", *names)
+        read = keys_read(self.actor_network)
+        self._require_inputs(tensordict, read, ["actor_network"], "it is one of the in_keys of actor_network")
         if self.has_critic_loss:
             own, of_policy = self._inputs_of_critic()
-            self._require_entries(tensordict, own, "it is one of the in_keys of critic_network")
+            self._require_inputs(tensordict, own, ["critic_network"], "it is one of the in_keys of critic_network")
             if of_policy:
                 tensordict = tensordict.copy()
         if tensordict.get(self.tensor_keys.advantage, None) is None:
@@ -186,9 +189,13 @@ class PolicyGradientLoss(LossModule):
         """Write what the value estimator finds, to which the critic is a constant."""
         if self.value_estimator.value_network is None:
             self._require(tensordict, "advantage")
+        else:
+            # The estimator knows best which of them it needs.
+            self._require_inputs(tensordict, self._inputs_of_critic()[0], [], "the value network reads it", "next")
         if self.critic_network is not None and self.functional:
             # Targets only where there are any: without, an estimator can find both values in one call.
-            target_params = self.target_critic_network_params if self.delay_value else None
+            # Not the very targets, into which an estimator writes where a module holds parameters as one TensorDict.
+            target_params = self.target_critic_network_params.detach() if self.delay_value else None
             self.value_estimator(tensordict, params=self.critic_network_params, target_params=target_params)
         else:
             with torch.no_grad():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from fusedrl.losses.ensemble import Perceptron
-from fusedrl.losses.networks import stacked, tensors_of
+from fusedrl.losses.networks import parts_of, stacked
 from helpers_q import CLOSE
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
@@ -53,11 +53,11 @@ def test_a_perceptron_gives_the_values_and_the_gradients_of_its_members(name, ba
     data = TensorDict({"observation": torch.randn(*batch, width, **DOUBLE), "action": torch.randn(*batch, 4, **DOUBLE)})
     data["observation"].requires_grad_()
     perceptron = Perceptron.of(members[0], params)
-    found = perceptron(data, tensors_of(params))
+    found = perceptron(data, parts_of(params, set()))
     expected = torch.stack([member(data.copy())["value"] for member in members])
     torch.testing.assert_close(found, expected, **CLOSE)
     weight = torch.randn_like(expected)
-    leaves = [x for x in tensors_of(params) if x.requires_grad]
+    leaves = [x for x in parts_of(params, set()) if x.requires_grad]
     of_params = torch.autograd.grad((found * weight).sum(), [data["observation"], *leaves])
     each = torch.autograd.grad(
         (expected * weight).sum(), [data["observation"], *(p for member in members for p in member.parameters())]
@@ -104,4 +104,4 @@ def test_another_network_is_not_taken_for_a_perceptron(name):
 
 def test_a_missing_input_is_left_to_the_network_to_complain_of():
     members, params = members_of(NETWORKS["sequence"])
-    assert Perceptron.of(members[0], params)(TensorDict({}, [2]), tensors_of(params)) is None
+    assert Perceptron.of(members[0], params)(TensorDict({}, [2]), parts_of(params, set())) is None
