@@ -105,14 +105,8 @@ class ActionValueLoss(LossModule):
             x = next_data.get(key, None)
             if x is not None and x.is_floating_point():
                 next_data.set(key, torch.where(_beside(terminal, x), x.nan_to_num(0.0, 0.0, 0.0), x))
-        valid = self._mask(tensordict, terminal)
-        if valid is not None:
-            for part, keys in ((data, current_keys), (next_data, next_keys)):
-                for key in keys:
-                    x = part.get(key, None)
-                    if x is not None and x.is_floating_point():
-                        part.set(key, torch.where(_beside(valid, x), x, 0))
-        return data, next_data
+        data = self._padding_filled(data, tensordict, dict.fromkeys(current_keys))
+        return data, self._padding_filled(next_data, tensordict, dict.fromkeys(next_keys))
 
     def _inputs(
         self, tensordict: TensorDictBase, keys: list[NestedKey], networks: Sequence[str], prefix: str = ""

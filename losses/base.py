@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from functools import reduce
 from inspect import Signature, signature
@@ -16,6 +16,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
 from ..estimators.base import PADDING_MASK
+from ..estimators.steps import any_right
 from .distributed import findable
 from .keys import KeyedModule
 from .networks import FunctionalModule, keys_read
@@ -347,8 +348,15 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
 
     def _mask(self, tensordict: TensorDictBase | None, like: Tensor) -> Tensor | None:
         """The samples that count (`loss_mask_key`), in the shape of ``like``; None if all do."""
-        if tensordict is None or self.loss_mask_key is None:
+        if tensordict is None:
             return None
+        masks = [align(mask, like, f"the mask {key!r}") for key, mask in self._masks(tensordict)]
+        return reduce(and_, masks) if masks else None
+
+    def _masks(self, tensordict: TensorDictBase) -> list[tuple[NestedKey, Tensor]]:
+        """Where there are masks, and the masks."""
+        if self.loss_mask_key is None:
+            return []
         keys = AUTO_LOSS_MASK_KEYS if self.loss_mask_key == "auto" else (self.loss_mask_key,)
         present = tensordict.keys()
         masks = []
@@ -357,8 +365,29 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
                 continue
             mask = tensordict.get(key, None)
             if mask is not None:
-                masks.append(align(mask != 0, like, f"the mask {key!r}"))
-        return reduce(and_, masks) if masks else None
+                masks.append((key, mask != 0))
+        return masks
+
+    def _padding_filled(
+        self, data: TensorDictBase, tensordict: TensorDictBase, fill: Mapping[NestedKey, float | None]
+    ) -> TensorDictBase:
+        """``data`` with other numbers at the steps of ``tensordict`` that don't count; itself if all do, else a copy.
+
+        What padding holds would reach the gradients through a network or a distribution, as 0 · NaN, or other samples
+        where a network mixes them. The entries in ``fill`` are 0 there (None); or the number given, where they aren't
+        finite, since a distribution may not take 0.
+        """
+        masks = [(key, any_right(mask, tensordict.ndim)) for key, mask in self._masks(tensordict)]
+        if not masks:
+            return data
+        data = data.copy()
+        for key, number in fill.items():
+            x = data.get(key, None)
+            if isinstance(x, Tensor) and x.is_floating_point():
+                kept = reduce(and_, (align(mask, x, f"the mask {at!r}") for at, mask in masks))
+                kept = kept if number is None else kept | x.isfinite()
+                data.set(key, torch.where(kept, x, number or 0))
+        return data
 
     def _only_valid(self, x: Tensor, tensordict: TensorDictBase) -> Tensor:
         """``x`` with 0 at the steps that don't count: what padding holds must not reach a gradient as 0 · NaN."""

@@ -331,9 +331,13 @@ def stateless(module: M) -> M:
     for x in (*module.parameters(), *module.buffers()):
         empty = torch.empty_like(x, device="meta")
         memo[id(x)] = nn.Parameter(empty, x.requires_grad) if isinstance(x, nn.Parameter) else empty
-    for held in module.modules():
-        if isinstance(held, TensorDictParams):  # whose copy would be one of the tensors, too
-            memo[id(held)] = TensorDictParams(held.apply(lambda x: memo[id(x)], device=None), no_convert=True)
+    for part in module.modules():
+        if isinstance(part, TensorDictParams):  # whose copy would be one of the tensors, too
+            memo[id(part)] = TensorDictParams(part.apply(lambda x: memo[id(x)], device=None), no_convert=True)
+            continue
+        for x in vars(part).values():
+            if isinstance(x, Tensor) and not x.is_leaf:  # such as what weight_norm computes anew in each call
+                memo[id(x)] = torch.empty_like(x, device="meta", requires_grad=False)
     return deepcopy(module, memo)
 
 

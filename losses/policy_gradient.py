@@ -155,7 +155,7 @@ class PolicyGradientLoss(LossModule):
     # --- reading ------------------------------------------------------------------------------------------------
 
     def _with_advantage(self, tensordict: TensorDictBase, *names: str) -> TensorDictBase:
-        """``tensordict`` with advantage and value target; a shallow copy if they had to be estimated or written to.
+        """``tensordict`` with advantage and value target; padding without NaN; a shallow copy if need be.
 
         Raises:
             KeyError: an entry that the loss reads is missing; among them are those that the keys ``names`` stand for.
@@ -168,6 +168,7 @@ class PolicyGradientLoss(LossModule):
         if self.has_critic_loss:
             own, of_policy = self._inputs_of_critic()
             self._require_inputs(tensordict, own, ["critic_network"], "it is one of the in_keys of critic_network")
+            read = [*read, *own]
             if of_policy:
                 tensordict = tensordict.copy()
         if tensordict.get(self.tensor_keys.advantage, None) is None:
@@ -175,7 +176,9 @@ class PolicyGradientLoss(LossModule):
             self._estimate_advantage(tensordict)
         if self.has_critic_loss:
             self._require(tensordict, "value_target", *(() if self.clip_value is None else ("value",)))
-        return tensordict
+        # Only now: the value estimator leaves out what is padded by itself.
+        fill = {**dict.fromkeys(self._keys("action"), 0.0), **dict.fromkeys(read)}
+        return self._padding_filled(tensordict, tensordict, fill)
 
     def _inputs_of_critic(self) -> tuple[list[NestedKey], list[NestedKey]]:
         """What the critic reads of the data, and of what the policy's layers write."""

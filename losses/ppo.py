@@ -457,7 +457,8 @@ class KLPENPPOLoss(PPOLoss):
     def _old_policy(self, tensordict: TensorDictBase) -> Distribution:
         parameters = self.actor_network.dist_params_keys
         self._require_entries(tensordict, parameters, "it is a parameter of the policy that collected the data")
-        return self.actor_network.build_dist_from_params(tensordict)
+        filled = self._padding_filled(tensordict, tensordict, dict.fromkeys(parameters, 1.0))
+        return self.actor_network.build_dist_from_params(filled)
 
     def _divergence(self, old: Distribution | None, new: Comparison) -> Tensor:
         """KL[π_old | π_θ] at each sample; π_old is the delayed policy if there is one."""

@@ -232,6 +232,31 @@ def test_padded_steps_count_nowhere():
     assert value.module.weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("cls", [A2CLoss, ReinforceLoss])
+@pytest.mark.parametrize("heads", ["discrete", "gaussian"])
+@pytest.mark.parametrize("estimated", [True, False])
+def test_padding_may_hold_nan_everywhere(cls, heads, estimated):
+    actor, value = ACTORS[heads](), critic()
+    data = collect(actor, (2, 6), estimated=estimated)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[:, 4:] = False
+    data["next", "done"][:, 3] = True
+    parameters = [*actor.parameters(), *value.parameters()]
+
+    def gradients(data):
+        out = cls(actor, value)(data)
+        return torch.autograd.grad(sum(x for name, x in out.items() if name.startswith("loss_")), parameters)
+
+    wanted = gradients(data[:, :4])
+    data["collector", "mask"] = mask
+    for key in data.keys(True, True):
+        if data[key].is_floating_point():
+            data[key][~mask] = torch.nan
+    before = data.clone()
+    torch.testing.assert_close(gradients(data), wanted, **CLOSE)
+    torch.testing.assert_close(data.to_dict(), before.to_dict(), rtol=0, atol=0, equal_nan=True)
+
+
 def test_priorities_weigh_the_samples():
     actor, value = discrete_actor(), critic()
     data = collect(actor, BATCH)

@@ -221,3 +221,21 @@ def test_a_trunk_that_separate_losses_leave_alone_agrees():
     ours, other = losses
     other.load_state_dict(ours.state_dict())
     assert_parity(ours, other, transitions(BATCH))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+@pytest.mark.parametrize("size", [2, 6])
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_networks_that_compute_their_weights_in_each_call_agree(norm, size):
+    # Before the call such a weight is a tensor with a history, which PyTorch doesn't copy.
+    head = qvalue_network()
+    for at in (0, 2):
+        norm(head.module.layers[at])
+    head.eval()
+    actor = sac().actor_network
+    ours, other = (cls(actor, head, num_qvalue_nets=size, target_entropy=-2.0) for cls in (SACLoss, theirs.SACLoss))
+    other.load_state_dict(ours.state_dict())
+    desynchronise_targets(ours, other)
+    ours.eval(), other.eval()
+    assert all(x.is_meta for x in ours.qvalue_network.parameters())
+    assert_parity(ours, other, transitions(BATCH))
