@@ -128,7 +128,8 @@ class ValueNetwork:
         try:
             return self._call(data, value_key, **kwargs)
         finally:
-            own.to_module(self.module, return_swap=False, preserve_module_state=False)
+            # Not with `return_swap=False`, which would write into the `params` what a module holds as one TensorDict.
+            own.to_module(self.module, preserve_module_state=False)
 
     def _call(self, data: TensorDictBase, value_key: NestedKey, **kwargs: Any) -> Tensor:
         parts = [self.module(part.copy(), **kwargs).get(value_key) for part in self._parts(data)]

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from fusedrl import losses
 from fusedrl.estimators.shifted import shifted_values
 from fusedrl.estimators.steps import standardize
-from helpers_estimators import HYPERPARAMETERS, assert_close, critic, every_estimator, rollout
+from helpers_estimators import HYPERPARAMETERS, assert_close, critic, every_estimator, policy, rollout
 from helpers_estimators import estimator as build
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, set_skip_existing
@@ -364,3 +365,21 @@ def test_a_network_that_writes_another_value_is_refused_and_the_old_one_stays():
     with pytest.raises(TypeError, match="value_network must be None or have in_keys"):
         e.value_network = nn.Linear(3, 1)
     assert e.value_network is network
+
+
+def test_parameters_that_are_given_are_left_as_they_are_whatever_the_network_holds_them_in():
+    multi_agent = pytest.importorskip("torchrl.modules").MultiAgentMLP
+    module = multi_agent(3, 1, 2, centralized=False, share_params=True, depth=1, num_cells=4)
+    network = TensorDictModule(module, ["obs"], ["state_value"])
+    loss = losses.ReinforceLoss(policy(), network, delay_value=True)
+    targets = loss.target_critic_network_params
+    for x in targets.values(True, True):
+        x.data.add_(1.0)
+    before = [x.clone() for x in targets.values(True, True)]
+    own = [x.clone() for x in network.parameters()]
+    zero = torch.zeros(4, 2, 1)
+    following = {"obs": torch.randn(4, 2, 3), "reward": zero, "done": zero.bool(), "terminated": zero.bool()}
+    data = TensorDict({"obs": torch.randn(4, 2, 3), "next": following}, [4])
+    build("TD0Estimator", value_network=network)(data, params=loss.critic_network_params, target_params=targets)
+    assert all(map(torch.equal, targets.values(True, True), before))
+    assert all(map(torch.equal, network.parameters(), own))
