@@ -99,7 +99,8 @@ def _greedy_action(log_prob: Tensor, support: Tensor) -> Tensor:
 def _full_precision(like: Tensor) -> AbstractContextManager[Any]:
     """A block without autocast, which would round the factors of a matrix product to half precision."""
     device = like.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    rounds = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if rounds else nullcontext()
 
 
 def _add_projection(m: Tensor, prob: Tensor, positions: _Positions) -> None:
