@@ -24,13 +24,9 @@ def recurrence_backward(info: Any, in_dims: Sequence[Any], *arguments: Any) -> t
     mapped = _mapped(info.batch_size, fields, dims, needs[:2])
     y, *grads = (_first(info.batch_size, x, dim) for x, dim in zip((y, *grads), (y_dim, *grad_dims), strict=True))
     found = torch.ops.fusedrl.recurrence_backward(kind, backend, time_dim + 1, *mapped, y, grads, needs)
-    inputs = (fields[1], fields[3], *fields[4:7])  # γ, λ, reward, value, next value
-    shapes = [_shape(x, dim) for x, dim, need in zip(inputs, _dims_of(dims), needs, strict=True) if need]
+    inputs = (1, 3, 4, 5, 6)  # γ, λ, reward, value, next value
+    shapes = [_shape(fields[i], dims[i]) for i, need in zip(inputs, needs, strict=True) if need]
     return [g.reshape(info.batch_size, *shape) for g, shape in zip(found, shapes, strict=True)], [0] * len(found)
-
-
-def _dims_of(dims: Sequence[Dim]) -> tuple[Dim, ...]:
-    return dims[1], dims[3], *dims[4:7]
 
 
 def _mapped(size: int, fields: Sequence[Any], dims: Sequence[Dim], differentiated: Sequence[bool]) -> list[Any]:

@@ -192,23 +192,15 @@ def _flatten(problem: Recurrence) -> list[Any]:
     return [*number_or_tensor(gamma, reward), *number_or_tensor(lmbda, reward), *tensors]
 
 
-def _recurrence(
-    kind: str,
-    backend: str,
-    time_dim: int,
-    gamma_number: float | None,
-    gamma: Tensor | None,
-    lmbda_number: float | None,
-    lmbda: Tensor | None,
-    *tensors: Any,
-) -> list[Tensor]:
-    problem = Recurrence(
-        kind,
-        gamma_number if gamma is None else gamma,
-        lmbda_number if lmbda is None else lmbda,
-        *tensors,
-    )
-    return _solved(problem, backend, time_dim)
+def _gathered(kind: str, arguments: Sequence[Any]) -> Recurrence:
+    """The problem of what `_flatten` gave."""
+    gamma_number, gamma, lmbda_number, lmbda, *tensors = arguments
+    gamma, lmbda = gamma_number if gamma is None else gamma, lmbda_number if lmbda is None else lmbda
+    return Recurrence(kind, gamma, lmbda, *tensors)
+
+
+def _recurrence(kind: str, backend: str, time_dim: int, *arguments: Any) -> list[Tensor]:
+    return _solved(_gathered(kind, arguments), backend, time_dim)
 
 
 def _solved(problem: Recurrence, backend: str, time_dim: int) -> list[Tensor]:
@@ -217,34 +209,9 @@ def _solved(problem: Recurrence, backend: str, time_dim: int) -> list[Tensor]:
     return backend_module(backend).forward(problem, time_dim)
 
 
-def _recurrence_backward(
-    kind: str,
-    backend: str,
-    time_dim: int,
-    gamma_number: float | None,
-    gamma: Tensor | None,
-    lmbda_number: float | None,
-    lmbda: Tensor | None,
-    reward: Tensor,
-    value: Tensor | None,
-    next_value: Tensor | None,
-    done: Tensor | None,
-    terminated: Tensor | None,
-    y: Tensor | None,
-    grads: list[Tensor | None],
-    needs: list[bool],
-) -> list[Tensor]:
-    problem = Recurrence(
-        kind,
-        gamma_number if gamma is None else gamma,
-        lmbda_number if lmbda is None else lmbda,
-        reward,
-        value,
-        next_value,
-        done,
-        terminated,
-    )
-    return _solved_backward(problem, backend, time_dim, y, grads, needs)
+def _recurrence_backward(kind: str, backend: str, time_dim: int, *arguments: Any) -> list[Tensor]:
+    *fields, y, grads, needs = arguments
+    return _solved_backward(_gathered(kind, fields), backend, time_dim, y, grads, needs)
 
 
 def _solved_backward(
@@ -262,38 +229,14 @@ def _solved_backward(
     return [fit(g, x) for g, x in zip(found, wanted, strict=True)]
 
 
-def _recurrence_fake(
-    kind: str,
-    backend: str,
-    time_dim: int,
-    gamma_number: float | None,
-    gamma: Tensor | None,
-    lmbda_number: float | None,
-    lmbda: Tensor | None,
-    *tensors: Any,
-) -> list[Tensor]:
-    return Recurrence(kind, 0.0, None, *tensors).new_outputs()
+def _recurrence_fake(kind: str, backend: str, time_dim: int, *arguments: Any) -> list[Tensor]:
+    return _gathered(kind, arguments).new_outputs()
 
 
-def _recurrence_backward_fake(
-    kind: str,
-    backend: str,
-    time_dim: int,
-    gamma_number: float | None,
-    gamma: Tensor | None,
-    lmbda_number: float | None,
-    lmbda: Tensor | None,
-    reward: Tensor,
-    value: Tensor | None,
-    next_value: Tensor | None,
-    done: Tensor | None,
-    terminated: Tensor | None,
-    y: Tensor | None,
-    grads: list[Tensor | None],
-    needs: list[bool],
-) -> list[Tensor]:
-    inputs = (gamma, lmbda, reward, value, next_value)
-    return [torch.empty_like(x) for x, need in zip(inputs, needs, strict=True) if need and x is not None]
+def _recurrence_backward_fake(kind: str, backend: str, time_dim: int, *arguments: Any) -> list[Tensor]:
+    *fields, _, _, needs = arguments
+    problem = _gathered(kind, fields)
+    return [torch.empty_like(x) for x, need in zip(problem[1:6], needs, strict=True) if need]
 
 
 _library.impl("recurrence", _recurrence, "CompositeExplicitAutograd")

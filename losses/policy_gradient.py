@@ -197,8 +197,7 @@ class PolicyGradientLoss(LossModule):
             self._require_inputs(tensordict, self._inputs_of_critic()[0], [], "the value network reads it", "next")
         if self.critic_network is not None and self.functional:
             # Targets only where there are any: without, an estimator can find both values in one call.
-            # Not the very targets, into which an estimator writes where a module holds parameters as one TensorDict.
-            target_params = self.target_critic_network_params.detach() if self.delay_value else None
+            target_params = self.target_critic_network_params if self.delay_value else None
             self.value_estimator(tensordict, params=self.critic_network_params, target_params=target_params)
         else:
             with torch.no_grad():
