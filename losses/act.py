@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, dispatch
 
+from ..estimators.modules import keys_read
 from .functional.imitation import standard_normal_divergence
-from .networks import keys_read
 from .supervised import SupervisedLoss
 from .utils import distance_loss
 

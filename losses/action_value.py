@@ -10,12 +10,14 @@ from tensordict.utils import unravel_key
 from torch import Tensor
 
 from ..estimators.calls import written_by
+from ..estimators.modules import keys_read
 from ..estimators.steps import any_right, expand_right, widened_right
 from ..estimators.td import TD0Estimator
 from ..kernels import EnsembleLoss, Target, ensemble_loss, value_target
 from .base import LossModule
 from .ensemble import MEMBERS_IN_TURN
-from .networks import Parameters, keys_read, parts_of
+from .networks import Parameters
+from .parameters import parts_of
 from .utils import ValueEstimators
 
 

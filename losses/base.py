@@ -16,10 +16,11 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
 from ..estimators.base import PADDING_MASK
+from ..estimators.modules import keys_read
 from ..estimators.steps import any_right
 from .distributed import findable
 from .keys import KeyedModule
-from .networks import FunctionalModule, keys_read
+from .networks import FunctionalModule
 from .reduction import align, check_reduction, reduce_loss
 from .utils import ValueEstimators, dispatch_value_estimator
 

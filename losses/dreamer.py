@@ -10,10 +10,10 @@ from tensordict.nn import InteractionType, TensorDictModule, set_interaction_typ
 from torch import Tensor, nn
 
 from ..estimators.base import PADDING_MASK
+from ..estimators.modules import keys_read
 from ..estimators.steps import any_right, expand_right
 from .dreamer_base import DreamerLoss, ModelLoss, held_constant
 from .functional.imagination import Scalar, discounted_sum, gaussian_kl, over_features, step_divergence
-from .networks import keys_read
 from .utils import ValueEstimators, check_distance, distance_loss
 
 

@@ -10,8 +10,9 @@ from tensordict.nn import TensorDictModule, dispatch
 from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
+from ..estimators.modules import keys_read
 from .base import LossModule
-from .networks import keys_read, swapped_in
+from .parameters import swapped_in
 
 
 class DreamerLoss(LossModule):

@@ -10,11 +10,10 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
-from ..estimators.modules import device_of
+from ..estimators.modules import device_of, keys_read
 from .dreamer import DreamerActorLoss
 from .dreamer_base import held_constant
 from .functional.imagination import discount_weight, quantile
-from .networks import keys_read
 from .policy import ActionHeads
 from .precision import FullPrecisionBuffers
 

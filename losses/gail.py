@@ -7,9 +7,9 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, dispatch
 from torch import Tensor
 
+from ..estimators.modules import keys_read
 from ..estimators.steps import expand_right
 from .functional.imitation import discriminator_loss, gradient_penalty
-from .networks import keys_read
 from .supervised import SupervisedLoss
 
 

@@ -10,7 +10,8 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
 from torch import Tensor
 
-from .networks import can_lack, keys_read
+from ..estimators.modules import keys_read
+from .networks import can_lack
 
 NEEDS = "needs the entry"
 

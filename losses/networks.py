@@ -4,11 +4,11 @@ A loss calls a network with the parameters of its choice (trained, target, one o
 into it for the time of the call.
 """
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from inspect import signature
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
@@ -20,25 +20,37 @@ from tensordict.nn import (
 )
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
-from torch.nn import Buffer
 
 from ..estimators.modules import VMAP_RANDOMNESS, is_random
-from ..estimators.modules import keys_read as keys_read  # the losses look for it here
 from .ensemble import Perceptron
-
-M = TypeVar("M", bound=nn.Module)
+from .parameters import (
+    Path,
+    Slots,
+    delayed_copy,
+    ensemble,
+    fill,
+    fill_whole,
+    held_whole,
+    hold,
+    in_slots,
+    parts_of,
+    places_of,
+    refuse_aliases,
+    reset_parameters,
+    share,
+    slots_of,
+    stacked,
+    stateless,
+    swapped_in,
+    without,
+    without_shared,
+)
 
 Entry = tuple[str, NestedKey]
 """A parameter of a loss: the network, and where in its parameters."""
 
-Path = tuple[str, ...]
-"""Where in the parameters of a network something is."""
-
 Parameters: TypeAlias = TensorDictBase | Sequence[Any]
 """Parameters of a network: by their names, or in the order of `parts_of`."""
-
-Slots = list[tuple[dict[str, Any], str]]
-"""Where a network keeps its parameters and buffers: a module's dict, and the name in it."""
 
 
 class FunctionalModule(TensorDictModuleBase):
@@ -90,7 +102,7 @@ class FunctionalModule(TensorDictModuleBase):
         """
         modules = module if isinstance(module, list) else [module]
         for m in modules:
-            _refuse_aliases(m)
+            refuse_aliases(m)
         members = [TensorDict.from_module(m, as_module=True) for m in modules]
         everywhere = [{id(x) for x in params.values(True, True)} for params in members]
         shared = {id(x) for x in compare_against or ()}.intersection(*everywhere)
@@ -173,12 +185,12 @@ class FunctionalModule(TensorDictModuleBase):
         self._reads.clear()
         self._whole[name] = whole = held_whole(network)
         self._slots[name] = slots_of(network, params, whole)
-        own = _hold(self._slots[name], params, whole)
+        own = hold(self._slots[name], params, whole)
         self._own_params[name] = params if own else None
         self._places[name] = []
         for kept in (params, self._modules.get(f"target_{name}_params")):
             places = None if kept is None else places_of(kept, whole)
-            if places is not None and _hold(places, kept, whole):
+            if places is not None and hold(places, kept, whole):
                 self._places[name].append((kept, places))
         self._perceptrons[name] = Perceptron.of(network, params) if params.ndim else None
 
@@ -199,7 +211,7 @@ class FunctionalModule(TensorDictModuleBase):
         if copy:
             network = deepcopy(network)
         params, whole = getattr(self, f"{network_name}_params"), held_whole(network)
-        _without(params, whole).to_module(network, return_swap=False)
+        without(params, whole).to_module(network, return_swap=False)
         fill_whole(whole, params)
         return network
 
@@ -323,269 +335,3 @@ def _load_shared_once(module: FunctionalModule, state_dict: dict[str, Any], pref
         for key in entries if params.ndim else ():
             path = key if isinstance(key, str) else ".".join(key)
             state_dict[f"{prefix}{name}_params.{path}"] = params.get(key)
-
-
-def stateless(module: M) -> M:
-    """A copy of ``module`` whose parameters and buffers have shapes but no data (device ``meta``)."""
-    memo: dict[int, Any] = {}
-    for x in (*module.parameters(), *module.buffers()):
-        empty = torch.empty_like(x, device="meta")
-        memo[id(x)] = nn.Parameter(empty, x.requires_grad) if isinstance(x, nn.Parameter) else empty
-    for part in module.modules():
-        if isinstance(part, TensorDictParams):  # whose copy would be one of the tensors, too
-            memo[id(part)] = TensorDictParams(part.apply(lambda x: memo[id(x)], device=None), no_convert=True)
-            continue
-        for x in vars(part).values():
-            if isinstance(x, Tensor) and not x.is_leaf:  # such as what weight_norm computes anew in each call
-                memo[id(x)] = torch.empty_like(x, device="meta", requires_grad=False)
-    return deepcopy(module, memo)
-
-
-def stacked(members: Sequence[TensorDictParams], shared: set[int]) -> TensorDictParams:
-    """The parameters of several networks, stacked along dimension 0; those in ``shared`` (by id) as in `ensemble`."""
-    for params in members:
-        _require_initialised(params)
-    values: TensorDictBase = torch.stack([params.data for params in members])
-
-    def stack(key: NestedKey, x: Tensor) -> Tensor:
-        if id(x) in shared:
-            return Buffer(x.data.expand(len(members), *x.shape))
-        value = values.get(key)
-        return nn.Parameter(value, x.requires_grad) if isinstance(x, nn.Parameter) else Buffer(value)
-
-    return _mapped(members[0], stack, in_front=[len(members)])
-
-
-def _refuse_aliases(network: nn.Module) -> None:
-    """Refuse modules that keep their parameters in a TensorDict a second time: others would have no effect on them."""
-    own = {id(x) for x in network.parameters()}
-    for module in network.modules():
-        for name, x in () if isinstance(module, TensorDictParams) else vars(module).items():
-            if isinstance(x, TensorDictBase) and any(id(tensor) in own for tensor in x.values(True, True)):
-                raise RuntimeError(
-                    f"a {type(module).__name__} reads its parameters from the TensorDict {name!r}, where a loss can't "
-                    "exchange them: keep them in a TensorDictParams (TorchRL's multi-agent networks do with "
-                    "use_td_params=True)"
-                )
-
-
-def ensemble(params: TensorDictParams, size: int, shared: set[int]) -> TensorDictParams:
-    """``size`` members stacked along dimension 0, each parameter drawn anew.
-
-    A parameter is drawn uniformly between the least and the greatest of its entries, so that its scale, and
-    what is constant in it (the ones of a normalisation layer), stay as they were. The parameters in ``shared`` (by
-    id) are trained elsewhere: all members see the one tensor, without gradient.
-    """
-
-    def members(_: NestedKey, x: Tensor) -> Tensor:
-        if id(x) in shared:
-            return Buffer(x.data.expand(size, *x.shape))
-        stacked = x.data.expand(size, *x.shape).clone()
-        if not isinstance(x, nn.Parameter):
-            return Buffer(stacked)
-        low, high = x.data.min(), x.data.max()
-        return nn.Parameter(low + (high - low) * torch.rand_like(stacked), x.requires_grad)
-
-    return _mapped(params, members, in_front=[size])
-
-
-def without_shared(params: TensorDictParams, shared: set[int]) -> TensorDictParams:
-    """``params`` with those in ``shared`` (by id) detached: they are trained elsewhere and get no gradient here."""
-    sources = {key: x for key, x in params.items(True, True) if id(x) in shared}
-    return share(params, sources) if sources else params
-
-
-def share(params: TensorDictParams, sources: dict[NestedKey, Tensor]) -> TensorDictParams:
-    """``params`` with the data of ``sources`` in their places, without gradient, for all members of an ensemble."""
-
-    def shared(key: NestedKey, x: Tensor) -> Tensor:
-        return Buffer(sources[key].data.expand_as(x)) if key in sources else x
-
-    return _mapped(params, shared)
-
-
-def held_whole(network: nn.Module) -> dict[Path, TensorDictParams]:
-    """The TensorDicts in which modules of ``network`` hold parameters, as TorchRL's multi-agent networks do.
-
-    Such a module reads that TensorDict and not its tensors one by one, which is therefore exchanged as a whole.
-    """
-    modules = network.named_modules(remove_duplicate=False)
-    return {tuple(name.split(".")): module for name, module in modules if isinstance(module, TensorDictParams)}
-
-
-def _plain(x: Any) -> Any:
-    """The TensorDict inside a TensorDictParams; anything else as it is."""
-    return getattr(x, "_param_td", x)
-
-
-def _without(params: TensorDictBase, whole: Iterable[Path]) -> TensorDictBase:
-    """``params`` but for those that are held ``whole``."""
-    return _plain(params).exclude(*whole) if whole else params
-
-
-def parts_of(params: TensorDictBase, whole: Container[Path]) -> list[Any]:
-    """The tensors in ``params``, and the TensorDicts that are ``whole``, in one order for all of the same structure."""
-    if not whole:
-        return list(params.values(True, True))
-    return [part for _, part in _parts_of(params, whole)]
-
-
-def _parts_of(params: TensorDictBase, whole: Container[Path], above: Path = ()) -> Iterator[tuple[Path, Any]]:
-    for key, x in params.items():
-        path = (*above, key)
-        if isinstance(x, TensorDictBase) and path not in whole:
-            yield from _parts_of(x, whole, path)
-        else:
-            yield path, _plain(x)
-
-
-def places_of(params: TensorDictBase, whole: Container[Path], above: Path = ()) -> Slots | None:
-    """The dicts in which nested ``params`` keep their parts, in the order of `parts_of`; None if there are none.
-
-    To read them costs a fraction of `parts_of`.
-    """
-    params = _plain(params)
-    held = getattr(params, "_tensordict", None)
-    if held is None:
-        return None
-    places: Slots = []
-    for name, x in params.items():
-        path = (*above, name)
-        if not isinstance(x, TensorDictBase):
-            places.append((held, name))
-        elif path in whole:
-            places.append((x.__dict__, "_param_td") if isinstance(x, TensorDictParams) else (held, name))
-        else:
-            below = places_of(x, whole, path)
-            if below is None:
-                return None
-            places += below
-    return places
-
-
-def slots_of(network: nn.Module, params: TensorDictBase, whole: Mapping[Path, TensorDictParams]) -> Slots:
-    """The dicts in which the modules of ``network`` keep what is in ``params``, in the order of `parts_of`."""
-    slots: Slots = []
-    for path, _ in _parts_of(params, whole):
-        if path in whole:
-            slots.append((whole[path].__dict__, "_param_td"))
-            continue
-        *above, name = path
-        owner = network.get_submodule(".".join(above))
-        slots.append((owner._parameters if name in owner._parameters else owner._buffers, name))
-    return slots
-
-
-def _hold(slots: Slots, params: TensorDictBase, whole: Container[Path]) -> bool:
-    """Whether the ``slots`` hold the very tensors of ``params``, in the same order."""
-    held, wanted = (list(_flat(parts)) for parts in ((slot[key] for slot, key in slots), parts_of(params, whole)))
-    return len(held) == len(wanted) and all(a is b for a, b in zip(held, wanted, strict=True))
-
-
-def _flat(parts: Iterable[Any]) -> Iterator[Tensor]:
-    for part in parts:
-        yield from part.values(True, True) if isinstance(part, TensorDictBase) else (part,)
-
-
-@contextmanager
-def in_slots(slots: Slots, parts: Sequence[Any]) -> Iterator[None]:
-    """Within the block ``parts`` are in the ``slots`` of a network; after it, however it ends, what was there."""
-    before = [slot[name] for slot, name in slots]
-    try:
-        for (slot, name), x in zip(slots, parts, strict=True):
-            slot[name] = x
-        yield
-    finally:
-        for (slot, name), x in zip(slots, before, strict=True):
-            slot[name] = x
-
-
-@contextmanager
-def swapped_in(
-    params: TensorDictBase, network: nn.Module, whole: Mapping[Path, TensorDictParams] | None = None
-) -> Iterator[None]:
-    """Within the block ``network`` has ``params``; after it, however it ends, its own.
-
-    ``whole`` is what `held_whole` says of the network; compiled code needs it.
-    """
-    whole = {} if whole is None else whole
-    before = [held._param_td for held in whole.values()]
-    # Not as `to_module`'s own context, which leaves the parameters in the network when the block raises.
-    own = _without(params, whole).to_module(network, preserve_module_state=False)
-    try:
-        for path, held in whole.items():
-            # Buffers become plain tensors: compiled code can't put a buffer where a module keeps a plain tensor.
-            held._param_td = _plain(params.get(path)).apply(lambda x: x if x.requires_grad else x.detach())
-        yield
-    finally:
-        # Not with `return_swap=False`, which would write into the `params` what a module holds as one TensorDict.
-        own.to_module(network, preserve_module_state=False)
-        for held, part in zip(whole.values(), before, strict=True):
-            held._param_td = part
-
-
-def fill(network: nn.Module, params: TensorDictBase, leave_out: Container[NestedKey] = ()) -> None:
-    """Make the parameters and buffers of ``network`` those in ``params``."""
-    whole = held_whole(network)
-    for name, _ in (*network.named_parameters(), *network.named_buffers()):
-        path = tuple(name.split("."))
-        key = unravel_key(path)
-        if key not in leave_out and not any(path[: len(at)] == at for at in whole):
-            owner, _, attribute = name.rpartition(".")
-            setattr(network.get_submodule(owner), attribute, params.get(key))
-    fill_whole(whole, params, leave_out)
-
-
-def fill_whole(
-    whole: Mapping[Path, TensorDictParams], params: TensorDictBase, leave_out: Container[NestedKey] = ()
-) -> None:
-    """Make the entries of those that are held ``whole`` those in ``params``."""
-    for path, held in whole.items():
-        part = _plain(params.get(path)).copy()
-        for key in held.keys(True, True):
-            if unravel_key((path, key)) in leave_out:
-                part.set(key, held.get(key))
-        held._param_td = part
-        held._reset_params()
-
-
-def reset_parameters(network: nn.Module, params: TensorDictBase) -> None:
-    """Re-initialise ``params`` in place with the ``reset_parameters`` of the network's modules."""
-    for member in params.data.unbind(0) if params.ndim else (params.data,):
-        with torch.no_grad(), member.to_module(network):
-            for module in network.modules():
-                reset = getattr(module, "reset_parameters", None)
-                if reset is not None:
-                    reset()
-
-
-def delayed_copy(params: TensorDictParams) -> TensorDictParams:
-    """A copy of ``params`` made of buffers, for a target network."""
-    return _mapped(params, lambda _, x: Buffer(x.data.clone()))
-
-
-def _mapped(
-    params: TensorDictBase, function: Callable[[NestedKey, Tensor], Tensor], in_front: Sequence[int] = ()
-) -> TensorDictParams:
-    """What ``function`` makes of key and value of each of ``params``; it may add dimensions ``in_front``."""
-
-    def level(params: TensorDictBase, above: Path = ()) -> TensorDict:
-        result = TensorDict({}, [*in_front, *params.batch_size])
-        for key, x in params.items():
-            path = (*above, key)
-            nested = isinstance(x, TensorDictBase)
-            result.set(key, level(x, path) if nested else function(unravel_key(path), x))
-        return result
-
-    _require_initialised(params)
-    return TensorDictParams(level(params))
-
-
-def _require_initialised(params: TensorDictBase) -> None:
-    """Refuse to copy what has no shape yet, since its module is lazy and has not seen data."""
-    for key, x in params.items(True, True):
-        if nn.parameter.is_lazy(x):
-            raise RuntimeError(
-                f"the network's parameter {key!r} is not initialised, but is to be copied for a target network or an "
-                "ensemble, or to be kept without gradient: call the network once on data before the loss is built"
-            )

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from ..estimators.calls import distribution, written_by
 from ..estimators.heads import one_or_list
-from ..estimators.modules import check_distribution
+from ..estimators.modules import check_distribution, keys_read
 from ..estimators.vtrace import VTrace
 from ..kernels import value_loss
 from .base import LossModule
 from .functional import explained_variance
-from .networks import keys_read
 from .policy import ActionHeads
 from .utils import ValueEstimators, check_distance
 

@@ -9,9 +9,9 @@ from tensordict.utils import unravel_key
 from torch import Tensor
 
 from ..estimators.heads import PolicyDistribution
+from ..estimators.modules import keys_read
 from .base import LossModule
 from .keys import NEXT_KEYS
-from .networks import keys_read
 
 
 class SupervisedLoss(LossModule):

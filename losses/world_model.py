@@ -8,7 +8,7 @@ from tensordict.nn import TensorDictModuleBase, dispatch
 from tensordict.utils import unravel_key
 from torch import Tensor
 
-from .networks import keys_read
+from ..estimators.modules import keys_read
 from .supervised import SupervisedLoss
 from .utils import check_distance, distance_loss
 

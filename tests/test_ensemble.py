@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from fusedrl.losses.ensemble import Perceptron
-from fusedrl.losses.networks import parts_of, stacked
+from fusedrl.losses.parameters import parts_of, stacked
 from helpers_q import CLOSE
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
