@@ -19,8 +19,9 @@ $(INSTALLED): pyproject.toml constraints.txt $(LIBRARY) losses/functional
 demo: $(INSTALLED)
 	$(BIN)/python examples/$(EXAMPLE).py $(if $(BACKEND),--backend $(BACKEND)) $(if $(SEED),--seed $(SEED))
 
+# As many workers as cores: a worker with several threads would only keep the others waiting.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -12,8 +12,9 @@ from torch import Tensor
 from . import launching, scan_fixed_discount
 from .dtypes import compute_dtype
 from .launching import TRITON_DTYPE, Launch, Launcher, Plan, Workspace, scalar, scalar_arguments
-from .scan_kernel import STEPS_PER_LANE, scan_kernel
+from .scan_kernel import scan_kernel
 from .scan_problem import FIXED_DISCOUNT, Recurrence
+from .scan_tiles import STEPS_PER_LANE
 
 # Bytes of a tensor that a warp has in flight: four 128-bit loads per thread. Narrow dtypes are computed in float32, for
 # more of which registers are few.

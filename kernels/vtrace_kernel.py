@@ -1,31 +1,34 @@
-"""The Triton kernel of V-trace: a scan (`fusedrl.kernels.scan_kernel`) between what makes its inputs and the advantage.
+"""The Triton kernel of V-trace: a scan between what makes its inputs and the advantage.
 
-Tiles, lanes, blocks and split rows are those of `scan_kernel`, whose functions this one calls. The recurrence runs
-backwards in time on x' = d + c·x with d = ρ(r + γ(1−term)v' − v) and c = γ·min(c̄, w); x is the value target less v. Its
-adjoint runs forwards in time: a step adds the gradient d of its value target to the state, o = d + x, and passes on
-x' = c·o + e, where e = γρ·∂L/∂A goes from the advantage to the next step's value target.
+Tiles, lanes, shares of split rows, and how tensors are passed, are those of `fusedrl.kernels.scan_tiles`, blocks those
+of `fusedrl.kernels.scan_kernel`.
+
+The recurrence runs backwards in time on x' = d + c·x with d = ρ(r + γ(1−term)v' − v) and c = γ·min(c̄, w); x is the
+value target less v. Its adjoint runs forwards in time: a step adds the gradient d of its value target to the state,
+o = d + x, and passes on x' = c·o + e, where e = γρ·∂L/∂A goes from the advantage to the next step's value target.
 
 What a step needs of its neighbours is read from memory again, where it is in a cache: v and the value target of the
 next step, and, in the adjoint, the e of the one before.
 
-Tensors are passed as to `scan_kernel`. γ and the thresholds are numbers, or 0-d tensors by their address.
+γ and the thresholds are numbers, or 0-d tensors by their address.
 """
 
 import triton
 import triton.language as tl
 
 from .primitives import scalar
-from .scan_kernel import (
-    _STEPS,
-    _a_of_share,
-    _all_ended,
-    _enter_lanes,
-    _entering_state,
-    _join4,
-    _load,
-    _prepend,
-    _split4,
-    _store,
+from .scan_tiles import (
+    STEPS,
+    all_ended,
+    enter_lanes,
+    entering_state,
+    join4,
+    load,
+    prepend,
+    share_of_program,
+    split4,
+    store,
+    store_composition,
 )
 
 
@@ -78,14 +81,10 @@ def vtrace_kernel(
         tl.log(scalar(rho, rho_tensor)).to(DTYPE),
         tl.log(scalar(c, c_tensor)).to(DTYPE),
     )
-    TILE: tl.constexpr = TILE_LANES * _STEPS
+    TILE: tl.constexpr = TILE_LANES * STEPS
     AXIS: tl.constexpr = 1 if TIME_IS_CONTIGUOUS else 0
 
-    share = tl.program_id(0) % SPLIT
-    tiles = tl.cdiv(steps, TILE)
-    tiles_per_share = tl.cdiv(tiles, SPLIT)
-    first = share * tiles_per_share
-    last = tl.minimum(first + tiles_per_share, tiles)
+    share, first, last, tiles = share_of_program(steps, TILE, SPLIT)
 
     lane = tl.arange(0, TILE_LANES).to(INDEX)
     position = lane if ADJOINT else TILE_LANES - 1 - lane
@@ -95,19 +94,19 @@ def vtrace_kernel(
         ended = tl.where(row < rows, 0, 1)
         x = tl.full((TILE_ROWS,), 0.0, DTYPE)
         if SPLIT > 1 and not COMPOSE:
-            x = _entering_state(compositions, row, share, TIME_IS_CONTIGUOUS, TILE_LANES, SPLIT_POWER, DTYPE)
+            x = entering_state(compositions, row, share, TIME_IS_CONTIGUOUS, TILE_LANES, SPLIT_POWER, DTYPE)
 
         tile = last - 1 if COMPOSE else first
         start = (tile if ADJOINT else tiles - 1 - tile) * TILE
         left = last - first
         while left > 0:
             if TIME_IS_CONTIGUOUS:
-                step = tl.arange(0, _STEPS)[None, None, :]
-                t = start + position[None, :, None] * _STEPS + step
+                step = tl.arange(0, STEPS)[None, None, :]
+                t = start + position[None, :, None] * STEPS + step
                 at = (row[:, None, None], t, (row < rows)[:, None, None], inner, steps, layout)
                 read = _read(inputs, at, 0, ADJOINT, COMPOSE)
             else:
-                t = start + position[:, None] * _STEPS
+                t = start + position[:, None] * STEPS
                 at = (row[None, :], t, (row < rows)[None, :], inner, steps, layout)
                 read0 = _read(inputs, at, 0, ADJOINT, COMPOSE)
                 read1 = _read(inputs, at, 1, ADJOINT, COMPOSE)
@@ -116,9 +115,9 @@ def vtrace_kernel(
             if start < steps:  # always; see the text of `fusedrl.kernels.scan_kernel`
                 if TIME_IS_CONTIGUOUS:
                     c_all, d_all, e_all = _prologue(read, inputs, scalars, at, 0, ADJOINT, DTYPE)
-                    c0, c1, c2, c3 = _split4(c_all)
-                    d0, d1, d2, d3 = _split4(d_all)
-                    e0, e1, e2, e3 = _split4(e_all)
+                    c0, c1, c2, c3 = split4(c_all)
+                    d0, d1, d2, d3 = split4(d_all)
+                    e0, e1, e2, e3 = split4(e_all)
                 else:
                     c0, d0, e0 = _prologue(read0, inputs, scalars, at, 0, ADJOINT, DTYPE)
                     c1, d1, e1 = _prologue(read1, inputs, scalars, at, 1, ADJOINT, DTYPE)
@@ -130,15 +129,15 @@ def vtrace_kernel(
                 else:
                     lane_b = d0 + c0 * (d1 + c1 * (d2 + c2 * d3))
                 if COMPOSE:
-                    a, x = _prepend(a, x, lane_a, lane_b, lane, AXIS)
+                    a, x = prepend(a, x, lane_a, lane_b, lane, AXIS)
                     if TIME_IS_CONTIGUOUS:
                         ends = tl.max(_ends(read, inputs), 2)
                     else:
                         ends = _ends(read0, inputs) | _ends(read1, inputs) | _ends(read2, inputs) | _ends(read3, inputs)
                     ended = ended | tl.max(ends, AXIS)
-                    left = tl.where(_all_ended(ended, lane, AXIS), 0, left)
+                    left = tl.where(all_ended(ended, lane, AXIS), 0, left)
                 else:
-                    entering, x = _enter_lanes(lane_a, lane_b, x, lane, AXIS)
+                    entering, x = enter_lanes(lane_a, lane_b, x, lane, AXIS)
                     # o, and the state that entered the step.
                     if ADJOINT:
                         x0 = entering
@@ -156,8 +155,8 @@ def vtrace_kernel(
                         x0 = o1
                         o0 = d0 + c0 * x0
                     if TIME_IS_CONTIGUOUS:
-                        o = _join4(o0, o1, o2, o3)
-                        entered = _join4(x0, x1, x2, x3)
+                        o = join4(o0, o1, o2, o3)
+                        entered = join4(x0, x1, x2, x3)
                         _epilogue(read, inputs, outputs, scalars, at, 0, o, entered, ADJOINT, DTYPE)
                     else:
                         _epilogue(read0, inputs, outputs, scalars, at, 0, o0, x0, ADJOINT, DTYPE)
@@ -167,9 +166,7 @@ def vtrace_kernel(
             start += TILE if ADJOINT != COMPOSE else -TILE
             left -= 1
         if COMPOSE:
-            place = compositions + row * (2 * SPLIT_POWER) + share
-            tl.store(place, _a_of_share(a, ended, DTYPE))
-            tl.store(place + SPLIT_POWER, x)
+            store_composition(compositions, row, share, a, x, ended, SPLIT_POWER, DTYPE)
 
 
 @triton.jit
@@ -181,17 +178,17 @@ def _read(inputs, at, K: tl.constexpr, ADJOINT: tl.constexpr, COMPOSE: tl.conste
     weighted: tl.constexpr = ADJOINT and grad_advantage is not None
     before: tl.constexpr = weighted and not COMPOSE
     return (
-        _load(log_pi, at, K),
-        nothing if log_mu is None else _load(log_mu, at, K),
-        nothing if only_state else _load(value, at, K),
-        nothing if only_state else _load(next_value, at, K),
-        nothing if only_state else _load(reward, at, K),
-        _load(done, at, K),
-        nothing if terminated is None else _load(terminated, at, K),
-        nothing if COMPOSE else _load(value, at, K, 1),
-        _load(target, at, K, 1) if ADJOINT and not COMPOSE else nothing,
-        _load(grad_advantage, at, K) if weighted else nothing,
-        nothing if grad_target is None else _load(grad_target, at, K),
+        load(log_pi, at, K),
+        nothing if log_mu is None else load(log_mu, at, K),
+        nothing if only_state else load(value, at, K),
+        nothing if only_state else load(next_value, at, K),
+        nothing if only_state else load(reward, at, K),
+        load(done, at, K),
+        nothing if terminated is None else load(terminated, at, K),
+        nothing if COMPOSE else load(value, at, K, 1),
+        load(target, at, K, 1) if ADJOINT and not COMPOSE else nothing,
+        load(grad_advantage, at, K) if weighted else nothing,
+        nothing if grad_target is None else load(grad_target, at, K),
         _load_before(log_pi, at, K) if before else nothing,
         _load_before(log_mu, at, K) if before and log_mu is not None else nothing,
         _load_before(done, at, K) if before else nothing,
@@ -204,9 +201,9 @@ def _read(inputs, at, K: tl.constexpr, ADJOINT: tl.constexpr, COMPOSE: tl.conste
 def _load_before(tensor, at, K: tl.constexpr):
     """Elements of the steps before those ``at``; zero before the first step."""
     if K > 0:
-        return _load(tensor, at, K - 1)
+        return load(tensor, at, K - 1)
     else:
-        return _load(tensor, (at[0], at[1] - 1, at[2] & (at[1] > 0), at[3], at[4], at[5]), 0)
+        return load(tensor, (at[0], at[1] - 1, at[2] & (at[1] > 0), at[3], at[4], at[5]), 0)
 
 
 @triton.jit
@@ -277,8 +274,8 @@ def _epilogue(
     rest = r.to(DTYPE) - v
     if not ADJOINT:
         following = tl.where(ends, bootstrap, v_after.to(DTYPE) + entered)
-        _store(target, at, K, v + o)
-        _store(advantage, at, K, rho * (rest + gamma * following))
+        store(target, at, K, v + o)
+        store(advantage, at, K, rho * (rest + gamma * following))
     else:
         total = o  # the gradient of r + γv' − v, as far as ρ times it is
         direct = tl.zeros_like(o)  # of v, by way of value targets that hold it
@@ -296,16 +293,16 @@ def _epilogue(
             ended, _ = _masks(read[13], read[14], inputs[6] is not None)
             direct += tl.where(ended, 0.0, gamma * rho_before * read[15].to(DTYPE))
         if grad_reward is not None:
-            _store(grad_reward, at, K, rho * total)
+            store(grad_reward, at, K, rho * total)
         if grad_value is not None:
-            _store(grad_value, at, K, direct - rho * total)
+            store(grad_value, at, K, direct - rho * total)
         if grad_next_value is not None:
-            _store(grad_next_value, at, K, tl.where(terminal, 0.0, gamma * rho * at_end))
+            store(grad_next_value, at, K, tl.where(terminal, 0.0, gamma * rho * at_end))
         if grad_log_pi is not None or grad_log_mu is not None:
             along_c = tl.where(ends, 0.0, gamma * o * (target_after.to(DTYPE) - v_after.to(DTYPE)))
             slope = tl.where(log_weight > scalars[1], 0.0, rho * along_rho)
             slope += tl.where(log_weight > scalars[2], 0.0, c * along_c)
             if grad_log_pi is not None:
-                _store(grad_log_pi, at, K, slope)
+                store(grad_log_pi, at, K, slope)
             if grad_log_mu is not None:
-                _store(grad_log_mu, at, K, -slope)
+                store(grad_log_mu, at, K, -slope)

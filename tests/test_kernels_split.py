@@ -7,7 +7,8 @@ import pytest
 import torch
 from fusedrl import kernels
 from fusedrl.kernels import launching, scan_launch, vtrace_launch
-from fusedrl.kernels.scan_launch import STEPS_PER_LANE, tiling
+from fusedrl.kernels.scan_launch import tiling
+from fusedrl.kernels.scan_tiles import STEPS_PER_LANE
 from helpers_launches import plan_with
 from torch import Tensor
 

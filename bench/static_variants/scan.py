@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import triton.language as tl
 from fusedrl.kernels import scan_launch, vtrace_launch
-from fusedrl.kernels.scan_kernel import STEPS_PER_LANE, scan_kernel
+from fusedrl.kernels.scan_kernel import scan_kernel
 from fusedrl.kernels.scan_problem import GAE, SCAN, TD_LAMBDA
+from fusedrl.kernels.scan_tiles import STEPS_PER_LANE
 from fusedrl.kernels.vtrace_kernel import vtrace_kernel
 from triton.backends.compiler import GPUTarget
 
