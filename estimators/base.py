@@ -16,7 +16,7 @@ from torch import Tensor
 from ..kernels.backend import check_backend
 from ..kernels.checks import Scalar
 from .functional import widened
-from .modules import VMAP_RANDOMNESS, device_of
+from .modules import VMAP_RANDOMNESS, can_lack, device_of
 from .shifted import shifted_values
 from .steps import Steps, any_right, cut, expand_right, standardize, valid_only, without_padding
 from .value_network import ValueNetwork, check_positive
@@ -531,10 +531,13 @@ class ValueEstimatorBase(TensorDictModuleBase):
         return x
 
     def _lacking(self, error: KeyError, *inputs: tuple[TensorDictBase, str]) -> KeyError:
-        """What to say of an ``error`` of the network: the first input it lacks; without one, it is raised again."""
+        """What to say of an ``error`` of the network: the first input it lacks; without one, it is raised again.
+
+        Not such as it can do without: then the error is about something else.
+        """
         for data, prefix in inputs:
             for key in self._network.in_keys if data.get(self._tensor_keys.value, None) is None else ():
-                if data.get(key, None) is None:
+                if data.get(key, None) is None and not can_lack(self.value_network, key):
                     return self._missing(unravel_key((prefix, key)) if prefix else key, None)
         raise error
 

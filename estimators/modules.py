@@ -1,9 +1,11 @@
-"""What estimators and losses ask of any network: the entries it reads, where it is, whether it draws random numbers."""
+"""What estimators and losses ask of any network: what it reads and can lack, where it is, whether it is random."""
 
+from inspect import signature
 from typing import Any
 
 import torch
 from tensordict import NestedKey, unravel_key
+from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule, TensorDictSequential
 from torch import nn
 
 VMAP_RANDOMNESS = ("error", "different", "same")
@@ -69,6 +71,31 @@ def keys_read(network: nn.Module) -> list[NestedKey]:
         return any(len(out) > len(path) and out[: len(path)] == path for out in written)
 
     return [unravel_key(key) for key in getattr(network, "in_keys", ()) if not writes_into(key)]
+
+
+def can_lack(network: Any, key: NestedKey) -> bool:
+    """Whether the ``network`` may do without its input ``key``: as far as one can see, the modules that read it may.
+
+    That is: they have a ``forward`` of their own, as recurrent ones that start from zeros; or None is their default.
+    """
+    if isinstance(network, TensorDictSequential):
+        for module in network.module:
+            if key in map(unravel_key, module.in_keys) and not can_lack(module, key):
+                return False
+            if key in map(unravel_key, module.out_keys):
+                break
+        return True
+    if isinstance(network, ProbabilisticTensorDictModule):
+        return False
+    if getattr(type(network), "forward", None) is not TensorDictModule.forward or key not in network.in_keys:
+        return True
+    try:
+        parameters = signature(getattr(network.module, "forward", network.module)).parameters
+    except ValueError:  # a function of PyTorch, about which nothing can be found out
+        return False
+    names = getattr(network, "_kwargs", None) or list(parameters)  # the arguments that the inputs are, or their places
+    at = network.in_keys.index(key)
+    return at < len(names) and names[at] in parameters and parameters[names[at]].default is None
 
 
 def _as_tuple(key: NestedKey) -> tuple[str, ...]:

@@ -89,7 +89,6 @@ class ActionValueLoss(LossModule):
             KeyError: an entry is missing, or all of done and terminated.
 
         """
-        self._absent.clear()
         current_keys, next_keys = self._read_by(current), self._read_by(following)
         self._get(tensordict, "reward")
         terminated = tensordict.get(*self._keys("terminated"), None)

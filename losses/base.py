@@ -135,6 +135,7 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
         """Run ``forward`` with deterministic samples in force; warn if target networks have no updater."""
         if not torch.compiler.is_compiling():
             self._warn_of_idle_targets()
+            self._absent.clear()
         with set_interaction_type(self.deterministic_sampling_mode):
             try:
                 out = super().__call__(*args, **kwargs)

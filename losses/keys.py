@@ -10,8 +10,7 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
 from torch import Tensor
 
-from ..estimators.modules import keys_read
-from .networks import can_lack
+from ..estimators.modules import can_lack, keys_read
 
 NEEDS = "needs the entry"
 
@@ -99,7 +98,7 @@ class KeyedModule(TensorDictModuleBase):
         return x
 
     def _require(self, tensordict: TensorDictBase, *names: str, networks: Iterable[str] = ()) -> None:
-        """Check that what the keys ``names`` and the ``networks`` read is there.
+        """Check that what the keys ``names`` stand for and the ``networks`` need is there.
 
         Raises:
             KeyError: an entry is missing; the message says how to rename it.
@@ -108,8 +107,9 @@ class KeyedModule(TensorDictModuleBase):
         for name in names:
             self._require_entries(tensordict, self._keys(name), f"rename it with set_keys({name}=...)")
         for name in networks:
-            keys = keys_read(getattr(self, name))
-            self._require_entries(tensordict, keys, f"it is one of the in_keys of {name}")
+            self._require_inputs(
+                tensordict, keys_read(getattr(self, name)), [name], f"it is one of the in_keys of {name}"
+            )
 
     def _require_entries(self, tensordict: TensorDictBase, keys: Iterable[NestedKey], hint: str) -> None:
         """Check that the entries ``keys`` are there; the ``hint`` is for the message of the KeyError."""

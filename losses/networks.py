@@ -7,18 +7,12 @@ into it for the time of the call.
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from inspect import signature
 from typing import Any, TypeAlias
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
-from tensordict.nn import (
-    ProbabilisticTensorDictModule,
-    TensorDictModule,
-    TensorDictModuleBase,
-    TensorDictSequential,
-)
-from tensordict.utils import NestedKey, unravel_key
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from ..estimators.modules import VMAP_RANDOMNESS, is_random
@@ -302,30 +296,6 @@ class FunctionalModule(TensorDictModuleBase):
         if value not in VMAP_RANDOMNESS:
             raise ValueError(f"vmap randomness is {value!r}; it can be {', '.join(map(repr, VMAP_RANDOMNESS))}")
         self._vmap_randomness = value
-
-
-def can_lack(network: Any, key: NestedKey) -> bool:
-    """Whether the ``network`` may do without its input ``key``: as far as one can see, the modules that read it may.
-
-    That is: they have a ``forward`` of their own, as recurrent ones that start from zeros; or None is their default.
-    """
-    if isinstance(network, TensorDictSequential):
-        for module in network.module:
-            if key in map(unravel_key, module.in_keys) and not can_lack(module, key):
-                return False
-            if key in map(unravel_key, module.out_keys):
-                break
-        return True
-    if isinstance(network, ProbabilisticTensorDictModule):
-        return False
-    if getattr(type(network), "forward", None) is not TensorDictModule.forward or key not in network.in_keys:
-        return True
-    try:
-        read = list(signature(getattr(network.module, "forward", network.module)).parameters.values())
-    except ValueError:  # a function of PyTorch, about which nothing can be found out
-        return False
-    at = network.in_keys.index(key)
-    return at < len(read) and read[at].default is None
 
 
 def _load_shared_once(module: FunctionalModule, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -160,7 +160,6 @@ class PolicyGradientLoss(LossModule):
             KeyError: an entry that the loss reads is missing; among them are those that the keys ``names`` stand for.
 
         """
-        self._absent.clear()
         self._require(tensordict, "action", *names)
         read = keys_read(self.actor_network)
         self._require_inputs(tensordict, read, ["actor_network"], "it is one of the in_keys of actor_network")

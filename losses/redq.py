@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
+from tensordict.utils import unravel_key
 from torch import Tensor
 
 from .functional.soft_actor_critic import temperature_loss
@@ -177,9 +178,7 @@ class REDQLoss(SoftActorCriticLoss):
         alpha = trained_alpha.detach()
         members = torch.randperm(self.num_qvalue_nets, device=self.log_alpha.device)[: self.sub_sample_len]
 
-        read = self._read_by(["actor_network"])
-        both = {key: torch.stack([data.get(key), next_data.get(key)]) for key in read}
-        states = TensorDict(both, [2, *tensordict.batch_size])
+        states = self._both(data, next_data, tensordict)
         drawn, log_probs = self._draw(self._policy(states), states, tensordict)
         log_prob, next_log_prob = log_probs.unbind(0)
         judged = data.copy()
@@ -215,6 +214,25 @@ class REDQLoss(SoftActorCriticLoss):
         result["target_value"] = target.value_target
         self._write_priority(tensordict, priority)
         return result
+
+    def _both(self, data: TensorDictBase, next_data: TensorDictBase, tensordict: TensorDictBase) -> TensorDict:
+        """What the policy reads of the observations and of the next ones, shape ``[2, *B]``.
+
+        Raises:
+            KeyError: something that the policy may do without is there for one of the two observations only.
+
+        """
+        both = {}
+        for key in self._read_by(["actor_network"]):
+            x, next_x = data.get(key, None), next_data.get(key, None)
+            if x is None and next_x is None:
+                continue
+            if x is None or next_x is None:
+                self._require_entries(
+                    tensordict, [key, unravel_key(("next", key))], "the policy is asked about both observations at once"
+                )
+            both[key] = torch.stack([x, next_x])
+        return TensorDict(both, [2, *tensordict.batch_size])
 
     def _without_noise(self, tensordict: TensorDictBase) -> TensorDictBase:
         """``tensordict``, or a shallow copy of it without exploration noise if the policy reads any."""

@@ -41,6 +41,7 @@ class SupervisedLoss(LossModule):
         data = tensordict.select(
             *(key for name in names for key in self._keys(name)),
             *(key for name in networks for key in keys_read(getattr(self, name))),
+            strict=False,  # a network may do without some of its inputs
         )
         for key in data.keys(True, True):
             data.set(key, self._only_valid(data.get(key), tensordict))

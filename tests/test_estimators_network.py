@@ -8,7 +8,7 @@ from fusedrl.estimators.steps import standardize
 from helpers_estimators import HYPERPARAMETERS, assert_close, critic, every_estimator, policy, rollout
 from helpers_estimators import estimator as build
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule, set_skip_existing
+from tensordict.nn import TensorDictModule, TensorDictSequential, set_skip_existing
 from torch import nn
 
 
@@ -292,6 +292,18 @@ def test_an_input_that_the_network_can_do_without_may_be_missing(name, stored):
     td = estimator(name, value_network=network)(data)
     assert torch.equal(td["state_value"], data["obs"])
     assert torch.equal(td["next", "state_value"], data["next", "obs"])
+
+
+@every_estimator
+def test_an_input_that_the_network_can_do_without_is_not_the_one_that_an_error_names(name):
+    starting = TensorDictModule(Starting(), in_keys={"state": "state", "obs": "start"}, out_keys=["began"])
+    ending = TensorDictModule(nn.Linear(1, 1).double(), in_keys=["obs"], out_keys=["state_value"])
+    network = TensorDictSequential(starting, ending)
+    data = trajectory()
+    data["start"], data["next", "start"] = data["obs"], data["next", "obs"]
+    del data["obs"]
+    with pytest.raises(KeyError, match="needs 'obs'"):
+        estimator(name, value_network=network)(data)
 
 
 def test_dropout_draws_differently_for_each_observation_unless_told():

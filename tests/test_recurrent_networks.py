@@ -80,7 +80,12 @@ def ppo(kind):
     return make
 
 
-LOSSES = {f.__name__: f for f in (dqn, sac, ppo)}
+def cloning(kind):
+    network = policy(kind)
+    return lambda library: library.BCLoss(copy.deepcopy(network))
+
+
+LOSSES = {f.__name__: f for f in (dqn, sac, ppo, cloning)}
 every_loss = pytest.mark.parametrize("name", LOSSES)
 
 
@@ -129,11 +134,34 @@ def test_hidden_states_may_be_absent(name, kind, states):
 @every_loss
 @pytest.mark.parametrize("key", ["observation", "is_init", ("next", "observation")])
 def test_an_input_that_the_network_needs_is_named(name, key):
+    if name == "cloning" and isinstance(key, tuple):
+        pytest.skip("doesn't look at what is next")
     loss = LOSSES[name](LSTMModule)(ours)
     data = transitions(name)
     del data[key]
     named = r"\('next', 'observation'\)" if isinstance(key, tuple) else f"'{key}'"
     assert_rejected(loss, data, KeyError, f"{type(loss).__name__} needs the entry {named}")
+
+
+def redq():
+    return ours.REDQLoss(policy(GRUModule), qvalue(GRUModule), num_qvalue_nets=3, target_entropy=-2.0)
+
+
+def test_redq_starts_from_zeros_as_well():  # TorchRL's runs the networks under vmap, which a GRU of PyTorch can't
+    loss, data = redq(), transitions("redq")
+    from_zeros, from_elsewhere = copy.deepcopy(loss), copy.deepcopy(loss)
+    started = hidden(data.clone()).apply(torch.zeros_like).select("embed_h", "judged_h")
+    started = data.clone().update(started).update({"next": started})
+    terms, gradients = trained(loss, data)
+    torch.testing.assert_close(trained(from_zeros, started), (terms, gradients), rtol=1e-9, atol=1e-12)
+    assert not torch.equal(trained(from_elsewhere, hidden(started))[0]["loss_qvalue"], terms["loss_qvalue"])
+
+
+def test_redq_names_a_hidden_state_that_is_there_for_one_of_the_two_observations():
+    now = hidden(transitions("redq"))
+    following = transitions("redq").update({"next": now.select("embed_h")})
+    assert_rejected(redq(), now, KeyError, r"REDQLoss needs the entry \('next', 'embed_h'\)")
+    assert_rejected(redq(), following, KeyError, "REDQLoss needs the entry 'embed_h'")
 
 
 class Carried(nn.Linear):
