@@ -4,18 +4,18 @@ An estimator reads reward, done and terminated under ``"next"``, obtains the val
 next observation from its value network, and leaves the mathematics to `fusedrl.estimators.functional`.
 """
 
-from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from tensordict import NestedKey, TensorDictBase, unravel_key
-from tensordict.nn import TensorDictModuleBase, composite_lp_aggregate, dispatch
+from tensordict.nn import dispatch
 from torch import Tensor
 
 from ..kernels.backend import check_backend
 from ..kernels.checks import Scalar
 from .functional import widened
+from .keys import KeyedEstimator, check_written, under_next
 from .modules import VMAP_RANDOMNESS, can_lack, device_of
 from .shifted import shifted_values
 from .steps import Steps, any_right, cut, expand_right, standardize, valid_only, without_padding
@@ -25,8 +25,6 @@ SHIFTED_VALID = "shifted_valid"
 # What `split_trajectories` writes: False where a trajectory was padded to the length of the longest.
 PADDING_MASK = ("collector", "mask")
 IS_INIT = "is_init"
-# Keys that can stand for several entries, one for each head of the action.
-ONE_PER_HEAD = ("action", "sample_log_prob")
 
 
 class Estimate(NamedTuple):
@@ -39,16 +37,12 @@ class Estimate(NamedTuple):
     valid: Tensor | None
 
 
-def _key_in_use(name: str) -> property:
-    return property(lambda self: getattr(self.tensor_keys, name), doc=f"The key in use for {name}; see `set_keys`.")
-
-
 def _of_network(name: str, doc: str) -> property:
     """A setting that is the value network's (`ValueNetwork`)."""
     return property(lambda self: getattr(self._network, name), lambda self, x: setattr(self._network, name, x), doc=doc)
 
 
-class ValueEstimatorBase(TensorDictModuleBase):
+class ValueEstimatorBase(KeyedEstimator):
     r"""Base of the estimators that turn rewards and values into advantages and value targets.
 
     A subclass says how: `_value_target`, and `_estimate` if its advantage isn't value target − value.
@@ -83,24 +77,6 @@ class ValueEstimatorBase(TensorDictModuleBase):
 
     """
 
-    @dataclass
-    class _AcceptedKeys:
-        """Keys that `set_keys` can rename; reward, done and terminated are read under ``"next"``."""
-
-        advantage: NestedKey = "advantage"
-        value_target: NestedKey = "value_target"
-        value: NestedKey = "state_value"
-        reward: NestedKey = "reward"
-        done: NestedKey = "done"
-        terminated: NestedKey = "terminated"
-        steps_to_next_obs: NestedKey = "steps_to_next_obs"
-        sample_log_prob: NestedKey | list[NestedKey] | None = None
-
-        def __post_init__(self) -> None:
-            if self.sample_log_prob is None:
-                self.sample_log_prob = "sample_log_prob" if composite_lp_aggregate() else "action_log_prob"
-
-    default_keys = _AcceptedKeys
     # A one-step estimate doesn't ask where trajectories end, only which steps are terminal.
     needs_done = True
 
@@ -148,7 +124,6 @@ class ValueEstimatorBase(TensorDictModuleBase):
         )
         device = device_of(value_network) if device is None else device
         self.register_buffer("gamma", as_hyperparameter(gamma, device))
-        self._tensor_keys = self._AcceptedKeys()
         given = {"advantage": advantage_key, "value_target": value_target_key, "value": value_key}
         self.set_keys(**{name: key for name, key in given.items() if key is not None})
 
@@ -176,7 +151,7 @@ class ValueEstimatorBase(TensorDictModuleBase):
             return
         # Not a setter, which a torch.nn.Module doesn't ask before it takes another for its child.
         network = self._network.calling(value)
-        _check_written(self._tensor_keys.value, value)
+        check_written(self._tensor_keys.value, value)
         self._network = network
 
     skip_existing = _of_network("skip_existing", "Whether values that are present are used instead of the network.")
@@ -192,67 +167,6 @@ class ValueEstimatorBase(TensorDictModuleBase):
         if value not in VMAP_RANDOMNESS:
             raise ValueError(f"vmap randomness is {value!r}, but must be one of {VMAP_RANDOMNESS}")
         self._network.vmap_randomness = value
-
-    @property
-    def tensor_keys(self) -> _AcceptedKeys:
-        """The keys in use."""
-        return self._tensor_keys
-
-    def set_keys(self, **keys: NestedKey | list[NestedKey]) -> None:
-        """Rename entries of the TensorDict, as in ``set_keys(value="my_value", reward=("agents", "reward"))``.
-
-        Raises:
-            KeyError: no such entry, or the value network doesn't write the new value key.
-            ValueError: not a key.
-
-        """
-        known = [f.name for f in fields(self._AcceptedKeys)]
-        for name, key in keys.items():
-            if name not in known:
-                raise KeyError(f"{type(self).__name__} has no key {name!r}; it has: {', '.join(known)}")
-            if not isinstance(key, str | tuple) and not (isinstance(key, list) and name in ONE_PER_HEAD):
-                raise ValueError(f"the key {name!r} must be a str or a tuple of str, but is {key!r}")
-            if name == "value":
-                _check_written(key, self.value_network)
-        self._tensor_keys = self._AcceptedKeys(**{**asdict(self._tensor_keys), **keys})
-
-    # The keys in use by a name of their own, as TorchRL's estimators have them.
-    advantage_key = _key_in_use("advantage")
-    value_target_key = _key_in_use("value_target")
-    value_key = _key_in_use("value")
-    reward_key = _key_in_use("reward")
-    done_key = _key_in_use("done")
-    terminated_key = _key_in_use("terminated")
-    steps_to_next_obs_key = _key_in_use("steps_to_next_obs")
-    sample_log_prob_key = _key_in_use("sample_log_prob")
-
-    @property
-    def in_keys(self) -> list[NestedKey]:
-        """What `forward` reads."""
-        return list(dict.fromkeys(self._find_in_keys()))
-
-    # Not in the property, which the compiler can't follow into that of a base class.
-    def _find_in_keys(self) -> list[NestedKey]:
-        keys = self._tensor_keys
-        value_inputs = [keys.value] if self.value_network is None else self._network.in_keys
-        masks = [_next(keys.reward), _next(keys.done), _next(keys.terminated)]
-        return [*value_inputs, *masks, *(_next(key) for key in value_inputs)]
-
-    @property
-    def out_keys(self) -> list[NestedKey]:
-        """What `forward` returns when it is called with tensors: all it has, or what select_out_keys left."""
-        return self.__dict__.get("_out_keys_apparent", self._all_out_keys)
-
-    @out_keys.setter
-    def out_keys(self, keys: list[NestedKey]) -> None:
-        # Assigned by reset_out_keys alone; the full list must go on following set_keys.
-        self.__dict__.pop("_out_keys_apparent", None)
-        if list(keys) != self._all_out_keys:
-            self._out_keys_apparent = list(keys)
-
-    @property
-    def _all_out_keys(self) -> list[NestedKey]:
-        return [self._tensor_keys.advantage, self._tensor_keys.value_target]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ValueEstimatorBase":
         # Follows a move to another device, but not a cast: γ^1000 in bfloat16 is another discount.
@@ -297,7 +211,7 @@ class ValueEstimatorBase(TensorDictModuleBase):
         keys = self._tensor_keys
         if self.value_network is not None:
             _write(tensordict, keys.value, estimate.value)
-            _write(tensordict, _next(keys.value), estimate.next_value)
+            _write(tensordict, under_next(keys.value), estimate.next_value)
         if estimate.valid is not None:
             tensordict.set(SHIFTED_VALID, estimate.valid)
         _write(tensordict, keys.advantage, estimate.advantage)
@@ -336,7 +250,7 @@ class ValueEstimatorBase(TensorDictModuleBase):
                 next_value = self._network.value(inputs, key, target_params, **kwargs)
             except KeyError as error:
                 raise self._lacking(error, (inputs, "next")) from error
-        self._check_value(_next(key), next_value, steps)
+        self._check_value(under_next(key), next_value, steps)
         (next_value,) = valid_only(steps, next_value)
         (value_target,) = valid_only(steps, self._value_target(steps, next_value, dim))
         return value_target
@@ -365,7 +279,7 @@ class ValueEstimatorBase(TensorDictModuleBase):
         steps = self._per_value(steps, value)
         key = self._tensor_keys.value
         self._check_value(key, value, steps)
-        self._check_value(_next(key), next_value, steps)
+        self._check_value(under_next(key), next_value, steps)
         if fitted is not None:
             steps = cut(steps, fitted, dim)
         valid_value, valid_next_value = valid_only(steps, value, next_value.detach())
@@ -404,19 +318,19 @@ class ValueEstimatorBase(TensorDictModuleBase):
     def _check_mask(self, key: NestedKey, mask: Tensor, reward: Tensor) -> None:
         if mask.shape != reward.shape:
             raise RuntimeError(
-                f"{_next(key)} has shape {tuple(mask.shape)}, but {_next(self._tensor_keys.reward)} has shape "
-                f"{tuple(reward.shape)}: both must agree"
+                f"{under_next(key)} has shape {tuple(mask.shape)}, but {under_next(self._tensor_keys.reward)} has "
+                f"shape {tuple(reward.shape)}: both must agree"
             )
 
     def _signals(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
         """Reward, done and terminated."""
         keys = self._tensor_keys
-        reward = self._get(tensordict, _next(keys.reward), "reward")
-        terminated = tensordict.get(_next(keys.terminated), None)
-        done = tensordict.get(_next(keys.done), None)
+        reward = self._get(tensordict, under_next(keys.reward), "reward")
+        terminated = tensordict.get(under_next(keys.terminated), None)
+        done = tensordict.get(under_next(keys.done), None)
         if done is None:
             if self.needs_done or terminated is None:
-                raise self._missing(_next(keys.done), "done")
+                raise self._missing(under_next(keys.done), "done")
             done = terminated
         return reward, done, done if terminated is None else terminated
 
@@ -520,15 +434,9 @@ class ValueEstimatorBase(TensorDictModuleBase):
     def _check_value(self, key: NestedKey, value: Tensor, steps: Steps) -> None:
         if value.shape != steps.reward.shape:
             raise RuntimeError(
-                f"{key!r} has shape {tuple(value.shape)}, but {_next(self._tensor_keys.reward)} has shape "
+                f"{key!r} has shape {tuple(value.shape)}, but {under_next(self._tensor_keys.reward)} has shape "
                 f"{tuple(steps.reward.shape)}: both must agree"
             )
-
-    def _get(self, tensordict: TensorDictBase, key: NestedKey, name: str | None = None) -> Tensor:
-        x = tensordict.get(key, None)
-        if x is None:
-            raise self._missing(key, name)
-        return x
 
     def _lacking(self, error: KeyError, *inputs: tuple[TensorDictBase, str]) -> KeyError:
         """What to say of an ``error`` of the network: the first input it lacks; without one, it is raised again.
@@ -540,11 +448,6 @@ class ValueEstimatorBase(TensorDictModuleBase):
                 if data.get(key, None) is None and not can_lack(self.value_network, key):
                     return self._missing(unravel_key((prefix, key)) if prefix else key, None)
         raise error
-
-    def _missing(self, key: NestedKey, name: str | None, reader: str = "the value network") -> KeyError:
-        """The error for an entry that `set_keys` renames under ``name``, or for an input of the ``reader`` (None)."""
-        advice = f"{reader} reads it" if name is None else f"if it has another name, say set_keys({name}=...)"
-        return KeyError(f"{type(self).__name__} needs {key!r}, which is missing from the TensorDict: {advice}")
 
 
 def as_hyperparameter(x: Scalar, device: torch.device | str | None) -> Tensor:
@@ -565,13 +468,3 @@ def _write(tensordict: TensorDictBase, key: NestedKey, x: Tensor) -> None:
         if parent is not None and x.shape[: parent.ndim] != parent.batch_size:
             parent.batch_size = tensordict.batch_size
     tensordict.set(key, x)
-
-
-def _check_written(key: NestedKey, network: Any) -> None:
-    """Raise KeyError if the value ``network``, if there is one, doesn't write the value where it is looked for."""
-    if network is not None and key not in network.out_keys:
-        raise KeyError(f"the value key {key!r} is not written by the value network: {network.out_keys}")
-
-
-def _next(key: NestedKey) -> NestedKey:
-    return unravel_key(("next", key))
