@@ -67,7 +67,7 @@ def get_value_estimator_entry(value_type: Hashable) -> ValueEstimatorEntry:
         NotImplementedError: nothing is registered under this member of an enum.
 
     """
-    value_type = _resolve(value_type)
+    value_type = resolved(value_type)
     if value_type in _entries:
         return _entries[value_type]
     raise NotImplementedError(f"{value_type} is not implemented: no estimator is registered under it")
@@ -111,7 +111,7 @@ def dispatch_value_estimator(
         NotImplementedError: ``value_type`` isn't supported.
 
     """
-    value_type = _resolve(value_type)
+    value_type = resolved(value_type)
     supported = tuple(supported)
     if value_type not in supported:
         names = ", ".join(getattr(x, "name", str(x)) for x in supported)
@@ -129,7 +129,7 @@ def dispatch_value_estimator(
     return estimator
 
 
-def _resolve(value_type: Hashable) -> Hashable:
+def resolved(value_type: Hashable) -> Hashable:
     """The key that ``value_type`` stands for: itself, or the enum member whose name it is, in any case.
 
     A member of another enum, such as TorchRL's, stands for ours of the same name if it isn't registered itself.

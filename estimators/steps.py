@@ -7,7 +7,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
-# Below this standard deviation, standardising only shifts: it would blow noise up.
+# A smaller standard deviation is taken to be this one: noise is not blown up to size 1.
 SMALLEST_STD = 1e-4
 
 

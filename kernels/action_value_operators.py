@@ -30,7 +30,7 @@ from .action_value_problem import (
 from .backend import fastest_backend, resolve_backend
 from .dispatch import as_input, called, constant, number_or_tensor
 from .dtypes import compute_dtype
-from .function import apply, signed
+from .function import aliases, apply, signed
 
 _COMPOSITIONS: dict[str, Any] = {"torch": vectorized, "reference": reference}
 # Where `target`, `ensemble`, `ensemble_backward`, `policy` and `policy_backward` of the others live; imported at the
@@ -182,6 +182,7 @@ class _Policy(torch.autograd.Function):
             found: Sequence[Tensor | None] = [None] * sum(needs)
         elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # To be differentiated again: the same gradients, composed of what autograd knows.
+            values, log_prob = aliases((values, log_prob))
             loss = reference.improvement(Improvement(values, log_prob, *_constants(problem[2:])))[0]
             inputs = [x for x, need in zip((values, log_prob), needs, strict=True) if need]
             found = torch.autograd.grad(loss, inputs, grad, create_graph=True)

@@ -1,7 +1,7 @@
 """Autograd functions, applied without what only transforms of functions need."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,6 +37,15 @@ def autograd_inside() -> Iterator[None]:
     """Within the block autograd works, also in an operator, which compiled code and dispatch modes run below it."""
     with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
         yield
+
+
+def aliases(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Views of the ``tensors``, to differentiate with respect to what a Function got within the graph that it is in.
+
+    Of two inputs one may be computed from the other, or be the other. With respect to the inputs themselves autograd
+    finds total derivatives, in which such a path counts already, and then it would follow that path a second time.
+    """
+    return [x.view_as(x) for x in tensors]
 
 
 def gradients_of_tensors(gradients: Callable[..., list[Any]], ctx: Any, grads: Sequence[Tensor | None]) -> tuple:

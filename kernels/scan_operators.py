@@ -70,8 +70,9 @@ def _recognised_or_checked(
     """What `checked` gives, the tensors, whether one of them requires a gradient, and whether operators run plainly."""
     unwatched = is_unwatched()
     if unwatched:
-        time_dim = index(time_dim)
-        tensors, known = _checked_forms(time_dim, problem)
+        # The kind is no part of the arguments' form, which has the types of strings alone.
+        setting = problem.kind, index(time_dim)
+        tensors, known = _checked_forms(setting, problem)
         if known is not None:
             dim, requires = known
             return problem, dim, tensors, requires, True
@@ -81,7 +82,7 @@ def _recognised_or_checked(
     requires = any(map(requires_grad, tensors))
     plainly = unwatched and are_plain(tensors)
     if plainly and problem is given:
-        _checked_forms.remember(time_dim, problem, (dim, requires))
+        _checked_forms.remember(setting, problem, (dim, requires))
     return problem, dim, tensors, requires, plainly
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import scan_reference
+from .function import aliases
 from .scan_problem import FIXED_DISCOUNT, GAE, SCAN, Recurrence
 
 Solver = Callable[[Recurrence], Sequence[Tensor]]
@@ -37,6 +38,7 @@ def differentiable_backward(
 
     if torch._C._are_functorch_transforms_active():
         return list(torch.func.vjp(used, *inputs)[1](arrived))
+    inputs = aliases(inputs)
     found = torch.autograd.grad(
         used(*inputs), inputs, arrived, create_graph=True, allow_unused=True, materialize_grads=True
     )
@@ -69,7 +71,7 @@ def _composed(solve: Solver, time_dim: int, problem: Recurrence) -> list[Tensor]
     """``problem`` with its prologue and epilogue in torch operators around a SCAN."""
     dtype, device = problem.compute_dtype, problem.reward.device
     # Of a TD(λ) the value is None.
-    inputs: Any = [None if x is None else torch.as_tensor(x, dtype=dtype, device=device) for x in problem[1:6]]
+    inputs: Any = [None if x is None else _tensor(x, dtype, device) for x in problem[1:6]]
     gamma, lmbda, reward, value, next_value = inputs
     done, terminated = problem.done, problem.terminated
     terminated = done if terminated is None else terminated
@@ -85,6 +87,11 @@ def _composed(solve: Solver, time_dim: int, problem: Recurrence) -> list[Tensor]
         increment = reward + bootstrap * torch.where(cut, 1, 1 - lmbda)
     y = solve(Recurrence(SCAN, gamma * lmbda * torch.ones_like(increment), None, increment, done=cut))[0]
     return [y, y + value] if problem.kind == GAE else [y]
+
+
+def _tensor(x: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number is written on the device: to copy it there would wait for all that the device has to do."""
+    return x.to(dtype) if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=device)
 
 
 def _shift(x: Tensor, steps: int, time_dim: int) -> Tensor:

@@ -20,7 +20,7 @@ from .backend import resolve_backend
 from .checks import check_agrees, check_broadcasts
 from .dispatch import called, constant, number_or_tensor
 from .dtypes import cast, result_dtype
-from .function import apply, autograd_inside, signed
+from .function import aliases, apply, autograd_inside, signed
 from .squashed_normal_problem import Bounds, Squash
 
 _COMPOSITIONS: dict[str, Any] = {"torch": vectorized, "reference": reference}
@@ -87,7 +87,9 @@ def gradients(
 ) -> list[Tensor]:
     """The gradients that are needed of a composition's ``function``; with a graph if they come to have one."""
     create_graph = torch.is_grad_enabled()
-    if not create_graph:
+    if create_graph:
+        tensors = aliases(tensors)
+    else:
         tensors = [x.detach().requires_grad_(need) for x, need in zip(tensors, needs, strict=True)]
     wanted = [x for x, need in zip(tensors, needs, strict=True) if need]
     with autograd_inside():

@@ -56,7 +56,9 @@ def vtrace(
         The advantage and the value target, each of the common shape.
 
     Raises:
-        RuntimeError: shapes or devices differ.
+        TypeError: an argument is no real tensor.
+        RuntimeError: shapes or devices differ, or the backend doesn't run here.
+        IndexError: ``time_dim`` is out of range.
         ValueError: a threshold is negative; the backend doesn't exist.
 
     Examples:

@@ -20,7 +20,7 @@ from .dispatch import (
     runs_plainly,
     tensors_among,
 )
-from .function import gradients_of_tensors, plain_apply, signed
+from .function import aliases, gradients_of_tensors, plain_apply, signed
 from .recognition import Recognition
 from .scan_problem import with_one_mask
 from .vtrace_composed import composed
@@ -159,8 +159,9 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[bool]) 
     problem = VTrace(*tensors[:5], *constants, *tensors[8:])
     found: Sequence[Tensor | None]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the gradient will be differentiated
-        inputs = [x for x, need in zip(problem.differentiable, needs, strict=True) if need]
-        outputs = composed(problem, time_dim, backend)
+        names = problem.names(needs)
+        inputs = aliases(getattr(problem, name) for name in names)
+        outputs = composed(problem._replace(**dict(zip(names, inputs, strict=True))), time_dim, backend)
         used = [(x, g) for x, g in zip(outputs, grads, strict=True) if g is not None]
         found = torch.autograd.grad(
             [x for x, _ in used], inputs, [g for _, g in used], create_graph=True, allow_unused=True

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_agrees, check_broadcasts, check_scalar
+from .checks import check_agrees, check_broadcasts, check_real, check_scalar
 from .dtypes import compute_dtype, floating, result_dtype
 from .scan_problem import GAE, Recurrence
 from .scan_problem import checked as checked_recurrence
@@ -89,6 +89,7 @@ def checked(problem: VTrace, time_dim: int, names: Mapping[str, str] | None = No
     ``names`` are those of the fields that the caller knows by others.
 
     Raises:
+        TypeError: something is no real tensor, or γ or a threshold neither that nor a number.
         RuntimeError: an argument's shape or device isn't the reward's, or γ or a threshold doesn't broadcast to it.
         IndexError: ``time_dim`` is out of range.
 
@@ -99,6 +100,9 @@ def checked(problem: VTrace, time_dim: int, names: Mapping[str, str] | None = No
     )
     check_scalar("rho_thresh", rho)
     check_scalar("c_thresh", c)
+    check_real("log_pi", log_pi)
+    if log_mu is not None:
+        check_real("log_mu", log_mu)
     check_agrees("log_pi", log_pi, "reward", reward)
     check_agrees("log_mu", log_mu, "reward", reward)
     check_broadcasts("rho_thresh", rho, "reward", reward.shape, reward.device)

@@ -355,13 +355,16 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
         masks = [align(mask, like, f"the mask {key!r}") for key, mask in self._masks(tensordict)]
         return reduce(and_, masks) if masks else None
 
+    def _mask_keys(self) -> tuple[NestedKey, ...]:
+        """Where masks are looked for."""
+        if self.loss_mask_key is None:
+            return ()
+        return AUTO_LOSS_MASK_KEYS if self.loss_mask_key == "auto" else (self.loss_mask_key,)
+
     def _masks(self, tensordict: TensorDictBase) -> list[tuple[NestedKey, Tensor]]:
         """Where there are masks, and the masks."""
-        if self.loss_mask_key is None:
-            return []
-        keys = AUTO_LOSS_MASK_KEYS if self.loss_mask_key == "auto" else (self.loss_mask_key,)
-        present = tensordict.keys()
-        masks = []
+        keys, masks = self._mask_keys(), []
+        present = tensordict.keys() if keys else ()
         for key in keys:
             if (key if isinstance(key, str) else key[0]) not in present:
                 continue

@@ -1,6 +1,7 @@
 """Distributional deep Q-learning (C51)."""
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from tensordict.nn import dispatch
 from torch import Tensor, nn
 
 from ..estimators.base import as_hyperparameter
+from ..estimators.registry import resolved
 from ..kernels import categorical_q_loss
 from ..kernels.backend import check_backend
 from .q_learning import QLearningLoss
@@ -126,7 +128,8 @@ class DistributionalDQNLoss(QLearningLoss):
             TypeError: there is another hyperparameter.
 
         """
-        if value_type not in (None, ValueEstimators.TD0, ValueEstimators.TD0.name):
+        named = resolved(value_type) if isinstance(value_type, str | Enum) else value_type
+        if named not in (None, ValueEstimators.TD0):
             raise NotImplementedError(
                 f"DistributionalDQNLoss doesn't support {value_type!r}, only ValueEstimators.TD0 and its gamma"
             )

@@ -8,7 +8,7 @@ from tensordict.nn import dispatch
 from tensordict.utils import unravel_key
 from torch import Tensor
 
-from .base import AUTO_LOSS_MASK_KEYS, LossModule
+from .base import LossModule
 from .dreamer_v3_actor import DreamerV3ActorLoss
 from .dreamer_v3_model import DreamerV3ModelLoss
 from .dreamer_v3_value import DreamerV3ValueLoss
@@ -133,9 +133,8 @@ class DreamerV3Loss(LossModule):
     def _starts(self, states: TensorDictBase, tensordict: TensorDictBase) -> TensorDictBase:
         """The ``states`` in one row, and which of them count. The actor's loss takes them as constants."""
         starts = states.copy()
-        mask_key = self.actor_loss.loss_mask_key
-        for key in AUTO_LOSS_MASK_KEYS if mask_key == "auto" else [mask_key]:
-            mask = None if key is None else tensordict.get(key, None)
+        for key in self.actor_loss._mask_keys():
+            mask = tensordict.get(key, None)
             if mask is not None:
                 starts.set(key, mask)
         return starts.reshape(-1)
@@ -145,7 +144,7 @@ class DreamerV3Loss(LossModule):
         if not self.replay_value_loss_weight:
             return imagined.get("lambda_target").new_zeros(())
         first_return = imagined.get("lambda_target")[..., 0, 0]
-        replayed = tensordict.select(*AUTO_LOSS_MASK_KEYS, strict=False).update(states)
+        replayed = tensordict.select(*self.value_loss._mask_keys(), strict=False).update(states)
         keys = self.value_loss._keys
         replayed.set(*keys("bootstrap"), first_return.reshape(states.shape))
         for name in ("reward", "done", "terminated"):

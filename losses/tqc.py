@@ -7,7 +7,6 @@ from tensordict import TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
 from torch import Tensor
 
-from .base import AUTO_LOSS_MASK_KEYS
 from .functional.quantiles import mean_atom_distance, quantile_huber_loss, truncated_mixture
 from .functional.soft_actor_critic import soft_value, temperature_loss
 from .sac import SACLoss
@@ -161,6 +160,7 @@ class TQCLoss(SACLoss):
     def _atom_targets(self, tensordict: TensorDictBase, next_atoms: Tensor) -> Tensor:
         """The target of each next atom, shape ``[*B, K]``: one-step estimates, of all atoms at once."""
         read = [key for name in ("reward", "done", "terminated") for key in self._keys(name)]
-        step = tensordict.select(*read, "steps_to_next_obs", *AUTO_LOSS_MASK_KEYS, strict=False)
+        n_steps = self.value_estimator.tensor_keys.steps_to_next_obs
+        step = tensordict.select(*read, n_steps, *self._mask_keys(), strict=False)
         each = step.expand(next_atoms.shape[-1], *step.batch_size)
         return self._value_target(each, next_atoms.movedim(-1, 0)).movedim(0, -1)

@@ -155,8 +155,9 @@ def next_state_value(
         if terminated is None:
             terminated = following.get("done")
         steps = tensordict.get("steps_to_next_obs", None)
-        discount = gamma if steps is None else gamma ** steps.squeeze(-1)
         next_value = pred_next_val.reshape(reward.shape)
+        # To the power of integers γ would be rounded to float32.
+        discount = gamma if steps is None else (gamma ** steps.squeeze(-1).double()).to(next_value.dtype)
         return reward + discount * next_value.masked_fill(terminated.reshape(reward.shape) != 0, 0.0)
 
 

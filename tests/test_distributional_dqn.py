@@ -3,9 +3,11 @@
 import copy
 import math
 import pickle
+from enum import Enum
 
 import pytest
 import torch
+from fusedrl.estimators import TD1Estimator
 from fusedrl.kernels import VerificationError, categorical_q_loss, categorical_reference
 from fusedrl.losses import ValueEstimators
 from fusedrl.losses.distributional_dqn import DistributionalDQNLoss
@@ -284,6 +286,24 @@ def test_a_discount_is_required_and_the_only_hyperparameter():
     for estimator in (ValueEstimators.TD1, ValueEstimators.TDLambda, ValueEstimators.GAE):
         with pytest.raises(NotImplementedError, match=r"TD0"):
             random_loss().make_value_estimator(estimator)
+
+
+class Others(Enum):
+    """As TorchRL's."""
+
+    TD0 = "one step"
+    GAE = "many"
+
+
+@pytest.mark.parametrize("name", ["TD0", "td0", Others.TD0, ValueEstimators.TD0])
+def test_its_estimator_may_be_named_as_that_of_any_loss(name):
+    assert random_loss().make_value_estimator(name, gamma=0.5).gamma == 0.5
+
+
+@pytest.mark.parametrize("name", ["gae", Others.GAE, TD1Estimator])
+def test_another_estimator_is_refused_however_it_is_named(name):
+    with pytest.raises(NotImplementedError, match=r"only ValueEstimators\.TD0"):
+        random_loss().make_value_estimator(name)
 
 
 def test_the_support_is_found_where_the_network_has_it():

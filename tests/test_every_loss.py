@@ -193,6 +193,27 @@ def outcome(call, loss, data):
     return out.detach().to_dict(), written.detach().to_dict(), gradient(terms, inputs)
 
 
+@every_loss
+def test_a_mask_of_any_name_leaves_padding_out(name):
+    case = CASES[name]
+    data = case.data()
+    counts = torch.rand(data.shape) < 0.7
+    held = data.data  # without gradients, in the same memory
+    held[~counts] = held[~counts].apply(lambda x: torch.full_like(x, torch.nan) if x.is_floating_point() else x)
+    found = []
+    for key in (("collector", "mask"), "mine"):
+        torch.manual_seed(1)
+        loss = case.make()
+        for part in loss.modules():
+            if isinstance(part, losses.LossModule) and key == "mine":
+                part.loss_mask_key = key
+        terms, _, gradients = outcome(loss, loss, data.clone().set(key, counts))
+        found.append((terms, gradients))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    terms, gradients = found[0]
+    assert all(x.isfinite().all() for x in (*gradients, *(x for key, x in terms.items() if key.startswith("loss"))))
+
+
 def change_coefficients(loss):
     """Give other values to what a schedule can assign, and to the hyperparameters of the value estimator; if any."""
     changed = False

@@ -72,6 +72,21 @@ def test_gradients_made_to_be_differentiated_are_the_same_gradients(backend, dev
         assert one is None or torch.allclose(one, other, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("estimator", ["gae", "td_lambda", "fixed"])
+def test_an_input_computed_from_another_gives_that_one_its_gradient_once(backend, device, estimator) -> None:
+    gamma, _, reward, value, _, done, terminated = inputs((), device)
+
+    def total() -> torch.Tensor:
+        found = CASES[estimator](
+            gamma, gamma, reward, value, value.roll(-1, 1), done, terminated, time_dim=1, backend=backend
+        )
+        return torch.stack(found if isinstance(found, tuple) else (found,)).square().sum()
+
+    plain = torch.autograd.grad(total(), (gamma, value))
+    again = torch.autograd.grad(total(), (gamma, value), create_graph=True)
+    torch.testing.assert_close(again, plain, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("needs", range(1, 32))
 def test_every_subset_of_inputs_gets_its_gradients(backend, device, needs) -> None:
     *leaves, done, terminated = inputs((), device)

@@ -381,6 +381,17 @@ def test_gradients_made_to_be_differentiated_are_the_same_gradients(any_backend,
     torch.testing.assert_close(again, plain, rtol=1e-10, atol=1e-12)
 
 
+def test_an_action_computed_from_its_distribution_gives_it_its_gradient_once(any_backend, device) -> None:
+    loc, scale, noise = points("not squashed", device)
+
+    def total() -> torch.Tensor:
+        return normal_log_prob(loc, scale, loc.square() + scale * noise.detach(), backend=any_backend).sum()
+
+    plain = torch.autograd.grad(total(), (loc, scale))
+    again = torch.autograd.grad(total(), (loc, scale), create_graph=True)
+    torch.testing.assert_close(again, plain, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("needs", [(0,), (1,), (2,), (0, 2), (1, 2)])
 def test_only_what_is_needed_gets_a_gradient(any_backend, device, needs) -> None:
     inputs = points("to ±1", device)

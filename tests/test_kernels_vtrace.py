@@ -112,6 +112,16 @@ def test_gradients_can_be_differentiated(device):
     )
 
 
+@pytest.mark.parametrize("backend", FUSED)
+def test_an_input_computed_from_another_gives_that_one_its_gradient_once(device, backend):
+    given = arguments((2, 5), device)
+    value = given["value"].requires_grad_()
+    results = kernels.vtrace(0.9, **given | {"next_value": value.roll(-1, 1)}, backend=backend)
+    total = sum(x.square().sum() for x in results)
+    plain, again = (torch.autograd.grad(total, value, retain_graph=True, create_graph=x) for x in (False, True))
+    assert_equal(again, plain)
+
+
 def test_a_nan_behind_the_end_of_a_trajectory_reaches_nothing(device):
     given = arguments((3, 9), device)
     expected = solved(given, "triton")

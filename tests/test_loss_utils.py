@@ -99,6 +99,12 @@ def test_next_state_value_discounts_n_steps(data):
     result = losses.next_state_value(data, gamma=0.5, pred_next_val=value)
     expected = data["next", "reward"].squeeze(-1) + torch.tensor([0.5, 0.0, 0.25, 0.125, 0.5])
     torch.testing.assert_close(result, expected)
+    assert result.dtype == torch.float32
+    steps = data["steps_to_next_obs"]
+    data = data.apply(lambda x: x.double() if x.is_floating_point() else x)
+    precise = losses.next_state_value(data, gamma=0.9, pred_next_val=value.double())
+    of_last = 0.9 ** steps.double() * ~data["next", "terminated"]
+    torch.testing.assert_close(precise, (data["next", "reward"] + of_last).squeeze(-1), rtol=1e-15, atol=1e-15)
 
 
 def test_next_value_of_a_terminal_step_is_never_read(data):

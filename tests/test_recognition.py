@@ -273,6 +273,15 @@ def test_a_time_dim_that_is_no_integer_changes_nothing_for_those_that_are(estima
         torch.testing.assert_close(function(**x, time_dim=which)[0], function(**x, time_dim=0)[0])
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_what_one_kind_of_scan_does_without_another_needs(backend, device) -> None:
+    reward, done = torch.zeros(2, 5, device=device), torch.zeros(2, 5, dtype=torch.bool, device=device)
+    for _ in range(2):
+        kernels.td_lambda_return(0.9, 0.8, reward, reward, done, backend=backend)
+        with pytest.raises(TypeError, match=r"^value must be a real tensor, but is None"):
+            kernels.gae(0.9, 0.8, None, reward, reward, done, backend=backend)
+
+
 @pytest.mark.parametrize("estimate", ESTIMATES)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_integers_are_of_the_default_dtype_of_the_call(estimate, backend, device) -> None:

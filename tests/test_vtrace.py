@@ -165,6 +165,8 @@ def test_verify_names_what_is_wrong_where_no_kernel_solves_it(device, monkeypatc
         ({"c_thresh": torch.ones(3)}, RuntimeError, r"c_thresh has shape \(3,\).*\(2, 9, 1\)"),
         ({"log_pi": torch.zeros(2, 9)}, RuntimeError, r"log_pi has shape \(2, 9\).*\(2, 9, 1\)"),
         ({"value": torch.zeros(2, 9)}, RuntimeError, r"value has shape \(2, 9\)"),
+        ({"log_pi": None}, TypeError, "log_pi must be a real tensor, but is None"),
+        ({"log_mu": torch.zeros(2, 9, 1) + 1j}, TypeError, "log_mu must be a real tensor, but is a tensor of"),
     ],
     ids=str,
 )
