@@ -1,4 +1,4 @@
-"""Compositions that autograd sees through, as backends that say each pass by itself: what ``verify`` compares."""
+"""Gives differentiable formulas the interface of kernels, forward and backward apart, which `verify` compares."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -8,7 +8,6 @@ product.
 
 from collections.abc import Sequence
 from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -28,14 +27,13 @@ from .action_value_problem import (
     count_is_unknown,
 )
 from .backend import fastest_backend, resolve_backend
-from .dispatch import as_input, called, constant, number_or_tensor
+from .dispatch import as_input, backend_modules, called, constant, number_or_tensor
 from .dtypes import compute_dtype
 from .function import aliases, apply, signed
 
 _COMPOSITIONS: dict[str, Any] = {"torch": vectorized, "reference": reference}
-# Where `target`, `ensemble`, `ensemble_backward`, `policy` and `policy_backward` of the others live; imported at the
-# first use, since Triton may be absent.
-_OPERATOR_MODULES = {"triton": ".action_value_launch", "verify": ".action_value_verify"}
+# The modules of the others have a `target`, `ensemble`, `ensemble_backward`, `policy` and `policy_backward`.
+_operator_module = backend_modules("action_value")
 
 _BOOTSTRAP = (
     "Tensor next_values, Tensor reward, Tensor terminated, float? gamma_number, Tensor? gamma, Tensor? log_prob, "
@@ -122,7 +120,7 @@ def backend_module(name: str) -> Any:
     """What has the passes of backend ``name``."""
     if name in _COMPOSITIONS:
         return Composed(_COMPOSITIONS[name])
-    return import_module(_OPERATOR_MODULES[name], __package__)
+    return _operator_module(name)
 
 
 @signed

@@ -2,9 +2,9 @@
 
 An ensemble of N networks judges each sample, so that its values have the shape ``[N, *B]``; all else is ``[*B]``.
 
-    Bootstrap      v' = min_i Q_i − α log π,  y = r + γ(1 − term)·v'       what the values are drawn to
-    Regression     L  = Σ_i d(Q_i, y),  priority = max_i |Q_i − y|         how they are drawn to it
-    Improvement    L  = α log π − min_i Q_i                                what a soft policy learns from them
+    Bootstrap      v' = min_i Q_i − α log π,  y = r + γ(1 − term)·v'               what the values are drawn to
+    Regression     L  = Σ_i d(Q_i, y),  priority = max_i |Q_i − y| or its square   how they are drawn to it
+    Improvement    L  = α log π − min_i Q_i                                        what a soft policy learns from them
 
 with the losses reduced over samples by the coefficients m·w (mask and importance weights), over Σ m·w for a mean.
 """
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .checks import LOSS_FUNCTIONS, MEAN, NONE, REDUCTIONS, check_0d, check_broadcasts, check_choice
+from .dtypes import result_dtype
 
 SQUARE, ABS = PRIORITIES = ("square", "abs")
 
@@ -32,8 +33,7 @@ class Bootstrap(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the results: that of the next values, log-probabilities and rewards together."""
-        dtype = _promoted(self.next_values.dtype, self.reward)
-        return dtype if self.log_prob is None else _promoted(dtype, self.log_prob)
+        return result_dtype(self.next_values, self.reward, self.log_prob)
 
 
 class Regression(NamedTuple):
@@ -51,7 +51,7 @@ class Regression(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the results: that of the values and the target together."""
-        return _promoted(self.values.dtype, self.target)
+        return result_dtype(self.values, self.target)
 
     @property
     def loss_shape(self) -> torch.Size:
@@ -79,7 +79,7 @@ class Improvement(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the results: that of the values and the log-probabilities together."""
-        return _promoted(self.values.dtype, self.log_prob)
+        return result_dtype(self.values, self.log_prob)
 
     @property
     def loss_shape(self) -> torch.Size:
@@ -163,7 +163,3 @@ def _check_mask_and_weights(problem: Regression | Improvement, values: Tensor) -
             raise TypeError(f"mask has dtype {problem.mask.dtype}: torch.bool is wanted")
     if problem.weights is not None:
         _check_member("weights", problem.weights, "values", values)
-
-
-def _promoted(dtype: torch.dtype, x: Tensor) -> torch.dtype:
-    return dtype if x.dtype == dtype else torch.promote_types(dtype, x.dtype)

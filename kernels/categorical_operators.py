@@ -6,8 +6,6 @@ of the taken action and constant in everything else, so that its gradient is all
 kept for.
 """
 
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -25,17 +23,12 @@ from .categorical_problem import (
     flat_transition,
     new_gradient,
 )
-from .dispatch import called, number_or_tensor, runs_plainly
+from .dispatch import backend_modules, called, number_or_tensor, runs_plainly
 from .dtypes import compute_dtype
 from .function import apply, signed
 
-# Where each backend's `forward`, `backward` and `project` live; imported at the first use, since Triton may be absent.
-_BACKEND_MODULES = {
-    "triton": ".categorical_launch",
-    "torch": ".categorical_vectorized",
-    "reference": ".categorical_reference",
-    "verify": ".categorical_verify",
-}
+# Each backend's module has a `forward`, a `backward` and a `project`.
+backend_module = backend_modules("categorical")
 
 _BELLMAN = "Tensor support, Tensor reward, Tensor terminated, float? gamma_number, Tensor? gamma"
 _library = torch.library.Library("fusedrl", "FRAGMENT")
@@ -80,12 +73,6 @@ def projection(prob: Tensor, bellman: Bellman, backend: str | None) -> Tensor:
     *tensors, gamma = _constants(bellman)
     scalar = number_or_tensor(gamma, prob)
     return called(_projection_operator, _categorical_projection, name, prob.detach(), *tensors, *scalar)
-
-
-@cache
-def backend_module(name: str) -> Any:
-    """The module with the ``forward``, ``backward`` and ``project`` of backend ``name``."""
-    return import_module(_BACKEND_MODULES[name], __package__)
 
 
 @signed

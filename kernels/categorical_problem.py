@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from .checks import check_agrees, check_broadcasts
-from .dtypes import compute_dtype as compute_dtype  # imported from here by its backends
 
 _INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .categorical_problem import Bellman, Transition, compute_dtype, new_gradient
-from .samples_vectorized import cast
+from .categorical_problem import Bellman, Transition, new_gradient
+from .dtypes import cast, compute_dtype
 
 # Elements of a tile's largest temporary: half a megabyte in float32.
 _TILE = 1 << 17

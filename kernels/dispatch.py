@@ -5,6 +5,8 @@ implementation is called without it, which saves the dispatcher's microseconds.
 """
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -14,9 +16,22 @@ from torch.nn import Parameter
 
 from .recognition import Recognition
 
+# What the modules of the backends are called, after the family of operations.
+_SUFFIXES = {"triton": "launch", "torch": "vectorized", "reference": "reference", "verify": "verify"}
+
+
+def backend_modules(family: str) -> Callable[[str], Any]:
+    """A function from a backend's name to its module, imported at the first use, since Triton may be absent."""
+
+    @cache
+    def backend_module(name: str) -> Any:
+        return import_module(f".{family}_{_SUFFIXES[name]}", __package__)
+
+    return backend_module
+
 
 def tensors_among(fields: Iterable[Any]) -> list[Tensor]:
-    """Those of the ``fields`` that are tensors. The others are known by their type, which is found much sooner."""
+    """Those of the ``fields`` that are tensors. Usual other types are ruled out first: `isinstance` takes longer."""
     return [x for x in fields if type(x) not in _NO_TENSORS and isinstance(x, Tensor)]
 
 

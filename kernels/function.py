@@ -49,10 +49,10 @@ def aliases(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def gradients_of_tensors(gradients: Callable[..., list[Any]], ctx: Any, grads: Sequence[Tensor | None]) -> tuple:
-    """Those of a Function whose inputs are a problem and the tensors in it.
+    """What ``backward`` returns for a Function that is called with a problem and the tensors in it.
 
-    What is saved are the problem's fields, None where there was no tensor, and one more; ``gradients(ctx, grads,
-    needs)`` finds those of all but the last two, which are masks.
+    The saved tensors are the problem's fields in order, None for what is no tensor, and one output.
+    ``gradients(ctx, grads, needs)`` finds the gradients of all fields but the last two, which are masks.
     """
     *fields, _ = ctx.saved_tensors
     needed = iter(ctx.needs_input_grad[1:])

@@ -142,7 +142,7 @@ def clip_ppo_kernel(
         leave_sum(workspace, LOG_WEIGHT, sum_of_log_weights)
         leave_sum(workspace, OUTSIDE, count_outside)
         leave_exponents(workspace, EXPONENTS, greatest, first, second)
-        if is_last_to_finish(workspace, ROWS):
+        if is_last_to_finish(workspace, ROWS, POWER):
             if loss is not None:
                 sum_of_all = total(workspace, LOSS, POWER)
                 write_scalar(loss, sum_of_all * share if MEAN else sum_of_all)

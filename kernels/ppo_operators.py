@@ -1,7 +1,8 @@
 """From a checked clipped surrogate to its loss: the operator ``fusedrl::clip_ppo_loss`` and what is around it."""
 
+from .dispatch import backend_modules
 from .ppo_problem import PPOConstants, outputs
-from .samples_operators import SCALAR, backend_modules, loss_operator
+from .samples_operators import SCALAR, loss_operator
 
 backend_module = backend_modules("ppo")
 

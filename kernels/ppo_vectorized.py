@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dtypes import cast
 from .ppo_problem import SMALLEST_STD, PPOConstants, dtypes
 from .samples import as_scalar
 from .samples_reference import with_slope
-from .samples_vectorized import cast, factors, mean, padding_and_count, selected
+from .samples_vectorized import factors, mean, padding_and_count, selected
 
 
 def compose(log_prob: Tensor, constants: PPOConstants) -> list[Tensor]:

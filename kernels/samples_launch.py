@@ -74,8 +74,9 @@ def plan(
     phases: tuple[tuple[bool, bool], ...] = ((False, True),)
     if counts:
         phases = ((True, True),) if parts.programs == 1 else ((True, False), (False, True))
-    # The count of finished programs starts at zero, which the first phase sees to if there is one.
-    workspace = Workspace(rows * parts.programs + 1, precise, zeros=not counts)
+    # The count of finished programs starts at zero, which the first phase sees to if there is one; a single program
+    # needs none.
+    workspace = Workspace(rows * parts.programs + 1, precise, zeros=not counts and parts.programs > 1)
     launches = [
         Launch(
             kernel,

@@ -5,8 +5,6 @@ the constants: a scalar as a number and a tensor, of which one is None.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -18,20 +16,7 @@ from .samples import solver
 # The type of a constant that is a number or a 0-d tensor, or None.
 SCALAR = "scalar"
 
-# What the modules with each backend's `forward` are called, after the loss.
-_SUFFIXES = {"triton": "launch", "torch": "vectorized", "reference": "reference", "verify": "verify"}
-
 _library = torch.library.Library("fusedrl", "FRAGMENT")
-
-
-def backend_modules(loss: str) -> Callable[[str], Any]:
-    """A function from a backend's name to its module, imported at the first use, since Triton may be absent."""
-
-    @cache
-    def backend_module(name: str) -> Any:
-        return import_module(f".{loss}_{_SUFFIXES[name]}", __package__)
-
-    return backend_module
 
 
 def loss_operator(
@@ -49,7 +34,7 @@ def loss_operator(
         x: what the tensor is called that the loss is a function of.
         constants: the NamedTuple of all else.
         types: the type of each of its fields, in the words of a schema: first tensors, then SCALAR, then options.
-        outputs: ``outputs(x, constants, keep)`` gives what the operator does, uninitialised.
+        outputs: ``outputs(x, constants, keep)`` gives uninitialised tensors of the shapes and dtypes of the results.
         backend_module: finds a backend's ``forward(x, constants, keep)``, and ``compose(x, constants)`` of the backends
             that autograd sees through.
 

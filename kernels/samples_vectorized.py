@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dtypes import cast as cast  # imported from here by the backends
-
 
 def padding_and_count(mask: Tensor | None, samples: int, dtype: torch.dtype) -> tuple[Tensor | None, Any]:
     """The samples that don't count, and the number of those that do."""

@@ -5,8 +5,6 @@ so that compile time doesn't depend on the length of time and nothing inside is 
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cache
-from importlib import import_module
 from operator import index
 from typing import Any
 
@@ -18,6 +16,7 @@ from . import scan_batching
 from .backend import resolve_backend
 from .dispatch import (
     are_plain,
+    backend_modules,
     is_unwatched,
     number_or_tensor,
     numbers_and_tensors,
@@ -30,13 +29,8 @@ from .recognition import Recognition
 from .scan_problem import Recurrence, checked, fit, with_one_mask
 from .scan_second_order import differentiable_backward
 
-# Where each backend's `forward` and `backward` live; imported at the first use, since Triton may be absent.
-_BACKEND_MODULES = {
-    "triton": ".scan_launch",
-    "torch": ".scan_vectorized",
-    "reference": ".scan_reference",
-    "verify": ".scan_verify",
-}
+# Each backend's module has a `forward` and a `backward`.
+backend_module = backend_modules("scan")
 
 _ARGUMENTS = (
     "str kind, str backend, int time_dim, float? gamma_number, Tensor? gamma, float? lmbda_number, Tensor? lmbda, "
@@ -88,12 +82,6 @@ def _recognised_or_checked(
 
 # Problems that passed their checks, with tensors on which operators run plainly.
 _checked_forms = Recognition()
-
-
-@cache
-def backend_module(name: str) -> Any:
-    """The module with the ``forward`` and ``backward`` of backend ``name``."""
-    return import_module(_BACKEND_MODULES[name], __package__)
 
 
 @signed

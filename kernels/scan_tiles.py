@@ -110,9 +110,10 @@ def all_ended(ended, lane, AXIS: tl.constexpr):
 
 @triton.jit
 def store_composition(compositions, row, share, a, x, ended, SPLIT_POWER: tl.constexpr, DTYPE: tl.constexpr):
-    """Stores (a, x) of a share for `entering_state`. Its a is 0 where a trajectory ended, and nowhere else.
+    """Stores (a, x) of a share for `entering_state`, where a = 0 says that a trajectory ended in the share.
 
-    Where many discounts have made it 0 it is the least of numbers, which a NaN or an infinity passes, and nothing else.
+    A product of discounts that underflowed to 0 is stored as the smallest subnormal number: no finite state passes it,
+    but NaN and infinity do, as they would in a whole row.
     """
     least = tl.full(a.shape, 5e-324 if tl.float64 == DTYPE else 1.4e-45, DTYPE)
     place = compositions + row * (2 * SPLIT_POWER) + share

@@ -6,8 +6,6 @@ and ``fusedrl::normal_sample`` and their backwards. Inputs are all that these ke
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -18,14 +16,14 @@ from . import squashed_normal_reference as reference
 from . import squashed_normal_vectorized as vectorized
 from .backend import resolve_backend
 from .checks import check_agrees, check_broadcasts
-from .dispatch import called, constant, number_or_tensor
+from .dispatch import backend_modules, called, constant, number_or_tensor
 from .dtypes import cast, result_dtype
 from .function import aliases, apply, autograd_inside, signed
 from .squashed_normal_problem import Bounds, Squash
 
 _COMPOSITIONS: dict[str, Any] = {"torch": vectorized, "reference": reference}
-# Where the functions of the others live; imported at the first use, since Triton may be absent.
-_OPERATOR_MODULES = {"triton": ".squashed_normal_launch", "verify": ".squashed_normal_verify"}
+# The modules of the others have the four functions of the operators.
+backend_module = backend_modules("squashed_normal")
 
 _SQUASH = "float? low_number, Tensor? low, float? high_number, Tensor? high, float? margin"
 _library = torch.library.Library("fusedrl", "FRAGMENT")
@@ -112,12 +110,6 @@ def _composition(name: str) -> Any:
     if forward_ad._current_level >= 0 and name not in _COMPOSITIONS:
         return reference  # forward-mode tangents need operations that autograd knows
     return _COMPOSITIONS.get(name)
-
-
-@cache
-def backend_module(name: str) -> Any:
-    """The module with the four functions of backend ``name``."""
-    return import_module(_OPERATOR_MODULES[name], __package__)
 
 
 @signed

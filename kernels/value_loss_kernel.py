@@ -117,7 +117,7 @@ def value_loss_kernel(
         if explained_variance is not None:
             leave_moments(workspace, TARGET, count, target_mean, target_square)
             leave_moments(workspace, ERROR, count, error_mean, error_square)
-        if is_last_to_finish(workspace, ROWS):
+        if is_last_to_finish(workspace, ROWS, POWER):
             if loss is not None:
                 write_scalar(loss, total(workspace, LOSS, POWER))
             if old_value is not None:

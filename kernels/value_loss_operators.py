@@ -1,6 +1,7 @@
 """From a checked critic's loss to its value: the operator ``fusedrl::value_loss`` and what is around it."""
 
-from .samples_operators import SCALAR, backend_modules, loss_operator
+from .dispatch import backend_modules
+from .samples_operators import SCALAR, loss_operator
 from .value_loss_problem import ValueConstants, outputs
 
 backend_module = backend_modules("value_loss")

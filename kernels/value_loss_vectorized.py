@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dtypes import cast
 from .samples import as_scalar
 from .samples_reference import with_slope
-from .samples_vectorized import cast, factors, mean, padding_and_count, selected
+from .samples_vectorized import factors, mean, padding_and_count, selected
 from .value_loss_problem import ValueConstants, dtypes, smallest_variance
 
 # What `torch.nn.functional` calls once it has compared shapes, which are known to agree here.

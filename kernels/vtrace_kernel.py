@@ -114,15 +114,15 @@ def vtrace_kernel(
                 read3 = _read(inputs, at, 3, ADJOINT, COMPOSE)
             if start < steps:  # always; see the text of `fusedrl.kernels.scan_kernel`
                 if TIME_IS_CONTIGUOUS:
-                    c_all, d_all, e_all = _prologue(read, inputs, scalars, at, 0, ADJOINT, DTYPE)
+                    c_all, d_all, e_all = _prologue(read, inputs, scalars, ADJOINT, DTYPE)
                     c0, c1, c2, c3 = split4(c_all)
                     d0, d1, d2, d3 = split4(d_all)
                     e0, e1, e2, e3 = split4(e_all)
                 else:
-                    c0, d0, e0 = _prologue(read0, inputs, scalars, at, 0, ADJOINT, DTYPE)
-                    c1, d1, e1 = _prologue(read1, inputs, scalars, at, 1, ADJOINT, DTYPE)
-                    c2, d2, e2 = _prologue(read2, inputs, scalars, at, 2, ADJOINT, DTYPE)
-                    c3, d3, e3 = _prologue(read3, inputs, scalars, at, 3, ADJOINT, DTYPE)
+                    c0, d0, e0 = _prologue(read0, inputs, scalars, ADJOINT, DTYPE)
+                    c1, d1, e1 = _prologue(read1, inputs, scalars, ADJOINT, DTYPE)
+                    c2, d2, e2 = _prologue(read2, inputs, scalars, ADJOINT, DTYPE)
+                    c3, d3, e3 = _prologue(read3, inputs, scalars, ADJOINT, DTYPE)
                 lane_a = c0 * c1 * (c2 * c3)
                 if ADJOINT:
                     lane_b = c3 * (d3 + c2 * (d2 + c1 * (d1 + c0 * d0 + e0) + e1) + e2) + e3
@@ -236,7 +236,7 @@ def _ends(read, inputs):
 
 
 @triton.jit
-def _prologue(read, inputs, scalars, at, K: tl.constexpr, ADJOINT: tl.constexpr, DTYPE: tl.constexpr):
+def _prologue(read, inputs, scalars, ADJOINT: tl.constexpr, DTYPE: tl.constexpr):
     """c, d and e of some steps."""
     log_pi, log_mu, v, next_v, r, done, terminated, _, _, g_advantage, g_target, _, _, _, _, _ = read
     gamma = scalars[0]

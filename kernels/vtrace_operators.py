@@ -1,8 +1,6 @@
 """From a V-trace problem to its solution: opaque operators of the fused backends, and the autograd.Function around."""
 
 from collections.abc import Mapping, Sequence
-from functools import cache
-from importlib import import_module
 from operator import index
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch.autograd import forward_ad
 from .backend import resolve_backend
 from .dispatch import (
     are_plain,
+    backend_modules,
     is_unwatched,
     number_or_tensor,
     numbers_and_tensors,
@@ -26,8 +25,9 @@ from .scan_problem import with_one_mask
 from .vtrace_composed import composed
 from .vtrace_problem import VTrace, check_thresholds, checked
 
-# Where the `forward` and `backward` of the backends live that solve all of it; imported at the first use.
-_BACKEND_MODULES = {"triton": ".vtrace_launch", "reference": ".vtrace_reference", "verify": ".vtrace_verify"}
+# The backends that solve all of it; the module of each has a `forward` and a `backward`.
+_FUSED = frozenset(("triton", "reference", "verify"))
+_backend_module = backend_modules("vtrace")
 
 _ARGUMENTS = (
     "str backend, int time_dim, Tensor log_pi, Tensor? log_mu, Tensor value, Tensor next_value, Tensor reward, "
@@ -100,7 +100,7 @@ _fused_forms = Recognition()
 
 def _is_fused(problem: VTrace, backend: str) -> bool:
     """Whether the backend solves all of it."""
-    if forward_ad._current_level >= 0 or backend not in _BACKEND_MODULES:
+    if forward_ad._current_level >= 0 or backend not in _FUSED:
         return False
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return False  # which know the recurrence and what is around it
@@ -208,11 +208,6 @@ def _gathered(arguments: Sequence[Any]) -> VTrace:
     pairs = zip(arguments[5:11:2], arguments[6:11:2], strict=True)
     constants = (number if tensor is None else tensor for number, tensor in pairs)
     return VTrace(*arguments[:5], *constants, *arguments[11:])
-
-
-@cache
-def _backend_module(name: str) -> Any:
-    return import_module(_BACKEND_MODULES[name], __package__)
 
 
 def _vtrace(backend: str, time_dim: int, *arguments: Any) -> list[Tensor]:

@@ -216,7 +216,7 @@ class PPOLoss(ActorCriticLoss):
         return Comparison(tensordict, heads, advantage, log_prob, old_log_prob, proximal_log_prob, mask)
 
     def _log_weights(self, new: Comparison) -> tuple[Tensor, Tensor]:
-        """log r = log π_θ − log π_old, capped; and log π_θ − log π_prox, the same but for the cap without a π_prox."""
+        """log r = log π_θ − log π_old, capped; and log π_θ − log π_prox, or without π_prox log r before the cap."""
         log_weight = self._only_valid(new.log_prob - new.old_log_prob, new.tensordict)
         proximal_log_weight = log_weight
         if new.proximal_log_prob is not None:

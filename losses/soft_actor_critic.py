@@ -1,4 +1,4 @@
-"""What SAC, its form for discrete actions, and REDQ share: a policy, an ensemble of Q networks, a temperature."""
+"""What SAC and its relatives (discrete SAC, REDQ, CQL, CrossQ, TQC) share: policy, ensemble of Q, temperature."""
 
 from typing import Any
 

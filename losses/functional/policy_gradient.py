@@ -6,7 +6,8 @@ samples that count, and what stands at the others is never read into a result.
 
 `ClipPPOLoss` runs its objective, the gradient and what is logged of them as one operator,
 `fusedrl.kernels.clip_ppo_loss`; what it computes is `clip_ppo_objective`, `approximate_kl`, `clip_fraction`,
-`effective_sample_size` and `largest_ratio`. Critics learn by `fusedrl.kernels.value_loss`.
+`effective_sample_size` (of all samples together) and `largest_ratio`. Those are here for losses of one's own, and tests
+hold the operator to them. Critics learn by `fusedrl.kernels.value_loss`.
 """
 
 import torch
@@ -15,6 +16,7 @@ from torch import distributed as dist
 
 from ...kernels.checks import Scalar
 from ...kernels.dispatch import as_input
+from ...kernels.ppo_problem import SMALLEST_STD
 
 # --- samples that count -----------------------------------------------------------------------------------------
 
@@ -211,8 +213,6 @@ def weight_excess(log_weight: Tensor, max_ratio: Scalar) -> Tensor:
 
 
 # --- PPO: the advantage -----------------------------------------------------------------------------------------
-
-SMALLEST_STD = 1e-6  # a spread below this is rounding noise and is not blown up to 1
 
 
 def normalize_advantage(
