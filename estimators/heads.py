@@ -54,7 +54,7 @@ class DistributionHeads:
 
     def log_prob(self, actions: TensorDictBase | Mapping[NestedKey, Tensor]) -> Tensor:
         """Log-probability of the action in ``actions``."""
-        return self.total([log_prob(head, actions[key]) for key, head in self.heads.items()])
+        return self.total([log_prob(head, actions[key], key) for key, head in self.heads.items()])
 
     def total(self, parts: list[Tensor]) -> Tensor:
         """Sum of what belongs to each head."""
@@ -177,12 +177,33 @@ _LOC_AND_SCALE = (("loc", "scale"), ("scale", "loc"))
 _ENTROPY_OF_STANDARD_NORMAL = 0.5 + 0.5 * math.log(2 * math.pi)
 
 
-def log_prob(dist: PolicyDistribution, action: Tensor) -> Tensor:
-    """log π(a) of ``dist``."""
+def log_prob(dist: PolicyDistribution, action: Tensor, key: NestedKey = "action") -> Tensor:
+    """log π(a) of ``dist``; the ``key`` of the action is for the error.
+
+    Raises:
+        RuntimeError: the distribution would broadcast the action.
+
+    """
     gaussian = diagonal_gaussian(dist)
     if gaussian is None or action.shape != gaussian.loc.shape or not action.is_floating_point():
+        _refuse_to_broadcast(dist, action, key)
         return dist.log_prob(action)
     return gaussian.log_prob(action)
+
+
+def _refuse_to_broadcast(dist: PolicyDistribution, action: Tensor, key: NestedKey) -> None:
+    """Refuse an ``action`` of another shape than those that are drawn; dimensions in front may be added."""
+    wanted = dist.batch_shape + dist.event_shape
+    if not wanted or action.shape[-len(wanted) :] == wanted:
+        return
+    # A one-hot action can have a dimension that its distribution doesn't count.
+    logits = getattr(dist, "logits", None)
+    is_one_hot = isinstance(logits, Tensor) and action.shape[-1:] == logits.shape[-1:]
+    if is_one_hot and action.shape[-1 - len(wanted) : -1] == wanted:
+        return
+    raise RuntimeError(
+        f"{key!r} has shape {tuple(action.shape)}, but the policy's distribution is of actions of shape {tuple(wanted)}"
+    )
 
 
 def diagonal_gaussian(dist: Any) -> DiagonalGaussian | None:

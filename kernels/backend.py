@@ -4,7 +4,7 @@
 ``auto``        ``triton`` where it can run, else ``torch``
 ``triton``      the kernels: CUDA and ROCm tensors; any tensor under Triton's interpreter
 ``torch``       vectorised PyTorch, on every device
-``reference``   the plain loop over time
+``reference``   the equations, as a plain loop over time or over atoms
 ``verify``      what ``auto`` picks, compared with ``reference`` in forward and backward
 ==============  ==========================================================================================
 """
@@ -34,6 +34,7 @@ _process_backend: str | None = os.environ.get(ENVIRONMENT_VARIABLE) or None
 # Of the process, not of the thread: a plain global is what the compiler can guard on, so that a compiled function
 # called in another block is compiled for that block's backend.
 _block_backend: str | None = None
+_blocks: list[list[str]] = []  # those that are entered, in that order, each a list that is no other
 
 
 def check_backend(name: str | None, source: str = "backend") -> str | None:
@@ -45,7 +46,9 @@ def check_backend(name: str | None, source: str = "backend") -> str | None:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every estimator inside the block on backend ``name``, unless a call names its own.
+    """Run all estimators and losses inside the block on backend ``name``, except where a call names its own.
+
+    The choice is the process's: where blocks of several threads overlap, the one that was entered last counts for all.
 
     Raises:
         ValueError: ``name`` is not a backend.
@@ -56,12 +59,17 @@ def use_backend(name: str) -> Iterator[None]:
         'reference'
 
     """
-    global _block_backend
-    outer, _block_backend = _block_backend, check_backend(name)
+    global _block_backend, _blocks
+    check_backend(name)
+    block = [name]
+    _blocks = [*_blocks, block]
+    _block_backend = name
     try:
         yield
     finally:
-        _block_backend = outer
+        # Perhaps not the last: another thread may have entered a block since.
+        _blocks = [other for other in _blocks if other is not block]
+        _block_backend = _blocks[-1][0] if _blocks else None
 
 
 def current_backend() -> str:

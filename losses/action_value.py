@@ -132,7 +132,7 @@ class ActionValueLoss(LossModule):
         self._require_entries(tensordict, [key], "rename it with set_keys(action=...)")
         action = tensordict.get(key)
         mask = self._mask(tensordict, self._get(tensordict, "reward"))
-        if mask is None:
+        if mask is None or action.dtype == torch.bool:
             return action
         mask = mask.squeeze(-1)
         return torch.where(expand_right(mask, action) if action.ndim >= mask.ndim else mask, action, 0)

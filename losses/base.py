@@ -15,7 +15,7 @@ from tensordict.nn import InteractionType, set_interaction_type
 from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
-from ..estimators.base import PADDING_MASK
+from ..estimators.base import PADDING_MASK, SHIFTED_VALID
 from ..estimators.modules import keys_read
 from ..estimators.steps import any_right
 from .distributed import findable
@@ -24,7 +24,7 @@ from .networks import FunctionalModule
 from .reduction import align, check_reduction, reduce_loss
 from .utils import ValueEstimators, dispatch_value_estimator
 
-AUTO_LOSS_MASK_KEYS: tuple[NestedKey, ...] = (("collector", "mask"), "shifted_valid")
+AUTO_LOSS_MASK_KEYS: tuple[NestedKey, ...] = (PADDING_MASK, SHIFTED_VALID)
 """The entries that mark the valid steps of padded data; a step counts if all of those that are there say so."""
 
 
@@ -198,11 +198,13 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
     # --- value estimator ----------------------------------------------------------------------------------------
 
     def _marked_padding(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """``tensordict`` with the loss's own mask where a value estimator looks for one; the input is left as it is."""
-        if self.loss_mask_key in ("auto", None):
+        """``tensordict``, or a copy with the loss's mask, and no other, where a value estimator looks for one."""
+        if self.loss_mask_key == "auto":
             return tensordict
-        mask = tensordict.get(self.loss_mask_key, None)
-        return tensordict if mask is None else tensordict.copy().set(PADDING_MASK, mask)
+        mask = None if self.loss_mask_key is None else tensordict.get(self.loss_mask_key, None)
+        if mask is not None:
+            return tensordict.copy().set(PADDING_MASK, mask)
+        return tensordict if tensordict.get(PADDING_MASK, None) is None else tensordict.exclude(PADDING_MASK)
 
     def make_value_estimator(self, value_type: Any = None, **hyperparams: Any) -> "LossModule":
         """Choose how returns and advantages are estimated.
@@ -395,7 +397,12 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
         return data
 
     def _only_valid(self, x: Tensor, tensordict: TensorDictBase) -> Tensor:
-        """``x`` with 0 at the steps that don't count: what padding holds must not reach a gradient as 0 · NaN."""
+        """``x`` with 0 at the steps that don't count: what padding holds must not reach a gradient as 0 · NaN.
+
+        A bool is no NaN, and of several, such as the actions that are allowed, it may matter that one is True.
+        """
+        if x.dtype == torch.bool:
+            return x
         mask = self._mask(tensordict, x)
         return x if mask is None else torch.where(mask, x, 0)
 

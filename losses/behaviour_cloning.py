@@ -97,7 +97,8 @@ class BCLoss(SupervisedLoss):
         for key in self._keys("action"):
             action = data.get(key)
             valid = self._counted(tensordict, action)
-            data.set(key, action if valid is None else torch.where(valid, action, 0))
+            if valid is not None and action.dtype != torch.bool:
+                data.set(key, torch.where(valid, action, 0))
         likelihood = self.stochastic and self.loss_function is None
         loss = -self._log_prob(data) if likelihood else self._error(data)
         mask = self._counted(tensordict, loss)
@@ -117,8 +118,6 @@ class BCLoss(SupervisedLoss):
         with self._parameters_in("actor_network"):
             dist = distribution(self.actor_network, data)
         heads = ActionHeads(dist, self._keys("action")[0], data.ndim)
-        for key, head in heads.heads.items():
-            self._require_action_of(head, data.get(key), key)
         return heads.log_prob(data)
 
     def _error(self, data: TensorDictBase) -> Tensor:

@@ -165,10 +165,8 @@ class OnlineDTLoss(SupervisedLoss, TemperatureLoss):
         """The losses and their metrics (see the class), for data of batch size ``[*B]``."""
         data = self._read(tensordict, "action_target", networks=("actor_network",))
         key = self.tensor_keys.action_target
-        target = data.get(key)
         with self._parameters_in("actor_network"):
             dist = distribution(self.actor_network, data)
-        self._require_action_of(dist, target, key)
         heads = ActionHeads(dist, key, data.ndim)
         (entropy,) = heads.entropies(self.samples_mc_entropy).values()
         alpha = self._bounded_alpha()

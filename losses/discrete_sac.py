@@ -161,7 +161,8 @@ class DiscreteSACLoss(SoftActorCriticLoss):
 
         log_prob = self._log_probs(data, tensordict)
         values = self._values(data, log_prob)
-        # A policy's gradient to the values is none, but that of the observations passes through them.
+        # The policy's loss trains no Q, but observations that require gradients get theirs through Q as well: then it
+        # is asked again, with constant parameters.
         inputs_learn = any(x.requires_grad for x in data.values(True, True))
         constant_values = self._values(data, log_prob, detach=True) if inputs_learn else values.detach()
         with torch.no_grad():
@@ -171,7 +172,7 @@ class DiscreteSACLoss(SoftActorCriticLoss):
             value_target = self._value_target(tensordict, next_value)
 
         value = self.action_space.value(values, action.expand(self.num_qvalue_nets, *action.shape))
-        entropy = categorical_entropy(log_prob)
+        entropy = self._only_valid(categorical_entropy(log_prob), tensordict)  # NaN where no action is allowed
         losses = {
             "loss_actor": -expected_soft_value(constant_values.amin(0), log_prob, alpha),
             "loss_qvalue": ensemble_distance(value, value_target, self.loss_function),

@@ -83,14 +83,18 @@ class ModelLoss(DreamerLoss):
         keys = getattr(self.tensor_keys, name)
         return [unravel_key(("next", key)) for key in (keys if isinstance(keys, list) else [keys])]
 
+    def _read_by_model(self) -> list[NestedKey]:
+        """What the world model reads of the data; it may read the reward where the loss moves that."""
+        return [key for key in keys_read(self.world_model) if key not in self._keys("true_reward")]
+
     def _find_in_keys(self) -> Iterator[NestedKey]:
-        yield from keys_read(self.world_model)
+        yield from self._read_by_model()
         yield from (*self._keys("pixels"), *self._keys("reward"))
 
     def _modelled(self, tensordict: TensorDictBase) -> TensorDictBase:
         """A copy of the data with what the world model says of it, and the reward under another name."""
         self._require(tensordict, "reward", "pixels")
-        self._require_entries(tensordict, keys_read(self.world_model), "it is one of the in_keys of world_model")
+        self._require_entries(tensordict, self._read_by_model(), "it is one of the in_keys of world_model")
         data = self._without_padding(tensordict, *self.in_keys)
         data.rename_key_(*self._keys("reward"), *self._keys("true_reward"))
         return self.world_model(data)

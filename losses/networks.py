@@ -30,6 +30,7 @@ from .parameters import (
     parts_of,
     places_of,
     refuse_aliases,
+    replaced,
     reset_parameters,
     share,
     slots_of,
@@ -55,7 +56,9 @@ class FunctionalModule(TensorDictModuleBase):
     def __init__(self) -> None:
         super().__init__()
         self._functional_networks: dict[str, nn.Module] = {}
+        # Of each network, what it has of one before it: as a constant (`compare_against`), or to train both.
         self._shared: dict[str, dict[NestedKey, Entry]] = {}
+        self._common: dict[str, dict[NestedKey, Entry]] = {}
         self._has_update_associated: dict[str, bool] = {}
         self._slots: dict[str, Slots] = {}
         self._whole: dict[str, dict[Path, TensorDictParams]] = {}
@@ -108,6 +111,7 @@ class FunctionalModule(TensorDictModuleBase):
             params, network = ensemble(params, expand_dim, shared), stateless(network)
         else:
             params = without_shared(params, shared)
+        self._common[module_name] = self._found_elsewhere(params, {id(x) for x in params.values(True, True)})
         # Not among the registered modules: what is trained and saved are the parameters.
         self._functional_networks[module_name] = self.__dict__[module_name] = network
         # Not when it's first needed, which may be in compiled code, where a module may not be looked into at any time.
@@ -165,13 +169,22 @@ class FunctionalModule(TensorDictModuleBase):
 
     def _with_parameters(self, name: str, params: Parameters) -> AbstractContextManager[Any]:
         """Within the block the network ``name`` has ``params``, such as those of one member of an ensemble."""
-        if params is self._own_params[name]:
-            return nullcontext()
-        if not isinstance(params, TensorDictBase):
-            return in_slots(self._slots[name], params)
         if torch.compiler.is_compiling():
-            return swapped_in(params, self._functional_networks[name], self._whole[name])
-        return in_slots(self._slots[name], self._parts_of(name, params))
+            if params is self._own_params[name]:
+                return nullcontext()
+            if isinstance(params, TensorDictBase):
+                return swapped_in(params, self._functional_networks[name], self._whole[name])
+            return in_slots(self._slots[name], params)
+        slots = self._slots[name]
+        if not all(key in slot for slot, key in slots):  # others were put into the network, some as buffers
+            self._find_slots(name)
+            slots = self._slots[name]
+        parts = self._parts_of(name, params) if isinstance(params, TensorDictBase) else params
+        if params is self._own_params[name] and all(
+            slot[key] is x for (slot, key), x in zip(slots, parts, strict=True)
+        ):
+            return nullcontext()
+        return in_slots(slots, parts)
 
     def _find_slots(self, name: str) -> None:
         """Where the network ``name`` keeps its parameters, whether they are the loss's own, and what network it is."""
@@ -254,15 +267,22 @@ class FunctionalModule(TensorDictModuleBase):
 
     def _tie(self) -> None:
         """Make one tensor again of what is in several places: in two networks, or in a network and in the loss."""
-        for name, entries in self._shared.items():
-            sources = {key: getattr(self, f"{other}_params").get(at) for key, (other, at) in entries.items()}
+        for name, network in self._functional_networks.items():
+            shared, common = self._sources(self._shared[name]), self._sources(self._common[name])
             params = getattr(self, f"{name}_params")
-            if sources:
-                params = share(params, sources)
+            if shared:
+                params = share(params, shared)
+            if any(params.get(key) is not x for key, x in common.items()):
+                params = replaced(params, common)
+            if params is not getattr(self, f"{name}_params"):
                 setattr(self, f"{name}_params", params)
             if params.ndim == 0:
-                fill(self._functional_networks[name], params, leave_out=set(sources))
+                fill(network, params, leave_out=set(shared))
+        for name in self._functional_networks:  # once all are filled, since they may have modules in common
             self._find_slots(name)
+
+    def _sources(self, entries: dict[NestedKey, Entry]) -> dict[NestedKey, Tensor]:
+        return {key: getattr(self, f"{other}_params").get(at) for key, (other, at) in entries.items()}
 
     def train(self, mode: bool = True) -> "FunctionalModule":
         """Training mode of the loss and of its networks."""

@@ -103,6 +103,11 @@ def share(params: TensorDictParams, sources: dict[NestedKey, Tensor]) -> TensorD
     return _mapped(params, shared)
 
 
+def replaced(params: TensorDictParams, sources: dict[NestedKey, Tensor]) -> TensorDictParams:
+    """``params`` with the tensors ``sources`` themselves in their places."""
+    return _mapped(params, lambda key, x: sources.get(key, x))
+
+
 def held_whole(network: nn.Module) -> dict[Path, TensorDictParams]:
     """The TensorDicts in which modules of ``network`` hold parameters, as TorchRL's multi-agent networks do.
 

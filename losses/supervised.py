@@ -8,7 +8,6 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.utils import unravel_key
 from torch import Tensor
 
-from ..estimators.heads import PolicyDistribution
 from ..estimators.modules import keys_read
 from .base import LossModule
 from .keys import NEXT_KEYS
@@ -59,21 +58,6 @@ class SupervisedLoss(LossModule):
         with self._parameters_in(network):
             out = getattr(self, network)(data.copy())
         return [out.get(key) for key in keys]
-
-    def _require_action_of(self, dist: PolicyDistribution, action: Tensor, key: NestedKey) -> None:
-        """Refuse an ``action`` that the distribution would broadcast.
-
-        Raises:
-            RuntimeError: the shapes differ.
-
-        """
-        wanted = dist.batch_shape + dist.event_shape
-        # A one-hot action can have a dimension that its distribution doesn't count.
-        if action.ndim == len(wanted) and action.shape != wanted:
-            raise RuntimeError(
-                f"{type(self).__name__}: {key!r} has shape {tuple(action.shape)}, but the policy's distribution is of "
-                f"actions of shape {tuple(wanted)}"
-            )
 
     def _require_written(self, module: torch.nn.Module, network: str, keys: dict[str, NestedKey]) -> None:
         written = [unravel_key(key) for key in module.out_keys]  # type: ignore[union-attr]  # a TensorDictModule

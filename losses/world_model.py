@@ -135,7 +135,6 @@ class WorldModelLoss(SupervisedLoss):
         self._require(tensordict, *(name for name in ("reward", "done") if name in self.losses))
         if "reconstruction" in self.losses:
             self._require(tensordict, "observation")
-        self._require_entries(tensordict, keys_read(self.world_model), "the world model reads it")
         data = tensordict.copy()
         if (following := data.get("next", None)) is not None:
             following.batch_size = data.batch_size
@@ -143,6 +142,7 @@ class WorldModelLoss(SupervisedLoss):
             key = self._keys(name)[0]
             if data.get(key, None) is not None:
                 data.rename_key_(key, self._true(name))
+        self._require_entries(data, keys_read(self.world_model), "the world model reads it")
         for key in {*keys_read(self.world_model), *self._true_keys().values()}:
             data.set(key, self._only_valid(data.get(key), tensordict))
         return data
@@ -168,6 +168,7 @@ class WorldModelLoss(SupervisedLoss):
         return key, prediction
 
     def _find_in_keys(self) -> Iterator[NestedKey]:
-        yield from keys_read(self.world_model)
+        moved = [self._true(name) for name in ("reward", "done", "terminated")]
+        yield from (key for key in keys_read(self.world_model) if key not in moved)
         for name in self.losses:
             yield from self._keys({"reconstruction": "observation", "latent": "target_latent"}.get(name, name))

@@ -221,3 +221,14 @@ def test_a_bare_scan_names_its_own_arguments() -> None:
         kernels.reverse_scan(torch.ones(4), torch.ones(1, 3))
     with pytest.raises(IndexError, match="time_dim is 2, but increment"):
         kernels.reverse_scan(0.5, torch.ones(1, 3), time_dim=2)
+
+
+def test_blocks_that_overlap_as_those_of_two_threads_do_leave_nothing_behind():
+    before = choice.current_backend()
+    first, second = kernels.use_backend("verify"), kernels.use_backend("reference")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert choice.current_backend() == "reference"
+    second.__exit__(None, None, None)
+    assert choice.current_backend() == before

@@ -8,7 +8,7 @@ from helpers_imitation import demonstrations
 from helpers_losses import ACTORS, DOUBLE, OBSERVATION, collect, discrete_actor
 from helpers_q import ACTIONS, CLOSE, assert_compiles, assert_rejected, deterministic_actor, gradients, stochastic_actor
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
 from torch import nn
 from torch.nn import functional as F
 
@@ -31,6 +31,25 @@ def padded_chunks():
     observation, chunk = torch.randn(2, OBSERVATION, **DOUBLE), torch.randn(2, 2, 4, **DOUBLE)
     padding = torch.tensor([[False, False], [False, True]])
     return TensorDict({"observation": observation, ("vla_action", "chunk"): chunk, "pad": padding}, [2])
+
+
+def test_what_is_allowed_stays_as_it_is_where_a_step_does_not_count():
+    class Allowed(nn.Linear):
+        def forward(self, observation, allowed):
+            return super().forward(observation).masked_fill(~allowed, -torch.inf)
+
+    net = TensorDictModule(Allowed(OBSERVATION, ACTIONS, **DOUBLE), ["observation", "allowed"], ["logits"])
+    loss, data = BCLoss(ProbabilisticTensorDictSequential(net, discrete_actor()[-1])), collect(discrete_actor())
+    data["allowed"] = F.one_hot(data["action"], ACTIONS).bool() | (torch.rand(*data.shape, ACTIONS) < 0.5)
+    wanted = loss(data)["loss_bc"]
+    data["collector", "mask"] = torch.ones(data.shape, dtype=torch.bool)
+    torch.testing.assert_close(loss(data)["loss_bc"], wanted)
+
+
+def test_an_action_with_a_dimension_too_many_is_refused():
+    data = collect(discrete_actor(), (4,))
+    data["action"] = data["action"].unsqueeze(-1)
+    assert_rejected(BCLoss(discrete_actor()), data, RuntimeError, r"'action' has shape \(4, 1\).*of shape \(4,\)")
 
 
 def test_a_hand_computed_cross_entropy():

@@ -6,9 +6,19 @@ import pytest
 import torch
 from fusedrl.losses.discrete_sac import DiscreteSACLoss
 from helpers_losses import OBSERVATION
-from helpers_q import ACTIONS, CLOSE, DOUBLE, action_values, assert_rejected, desynchronise_targets, gradients, run
+from helpers_q import (
+    ACTIONS,
+    CLOSE,
+    DOUBLE,
+    action_values,
+    assert_rejected,
+    desynchronise_targets,
+    gradients,
+    run,
+    transitions,
+)
 from helpers_sac import categorical_actor, discrete, discrete_sac, made, policy_of, values_of
-from tensordict.nn import TensorDictModule
+from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
 from torch import distributions as D
 from torch import nn
 from torch.nn import functional as F
@@ -156,3 +166,21 @@ def test_a_network_that_writes_another_value_is_told_so():
     assert_rejected(loss, data, KeyError, r"doesn't write 'action_value' but \['q'\].*set_keys")
     loss.set_keys(action_value="q")
     assert run(loss, data)[0]["loss_qvalue"].isfinite()
+
+
+def test_padding_where_no_action_is_allowed_reaches_no_gradient():
+    modules = pytest.importorskip("torchrl.modules")
+    policy = ProbabilisticTensorDictSequential(
+        TensorDictModule(nn.Linear(OBSERVATION, ACTIONS, **DOUBLE), ["observation"], ["logits"]),
+        ProbabilisticTensorDictModule(
+            {"logits": "logits", "mask": "allowed"}, ["action"], distribution_class=modules.MaskedCategorical
+        ),
+    )
+    loss = DiscreteSACLoss(policy, action_values(), action_space="categorical", num_actions=ACTIONS)
+    data = transitions((5,), action="categorical")
+    counts = torch.tensor([True, True, True, False, False])
+    data["collector", "mask"] = counts
+    data["allowed"] = data["next", "allowed"] = counts.unsqueeze(-1).expand(5, ACTIONS)
+    out = loss(data)
+    found = torch.autograd.grad(out["loss_alpha"] + out["loss_actor"] + out["loss_qvalue"], list(loss.parameters()))
+    assert all(g.isfinite().all() for g in found)

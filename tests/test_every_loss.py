@@ -214,6 +214,23 @@ def test_a_mask_of_any_name_leaves_padding_out(name):
     assert all(x.isfinite().all() for x in (*gradients, *(x for key, x in terms.items() if key.startswith("loss"))))
 
 
+@every_loss
+def test_without_a_mask_key_masks_are_not_looked_for(name):
+    case = CASES[name]
+    data = case.data()
+    found = []
+    for counts in (None, torch.rand(data.shape) < 0.5):
+        torch.manual_seed(1)
+        loss = case.make()
+        for part in loss.modules():
+            if isinstance(part, losses.LossModule):
+                part.loss_mask_key = None
+        given = data.clone() if counts is None else data.clone().set(("collector", "mask"), counts)
+        terms, _, gradients = outcome(loss, loss, given)
+        found.append((terms, gradients))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
 def change_coefficients(loss):
     """Give other values to what a schedule can assign, and to the hyperparameters of the value estimator; if any."""
     changed = False

@@ -386,9 +386,7 @@ def test_a_recognised_distribution_is_not_asked(name, monkeypatch):
     draw(dist)
 
 
-@pytest.mark.parametrize(
-    "value", [torch.zeros(3, dtype=torch.float64), torch.zeros(7, 64, 3), torch.zeros(64, 3).long()]
-)
+@pytest.mark.parametrize("value", [torch.zeros(7, 64, 3), torch.zeros(64, 3).long()])
 def test_actions_of_another_shape_or_kind_are_the_distributions_own_matter(value):
     dist = diagonal_normal(*parameters())
     torch.testing.assert_close(log_prob(dist, value), dist.log_prob(value))
@@ -533,3 +531,12 @@ def test_a_policy_trained_by_the_density_of_its_actions_comes_to_them():
         optimiser.step()
     assert loc.item() == pytest.approx(0.5, abs=0.05)
     assert log_scale.exp().item() == pytest.approx(0.7, abs=0.05)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1, 1), (1,)], ids=str)
+@pytest.mark.parametrize("of", [D.Normal, lambda *x: D.Independent(D.Normal(*x), 1)], ids=["plain", "independent"])
+def test_an_action_that_a_distribution_would_broadcast_is_refused(of, shape):
+    loc = torch.zeros(4, 1)
+    with pytest.raises(RuntimeError, match=r"'steer' has shape .*of actions of shape \(4, 1\)"):
+        heads.log_prob(of(loc, torch.ones(4, 1)), torch.zeros(shape), "steer")
+    assert heads.log_prob(of(loc, torch.ones(4, 1)), torch.zeros(3, 4, 1)).shape[:2] == (3, 4)

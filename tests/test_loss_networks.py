@@ -1,0 +1,95 @@
+"""What becomes of a loss's networks: copied where they have modules in common, or given other tensors from outside."""
+
+import copy
+
+import pytest
+import torch
+from fusedrl.losses import A2CLoss, ClipPPOLoss, DQNLoss, SoftUpdate
+from helpers_losses import DOUBLE, OBSERVATION, collect, discrete_actor
+from helpers_q import action_values, transitions
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch import nn
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def with_common_trunk(kind, **options):
+    trunk = TensorDictModule(nn.Linear(OBSERVATION, OBSERVATION, **DOUBLE), ["observation"], ["hidden"])
+    head = TensorDictModule(nn.Linear(OBSERVATION, 1, **DOUBLE), ["hidden"], ["state_value"])
+    return kind(discrete_actor(reads="hidden", trunk=trunk), TensorDictSequential(trunk, head), **options)
+
+
+def train(loss, data):
+    optimizer = torch.optim.SGD(loss.parameters(), lr=0.1)
+    for _ in range(2):
+        out = loss(data.clone())
+        sum(x for key, x in out.items() if key.startswith("loss")).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [A2CLoss, ClipPPOLoss])
+def test_networks_with_a_common_trunk_have_it_in_common_in_a_copy(kind):
+    loss, data = with_common_trunk(kind), collect(discrete_actor())
+    copied = copy.deepcopy(loss)
+    assert len(list(copied.parameters())) == len(list(loss.parameters()))
+    train(loss, data)
+    train(copied, data)
+    assert all(p.grad is not None for p in copied.parameters())
+    for name, x in copied.state_dict().items():
+        torch.testing.assert_close(x, loss.state_dict()[name])
+    for network in ("actor_network", "critic_network"):
+        found = copied.get_stateful_net(network).state_dict()
+        for name, x in loss.get_stateful_net(network).state_dict().items():
+            torch.testing.assert_close(found[name], x)
+
+
+def test_the_target_of_a_copy_is_the_target_of_what_is_trained():
+    loss, data = copy.deepcopy(with_common_trunk(ClipPPOLoss, delay_actor=True)), collect(discrete_actor())
+    updater = SoftUpdate(loss, tau=1.0)
+    train(loss, data)
+    updater.step()
+    trained, target = loss.actor_network_params, loss.target_actor_network_params
+    torch.testing.assert_close(target.data.to_dict(), trained.data.to_dict())
+    with loss._parameters_in("actor_network"):
+        wanted = loss.actor_network.get_dist(data.clone()).logits
+    with loss._parameters_in("actor_network", target=True):
+        torch.testing.assert_close(loss.actor_network.get_dist(data.clone()).logits, wanted)
+
+
+def given_its_own_state(network, _):
+    network.load_state_dict({key: 2 * x for key, x in network.state_dict().items()}, assign=True)
+
+
+def given_a_parameter(network, _):
+    layer = next(m for m in network.modules() if isinstance(m, nn.Linear))
+    layer.weight = nn.Parameter(torch.zeros_like(layer.weight))
+
+
+def given_the_target(_, loss):
+    loss.target_value_network_params.data.apply(lambda x: 3 * x).to_module(loss.value_network)
+
+
+@pytest.mark.parametrize("change", [given_its_own_state, given_a_parameter, given_the_target])
+def test_a_loss_goes_on_with_its_own_parameters_whatever_is_put_into_the_network(change):
+    network, data = action_values(), transitions(action="categorical")
+    loss = DQNLoss(network, action_space="categorical", delay_value=True)
+    wanted = loss(data.clone())["loss"]
+    change(network, loss)
+    for _ in range(2):
+        found = loss(data.clone())["loss"]
+        torch.testing.assert_close(found, wanted)
+        assert all(g is not None for g in torch.autograd.grad(found, list(loss.parameters())))
+
+
+def test_a_loss_goes_on_after_its_targets_were_in_the_network():
+    network, data = action_values(), transitions(action="categorical")
+    loss = DQNLoss(network, action_space="categorical", delay_value=True)
+    wanted = loss(data.clone())["loss"]
+    with loss.target_value_network_params.to_module(network):
+        torch.testing.assert_close(loss(data.clone())["loss"], wanted)
+    torch.testing.assert_close(loss(data.clone())["loss"], wanted)
+    assert network.module is loss.value_network.module
+    assert all(a is b for a, b in zip(network.parameters(), loss.parameters(), strict=True))
