@@ -388,8 +388,8 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
         if not masks:
             return data
         data = data.copy()
-        for key, number in fill.items():
-            x = data.get(key, None)
+        for key, number in [(leaf, number) for entry, number in fill.items() for leaf in _leaves(data, entry)]:
+            x = data.get(key)
             if isinstance(x, Tensor) and x.is_floating_point():
                 kept = reduce(and_, (align(mask, x, f"the mask {at!r}") for at, mask in masks))
                 kept = kept if number is None else kept | x.isfinite()
@@ -415,6 +415,14 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
             return None
         weights = tensordict.get(key, None)
         return None if weights is None else align(weights, like, f"{key!r}")
+
+
+def _leaves(data: TensorDictBase, key: NestedKey) -> list[NestedKey]:
+    """The entry ``key``, or those below it; none if it isn't there."""
+    x = data.get(key, None)
+    if isinstance(x, TensorDictBase):
+        return [unravel_key((key, below)) for below in x.keys(True, True)]
+    return [] if x is None else [key]
 
 
 def _leave_out_unused_estimator(loss: LossModule, state_dict: dict[str, Any], prefix: str, _: Any) -> None:

@@ -182,6 +182,8 @@ class DDPGLoss(DeterministicPolicyLoss):
         return self._one_per_sample(value, key, tensordict)
 
     def _largest(self, x: Tensor, tensordict: TensorDictBase) -> Tensor:
-        """The greatest value of the samples that count."""
+        """The greatest value of the samples that count; 0 if there are no samples."""
+        if not x.numel():
+            return x.sum()
         mask = self._mask(tensordict, x)
         return (x if mask is None else torch.where(mask, x, -torch.inf)).amax()

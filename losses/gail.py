@@ -130,6 +130,10 @@ class GAILLoss(SupervisedLoss):
         def total(points: tuple[Tensor, ...]) -> Tensor:
             return self._discriminate(TensorDict(dict(zip(keys, points, strict=True)), expert.batch_size)).sum()
 
-        # Not torch.autograd.grad, which torch.compile doesn't trace.
-        slopes = torch.func.grad(total)(points)
+        if torch.compiler.is_compiling():  # which doesn't trace torch.autograd.grad
+            slopes = torch.func.grad(total)(points)
+        else:  # a transform would refuse networks that count what they see, as batch normalisation does
+            with torch.enable_grad():
+                points = tuple(x.detach().requires_grad_() for x in points)
+                slopes = torch.autograd.grad(total(points), points, create_graph=True)
         return gradient_penalty(torch.cat([slope.reshape(*expert.shape, -1) for slope in slopes], -1))

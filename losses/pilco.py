@@ -1,5 +1,6 @@
 """The cost of PILCO's policy search."""
 
+import copy
 from dataclasses import dataclass
 
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -66,7 +67,7 @@ class ExponentialQuadraticCost(SupervisedLoss):
             if value is not None and (value.ndim != ndim or value.shape[0] != value.shape[-1]):
                 wanted = "[F]" if ndim == 1 else "[F, F]"
                 raise ValueError(f"{name} must have shape {wanted}, but has shape {tuple(value.shape)}")
-            self.register_buffer(name, value)
+            self.register_buffer(name, None if value is None else copy.deepcopy(value))  # to assign one writes it
         self.out_keys = [self.tensor_keys.loss_cost]
 
     def set_keys(self, **keys: NestedKey | list[NestedKey] | None) -> None:

@@ -161,8 +161,8 @@ def next_state_value(
         return reward + discount * next_value.masked_fill(terminated.reshape(reward.shape) != 0, 0.0)
 
 
-def group_optimizers(*optimizers: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """One optimizer with the parameter groups of all ``optimizers``, and their state.
+def group_optimizers(*optimizers: torch.optim.Optimizer | None) -> torch.optim.Optimizer:
+    """One optimizer with the parameter groups of all ``optimizers`` that aren't None, and their state.
 
     Raises:
         ValueError: there are none, or they are of different classes.
@@ -173,11 +173,12 @@ def group_optimizers(*optimizers: torch.optim.Optimizer) -> torch.optim.Optimize
         [0.1, 0.2]
 
     """
-    classes: set[Any] = {type(optimizer) for optimizer in optimizers}
+    given = [optimizer for optimizer in optimizers if optimizer is not None]
+    classes: set[Any] = {type(optimizer) for optimizer in given}
     if len(classes) != 1:
         names = ", ".join(sorted(cls.__name__ for cls in classes)) or "none"
         raise ValueError(f"group_optimizers needs optimizers of one class, but got {names}")
-    group = classes.pop()([group for optimizer in optimizers for group in optimizer.param_groups])
-    for optimizer in optimizers:
+    group = classes.pop()([group for optimizer in given for group in optimizer.param_groups])
+    for optimizer in given:
         group.state.update(optimizer.state)
     return group

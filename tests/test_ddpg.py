@@ -282,3 +282,8 @@ def test_nothing_waits_for_the_device(monkeypatch):
     data["collector", "mask"] = torch.rand(data.shape) < 0.8
     data["priority_weight"] = torch.rand(data.shape, **DOUBLE)
     assert_no_host_sync(make(delay_actor=True), data, monkeypatch)
+
+
+def test_of_no_samples_at_all_the_greatest_value_is_zero():
+    out = make()(transitions((0, 5)))
+    assert out["pred_value_max"] == out["target_value_max"] == 0

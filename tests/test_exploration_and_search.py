@@ -152,3 +152,11 @@ def test_variances_are_no_covariance():
 def test_shapes_that_no_state_has_are_refused_when_the_cost_is_made():
     with pytest.raises(ValueError, match=r"weights must have shape \[F, F\]"):
         ExponentialQuadraticCost(weights=torch.ones(3))
+
+
+def test_the_target_of_the_cost_is_its_own():
+    target = torch.zeros(2)
+    cost = ExponentialQuadraticCost(target=target)
+    cost.target = torch.ones(2)
+    assert not target.any()
+    assert cost.target.all()

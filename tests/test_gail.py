@@ -144,3 +144,17 @@ def test_the_penalty_is_differentiated_twice():
 
 def test_the_penalty_compiles_as_one_graph():
     assert_compiles(lambda: GAILLoss(discriminator(), use_grad_penalty=True), demonstrations_and_attempts(), **CLOSE)
+
+
+def test_the_penalty_of_a_discriminator_with_batch_normalisation_is_differentiated():
+    class Normalised(nn.Sequential):
+        def forward(self, observation, action):
+            return super().forward(torch.cat([observation, action], -1))
+
+    layers = nn.Linear(2, 3, **DOUBLE), nn.BatchNorm1d(3, **DOUBLE), nn.Linear(3, 1, **DOUBLE), nn.Sigmoid()
+    network = TensorDictModule(Normalised(*layers), ["observation", "action"], ["d_logits"])
+    loss = GAILLoss(network, use_grad_penalty=True)
+    out = loss(pair((4,)).apply(lambda x: x + torch.randn_like(x)))
+    slopes = torch.autograd.grad(out["loss"], list(loss.parameters()))
+    assert all(g.isfinite().all() for g in slopes)
+    assert slopes[0].any()

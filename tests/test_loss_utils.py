@@ -143,7 +143,7 @@ def test_grouped_optimizers_keep_their_state():
     optimizer = torch.optim.Adam(net.parameters())
     net(torch.ones(1)).sum().backward()
     optimizer.step()
-    assert losses.group_optimizers(optimizer).state[net.weight]["step"] == 1
+    assert losses.group_optimizers(None, optimizer).state[net.weight]["step"] == 1
 
 
 def test_optimizers_of_different_classes_are_not_grouped():

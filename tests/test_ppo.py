@@ -190,10 +190,11 @@ def test_padded_data_gives_what_the_data_without_padding_gives(cls, options):
         torch.testing.assert_close(masked[key], expected, msg=lambda m, key=key: f"{key}: {m}")
 
 
+@pytest.mark.parametrize("make", [gaussian_actor, composite_actor])
 @pytest.mark.parametrize("normalize", [False, True])
 @every_loss
-def test_nan_in_padding_reaches_neither_the_loss_nor_the_gradient(cls, normalize):
-    actor, value = gaussian_actor(), critic()
+def test_nan_in_padding_reaches_neither_the_loss_nor_the_gradient(cls, normalize, make):
+    actor, value = make(), critic()
     parameters = [*actor.parameters(), *value.parameters()]
     data = collect(actor, (7,))
     wanted = cls(actor, value, clip_value=0.1, normalize_advantage=normalize)(data[:4].clone())
@@ -202,7 +203,7 @@ def test_nan_in_padding_reaches_neither_the_loss_nor_the_gradient(cls, normalize
         if data[key].is_floating_point():
             data[key][4:] = math.nan
     out = cls(actor, value, clip_value=0.1, normalize_advantage=normalize)(data)
-    assert all(entry.isfinite().all() for entry in out.values())
+    assert all(entry.isfinite().all() for entry in out.values(True, True))
     found, expected = (
         torch.autograd.grad(sum(x for name, x in terms.items() if name.startswith("loss_")), parameters)
         for terms in (out, wanted)

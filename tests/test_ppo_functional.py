@@ -196,6 +196,7 @@ def test_metrics_of_an_empty_selection_are_finite():
         F.clip_fraction(x, 0.2, 0.2, nothing),
         F.effective_sample_size(x, nothing),
         F.explained_variance(x, x, nothing),
+        F.effective_sample_size(x[:0]),
     )
     assert all(metric.isfinite().all() for metric in metrics)
 

@@ -308,7 +308,7 @@ def effective_sample_size(log_weight: Tensor, mask: Tensor | None = None) -> Ten
         mask: the samples that count.
 
     Returns:
-        Shape ``[*rest]``, between 1/N and 1.
+        Shape ``[*rest]``, between 1/N and 1; 0 if there are no samples.
 
     Examples:
         >>> effective_sample_size(torch.tensor([1.0, 1.0, 0.0, 0.0]).log())
@@ -317,6 +317,8 @@ def effective_sample_size(log_weight: Tensor, mask: Tensor | None = None) -> Ten
     See Kong 1992, A note on importance sampling using standardized weights.
 
     """
+    if not log_weight.shape[0]:
+        return log_weight.sum(0)
     mask = torch.ones_like(log_weight, dtype=torch.bool) if mask is None else mask.expand_as(log_weight)
     log_weight = torch.where(mask, log_weight, -torch.inf)
     # Relative to the largest weight nothing overflows, and the sum of squares is at least 1.
