@@ -28,7 +28,8 @@ class DTLoss(SupervisedLoss):
     Args:
         actor_network: the policy; writes the action at ``action_pred``, for each step of the sequences it reads.
         loss_function: d: ``"l2"``, ``"l1"`` or ``"smooth_l1"`` (`distance_loss`).
-        reduction: ``"mean"`` (None), ``"sum"``, or ``"none"``: of the action's shape.
+        reduction: ``"mean"`` (None), ``"sum"``, or ``"none"``: of the action's shape, without
+            a last dimension of 1.
         device: ignored; the loss has no tensor of its own.
 
     Raises:

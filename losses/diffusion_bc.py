@@ -25,7 +25,8 @@ class DiffusionBCLoss(SupervisedLoss):
             a method ``add_noise(action, k)`` that returns a^k and ε; and ε_θ, a ``score_network`` from the
             concatenation of a^k, s and k, shape ``[*B, A + S + 1]``, to ``[*B, A]`` (such as TorchRL's
             ``DiffusionActor``).
-        reduction: ``"mean"`` (None), ``"sum"``, or ``"none"``: of the action's shape.
+        reduction: ``"mean"`` (None), ``"sum"``, or ``"none"``: of the action's shape, without
+            a last dimension of 1.
 
     Raises:
         TypeError: the policy has no such module.

@@ -48,7 +48,8 @@ class WorldModelLoss(SupervisedLoss):
         done_weight: w of done.
         reconstruction_weight: w of the reconstruction.
         latent_weight: w of the latent.
-        reduction: ``"mean"`` (None), ``"sum"``, or ``"none"``: of the target's shape.
+        reduction: ``"mean"`` (None), ``"sum"``, or ``"none"``: of the target's shape, without
+            a last dimension of 1.
 
     Raises:
         ValueError: an argument that can't be used.
