@@ -34,14 +34,12 @@ class EnsembleLoss(NamedTuple):
 
 
 class SoftPolicyLoss(NamedTuple):
-    """Loss of a policy, and what its temperature is learned from."""
+    """Loss of a policy, and its entropy."""
 
     loss: Tensor
     """E[α log π − min_i Q_i], 0-d, or one per sample"""
     entropy: Tensor
     """0-d, the mean of −log π over the samples that count, whatever the reduction and weights, without gradient"""
-    surprise: Tensor
-    """−log π, reduced like the loss, weights included, without gradient"""
 
 
 def value_target(
@@ -186,9 +184,8 @@ def soft_policy_loss(
         backend: which implementation runs; None for the block's or the process's choice.
 
     Returns:
-        The loss, differentiable in ``values`` and ``log_prob``, twice if its gradient is made with a graph; the
-        entropy; and the surprise, which is the same tensor as the entropy where they are the same number by
-        definition.
+        The loss, differentiable in ``values`` and ``log_prob``, twice if its gradient is made with a graph; and the
+        entropy.
 
     Raises:
         RuntimeError: shapes or devices differ, ``values`` isn't floating-point or has no members, α has dimensions.
@@ -198,7 +195,7 @@ def soft_policy_loss(
     Examples:
         >>> import torch
         >>> values, log_prob = torch.tensor([[1.0, 4.0], [3.0, 2.0]]), torch.tensor([-1.0, -3.0])
-        >>> loss, entropy, surprise = soft_policy_loss(values, log_prob, 0.5)
+        >>> loss, entropy = soft_policy_loss(values, log_prob, 0.5)
         >>> loss, entropy  # the mean of −½ − 1 and −1½ − 2
         (tensor(-2.5000), tensor(2.))
 

@@ -32,9 +32,8 @@ class Composed(NamedTuple):
         return torch.empty_like(leaf).copy_(found)
 
     def policy(self, problem: Improvement, keep: bool) -> list[Tensor]:
-        """Loss and entropy, and the surprise where it isn't the entropy. Nothing is kept for the gradient."""
-        results = [x.contiguous() for x in self.module.improvement(problem)]
-        return results[:2] if problem.surprise_is_entropy else results
+        """Loss and entropy. Nothing is kept for the gradient."""
+        return [x.contiguous() for x in self.module.improvement(problem)]
 
     def policy_backward(
         self, problem: Improvement, kept: Sequence[Tensor], grad: Tensor, needs: Sequence[bool]

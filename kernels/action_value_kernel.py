@@ -162,7 +162,6 @@ def policy_kernel(
     sample_scale: "fp64",  # type: ignore[name-defined]  # noqa: F821  # likewise
     loss,
     entropy,
-    surprise,
     value_slopes,
     log_prob_slopes,
     reciprocal,
@@ -186,7 +185,6 @@ def policy_kernel(
     information = tl.zeros((BLOCK,), DTYPE)  # −log π
     valid = tl.zeros((BLOCK,), DTYPE)
     total = tl.zeros((BLOCK,), DTYPE)
-    weighed = tl.zeros((BLOCK,), DTYPE)  # −m·w·log π
     count = tl.zeros((BLOCK,), DTYPE)
     for start in range(tl.program_id(0).to(INDEX) * BLOCK, samples, tl.num_programs(0) * BLOCK):
         b = start + tl.arange(0, BLOCK)
@@ -200,10 +198,8 @@ def policy_kernel(
         valid += tl.where(counts, 1.0, 0.0)
         if REDUCTION == _NONE:
             _store(loss, b, term, inside)
-            _store(surprise, b, -weight * log_p, inside)
         else:
             total += term
-            weighed -= weight * log_p
             count += weight
         if log_prob_slopes is not None:
             slope = weight * factor
@@ -221,7 +217,6 @@ def policy_kernel(
     information = tl.sum(information, 0)
     valid = tl.sum(valid, 0)
     total = tl.sum(total, 0)
-    weighed = tl.sum(weighed, 0)
     count = tl.sum(count, 0)
     last = True
     if partials is not None:
@@ -230,10 +225,8 @@ def policy_kernel(
             _put(partials, 1, valid)
         if REDUCTION != _NONE:
             _put(partials, 2, total)
-            if surprise is not None:
-                _put(partials, 3, weighed)
             if COUNT:
-                _put(partials, 4, count)
+                _put(partials, 3, count)
         last = is_last_to_arrive(arrivals)
     if last:
         if partials is not None:
@@ -242,10 +235,8 @@ def policy_kernel(
                 valid = _sum_of(partials, 1, PROGRAMS)
             if REDUCTION != _NONE:
                 total = _sum_of(partials, 2, PROGRAMS)
-                if surprise is not None:
-                    weighed = _sum_of(partials, 3, PROGRAMS)
                 if COUNT:
-                    count = _sum_of(partials, 4, PROGRAMS)
+                    count = _sum_of(partials, 3, PROGRAMS)
         if mask is None:
             _put_number(entropy, information * as_float64(sample_scale).to(DTYPE))
         else:
@@ -257,8 +248,6 @@ def policy_kernel(
                 if reciprocal is not None:
                     _put_number(reciprocal, per_count)
             _put_number(loss, total * factor)
-            if surprise is not None:
-                _put_number(surprise, weighed * factor)
 
 
 # --- samples ------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ _TILE_BYTES = 4096
 # the 132 processors of an H100 hold at once.
 _PROGRAMS = 1024
 # Rows of the workspace: the sums that `ensemble_kernel` and `policy_kernel` make at most.
-_ENSEMBLE_SUMS, _POLICY_SUMS = 2, 5
+_ENSEMBLE_SUMS, _POLICY_SUMS = 2, 4
 
 
 def block(dtype: torch.dtype) -> int:
@@ -113,12 +113,11 @@ def ensemble_backward(problem: Regression, kept: Sequence[Tensor], grad: Tensor)
 
 
 def policy(problem: Improvement, keep: bool) -> list[Tensor]:
-    """Loss, entropy, the surprise if it isn't the entropy; kept are both slopes and, if unknown, one over the count."""
+    """Loss and entropy; kept are both slopes and, if unknown, one over the count."""
     values, log_prob, alpha, mask, weights, reduction = problem
     new, dtype = log_prob.new_empty, problem.dtype
     loss, entropy = new(problem.loss_shape, dtype=dtype), new((), dtype=dtype)
-    surprise = None if problem.surprise_is_entropy else torch.empty_like(loss)
-    written = loss, entropy, surprise, *_new_kept(problem, keep, values.shape, log_prob.shape)
+    written = loss, entropy, *_new_kept(problem, keep, values.shape, log_prob.shape)
     inputs = (_rows(values), _row(log_prob), scalar(alpha, values), _row(mask), _row(weights))
     _policy((reduction, dtype, count_is_unknown(problem)), *inputs, *written)
     return [x for x in written if x is not None]

@@ -91,7 +91,7 @@ def ensemble(problem: Regression, backend: str | None) -> Sequence[Tensor]:
 
 
 def policy(problem: Improvement, backend: str | None) -> Sequence[Tensor]:
-    """Loss, entropy and surprise, the loss differentiable in the values and the log-probability.
+    """Loss and entropy, the loss differentiable in the values and the log-probability.
 
     Raises what `check_improvement` and `resolve_backend` raise, before anything is computed.
     """
@@ -101,11 +101,8 @@ def policy(problem: Improvement, backend: str | None) -> Sequence[Tensor]:
     if composition is not None:
         return composition.improvement(Improvement(*problem[:2], *_constants(problem[2:])))
     if torch.is_grad_enabled() and (problem.values.requires_grad or problem.log_prob.requires_grad):
-        results = apply(_Policy, name, *problem)
-    else:
-        results = called(_policy_operator, _policy, name, False, *_policy_arguments(_constants(problem)))
-    loss, entropy = results[:2]
-    return loss, entropy, entropy if problem.surprise_is_entropy else results[2]
+        return apply(_Policy, name, *problem)[:2]
+    return called(_policy_operator, _policy, name, False, *_policy_arguments(_constants(problem)))
 
 
 def _composition(name: str) -> Any:
@@ -167,8 +164,7 @@ class _Policy(torch.autograd.Function):
         ctx.alpha, alpha = number_or_tensor(alpha)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        kept = output[_number_of_results(Improvement(*inputs[1:])) :]
-        ctx.save_for_backward(values, log_prob, alpha, mask, weights, *kept)
+        ctx.save_for_backward(values, log_prob, alpha, mask, weights, *output[2:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -200,10 +196,6 @@ def _policy_arguments(fields: Sequence[Any]) -> list[Any]:
     """The fields of an `Improvement` as the operators take them: α as a pair (number, tensor)."""
     values, log_prob, alpha, *rest = fields
     return [values, log_prob, *number_or_tensor(alpha, values), *rest]
-
-
-def _number_of_results(problem: Improvement) -> int:
-    return 2 if problem.surprise_is_entropy else 3
 
 
 # --- the operators ------------------------------------------------------------------------------------------------
@@ -270,8 +262,7 @@ def _policy(backend: str, keep: bool, *fields: Any) -> list[Tensor]:
 
 def _policy_fake(backend: str, keep: bool, *fields: Any) -> list[Tensor]:
     problem = _improvement(*fields)
-    shapes = (problem.loss_shape, (), problem.loss_shape)[: _number_of_results(problem)]
-    results = [problem.values.new_empty(shape, dtype=problem.dtype) for shape in shapes]
+    results = [problem.values.new_empty(shape, dtype=problem.dtype) for shape in (problem.loss_shape, ())]
     return results + (_kept_fake(backend, problem, problem.values.shape, problem.log_prob.shape) if keep else [])
 
 

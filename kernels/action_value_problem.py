@@ -91,11 +91,6 @@ class Improvement(NamedTuple):
         """How many terms a sample adds to the count that a mean divides by."""
         return 1
 
-    @property
-    def surprise_is_entropy(self) -> bool:
-        """Whether −log π reduced like the loss is its plain mean, which is computed in any case."""
-        return self.reduction == MEAN and self.weights is None
-
 
 def count_is_unknown(problem: Regression | Improvement) -> bool:
     """Whether what the mean divides by has to be read from tensors: Σ m·w."""

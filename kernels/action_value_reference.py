@@ -44,22 +44,17 @@ def regression(problem: Regression) -> tuple[Tensor, Tensor]:
     return loss.to(problem.dtype), priority.to(problem.dtype)
 
 
-def improvement(problem: Improvement) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, α log π − min_i Q_i of a sample reduced over the batch, the entropy and the surprise."""
+def improvement(problem: Improvement) -> tuple[Tensor, Tensor]:
+    """The loss, α log π − min_i Q_i of a sample reduced over the batch, and the entropy."""
     dtype = compute_dtype(problem.dtype)
     values, log_prob = problem.values.to(dtype), problem.log_prob.to(dtype)
     if problem.mask is not None:  # before the minimum, whose gradient at a NaN is NaN
         values = torch.where(problem.mask, values, 0)
     least = values.amin(0)
     loss = _scalar(problem.alpha, dtype) * log_prob - least
-    surprise = -log_prob.detach()
-    results = (
-        _reduce(loss, problem.reduction, problem.mask, problem.weights),
-        _reduce(surprise, MEAN, problem.mask, None),
-        _reduce(surprise, problem.reduction, problem.mask, problem.weights),
-    )
-    loss, entropy, surprise = (x.to(problem.dtype) for x in results)
-    return loss, entropy, surprise
+    loss = _reduce(loss, problem.reduction, problem.mask, problem.weights)
+    entropy = _reduce(-log_prob.detach(), MEAN, problem.mask, None)
+    return loss.to(problem.dtype), entropy.to(problem.dtype)
 
 
 def _reduce(x: Tensor, reduction: str, mask: Tensor | None, weights: Tensor | None) -> Tensor:

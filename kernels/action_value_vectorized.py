@@ -68,25 +68,21 @@ def regression(problem: Regression) -> tuple[Tensor, Tensor]:
     return cast(loss, problem.dtype), cast(priority, problem.dtype)
 
 
-def improvement(problem: Improvement) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, entropy and surprise."""
+def improvement(problem: Improvement) -> tuple[Tensor, Tensor]:
+    """Loss and entropy."""
     dtype = compute_dtype(problem.dtype)
     values, log_prob = problem.values, cast(problem.log_prob, dtype)
     if problem.mask is not None:  # before the minimum, whose gradient at a NaN is NaN
         values, log_prob = torch.where(problem.mask, values, 0), torch.where(problem.mask, log_prob, 0)
     least = cast(_least(values), dtype)
-    coefficient = _coefficient(problem)
     alpha = _beside(least, problem.alpha) if isinstance(problem.alpha, Tensor) else problem.alpha
-    loss = _reduced(log_prob * alpha - least, coefficient, problem.reduction)
+    loss = _reduced(log_prob * alpha - least, _coefficient(problem), problem.reduction)
     with torch.no_grad():
         if problem.mask is None:
             entropy = log_prob.mean().neg_()
         else:
             entropy = log_prob.sum().neg_().div_(problem.mask.sum().clamp_min_(1))
-        surprise = entropy
-        if not problem.surprise_is_entropy:
-            surprise = _reduced(log_prob.neg(), coefficient, problem.reduction)
-    return cast(loss, problem.dtype), cast(entropy, problem.dtype), cast(surprise, problem.dtype)
+    return cast(loss, problem.dtype), cast(entropy, problem.dtype)
 
 
 def _least(values: Tensor) -> Tensor:

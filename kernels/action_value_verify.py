@@ -89,7 +89,7 @@ def policy(problem: Improvement, keep: bool) -> list[Tensor]:
     found = backend_module(name).policy(problem, keep)
     precise = _in_float64(problem)
     expected = reference.policy(precise, False)
-    # −|log π| has the magnitudes as its surprise, and −|α| as a coefficient those of the loss.
+    # −|log π| has the magnitudes as its entropy, and −|α| as a coefficient those of the loss.
     scales = reference.policy(
         precise._replace(
             values=-precise.values.abs(),
@@ -99,9 +99,7 @@ def policy(problem: Improvement, keep: bool) -> list[Tensor]:
         ),
         False,
     )
-    for what, x, wanted, scale in zip(
-        ("soft policy loss", "entropy", "surprise"), found, expected, scales, strict=False
-    ):
+    for what, x, wanted, scale in zip(("soft policy loss", "entropy"), found, expected, scales, strict=False):
         compare(what, name, problem.dtype, x, wanted, scale)
     return found
 

@@ -113,12 +113,10 @@ class SoftActorCriticLoss(TemperatureLoss, ActionValueLoss):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The reduced losses of policy and temperature, and the mean entropy, of actions that Q_i gives ``values``."""
         mask, weights = self._mask(tensordict, log_prob), self._priority_weights(tensordict, log_prob)
-        loss, entropy, surprise = soft_policy_loss(
-            values, log_prob, alpha, mask=mask, weights=weights, reduction=self.reduction
-        )
+        loss, entropy = soft_policy_loss(values, log_prob, alpha, mask=mask, weights=weights, reduction=self.reduction)
         if self.reduction == "mean" and mask is None and weights is None:
-            # Linear in the surprise, whose mean is there already.
-            return loss, temperature_loss(surprise, self.log_alpha, self.target_entropy), entropy
+            # Linear in −log π, whose mean is there already.
+            return loss, temperature_loss(entropy, self.log_alpha, self.target_entropy), entropy
         of_alpha = temperature_loss(-log_prob, self.log_alpha, self.target_entropy)
         return loss, self._reduce_loss(of_alpha, tensordict, mask=mask, weights=weights), entropy
 

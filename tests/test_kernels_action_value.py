@@ -98,28 +98,26 @@ def test_a_hand_computed_policy_loss(any_backend, device) -> None:
     log_prob = tensor([-1, -3, 0], device).requires_grad_()
 
     def run(**options):
-        loss, entropy, surprise = soft_policy_loss(values, log_prob, 0.5, backend=any_backend, **options)
-        return loss, entropy.item(), surprise.tolist(), *torch.autograd.grad(loss.sum(), (values, log_prob))
+        loss, entropy = soft_policy_loss(values, log_prob, 0.5, backend=any_backend, **options)
+        return loss, entropy.item(), *torch.autograd.grad(loss.sum(), (values, log_prob))
 
-    loss, entropy, surprise, d_values, d_log_prob = run()
+    loss, entropy, d_values, d_log_prob = run()
     assert loss.item() == pytest.approx(-7 / 3)
-    assert entropy == surprise == pytest.approx(4 / 3)
+    assert entropy == pytest.approx(4 / 3)
     assert torch.allclose(-3 * d_values, tensor([[1, 0.5, 1], [0, 0.5, 0]], device))
     assert d_log_prob.tolist() == pytest.approx([1 / 6] * 3)
-    loss, entropy, surprise, d_values, d_log_prob = run(weights=tensor([3, 1, 0], device))
+    loss, entropy, d_values, d_log_prob = run(weights=tensor([3, 1, 0], device))
     assert loss.item() == (-3 * 1.5 - 3.5) / 4
     assert entropy == pytest.approx(4 / 3)
-    assert surprise == (3 + 3) / 4
     assert d_values.tolist() == [[-0.75, -0.125, 0], [0, -0.125, 0]]
     assert d_log_prob.tolist() == [0.375, 0.125, 0]
     mask = torch.tensor([True, True, False], device=device)
-    loss, entropy, surprise, d_values, _ = run(mask=mask, weights=tensor([3, 1, 7], device), reduction="none")
+    loss, entropy, d_values, _ = run(mask=mask, weights=tensor([3, 1, 7], device), reduction="none")
     assert loss.tolist() == [-4.5, -3.5, 0]
     assert entropy == 2
-    assert surprise == [3, 3, 0]
     assert d_values.tolist() == [[-3, -0.5, 0], [0, -0.5, 0]]
-    loss, entropy, surprise, _, _ = run(mask=mask, reduction="sum")
-    assert (loss.item(), entropy, surprise) == (-5, 2, 4)
+    loss, entropy, _, _ = run(mask=mask, reduction="sum")
+    assert (loss.item(), entropy) == (-5, 2)
 
 
 @pytest.mark.parametrize("ties", [2, 3, 5])
@@ -127,7 +125,7 @@ def test_members_that_tie_for_the_least_share_its_gradient(any_backend, device, 
     """Zeros of both signs are equal; the first and last members have more."""
     values = torch.tensor([3.0, *[0.0, -0.0, 0.0, -0.0, 0.0][:ties], 1.0], device=device).repeat(4, 1).t()
     values.requires_grad_()
-    loss, _, _ = soft_policy_loss(values, torch.zeros(4, device=device), 1.0, reduction="sum", backend=any_backend)
+    loss, _ = soft_policy_loss(values, torch.zeros(4, device=device), 1.0, reduction="sum", backend=any_backend)
     (gradient,) = torch.autograd.grad(loss, values)
     (expected,) = torch.autograd.grad(-values.amin(0).sum(), values)
     assert torch.allclose(gradient, expected)
@@ -443,7 +441,7 @@ def test_a_nan_that_counts_is_not_hidden(any_backend, device) -> None:
         )
         assert loss.isnan().tolist() == hidden
         assert priority.isnan().tolist() == [True] * 4 + [False] * 2
-    loss, entropy, _ = soft_policy_loss(**of_policy(arguments), alpha=1.0, reduction="none", backend=any_backend)
+    loss, entropy = soft_policy_loss(**of_policy(arguments), alpha=1.0, reduction="none", backend=any_backend)
     assert loss.isnan().tolist() == hidden
     assert entropy.isnan()
     (gradient,) = torch.autograd.grad(loss[:3].sum(), arguments["values"])
@@ -465,7 +463,7 @@ def test_an_empty_batch(any_backend, device, batch, masked) -> None:
         )
         policy = soft_policy_loss(**of_policy(arguments), alpha=0.3, reduction=reduction, backend=any_backend)
         assert priority.shape == batch
-        for x in (loss, policy.loss, policy.surprise):
+        for x in (loss, policy.loss):
             assert x.shape == (batch if expected is None else ())
             assert expected is None or x.item() == pytest.approx(expected, nan_ok=True)
         (loss.sum() + policy.loss.sum()).backward()
@@ -500,7 +498,7 @@ def test_only_what_needs_a_gradient_gets_one(any_backend, device) -> None:
     values, log_prob = arguments["values"], arguments["log_prob"]
     both = torch.autograd.grad(soft_policy_loss(values, log_prob, 0.3, backend=any_backend).loss, (values, log_prob))
     for i, inputs in enumerate([(values, log_prob.detach()), (values.detach(), log_prob)]):
-        loss, _, _ = soft_policy_loss(*inputs, 0.3, backend=any_backend)
+        loss, _ = soft_policy_loss(*inputs, 0.3, backend=any_backend)
         assert torch.equal(torch.autograd.grad(loss, inputs[i])[0], both[i])
 
 

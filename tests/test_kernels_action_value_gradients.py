@@ -113,8 +113,8 @@ def update(values, log_prob, target, reward, terminated, gamma, alpha, mask, wei
     )
     options = {"mask": mask, "weights": weights, "reduction": reduction, "backend": backend}
     loss, priority = ensemble_loss(2 * values, y + target, "smooth_l1", **options)
-    policy, entropy, surprise = soft_policy_loss(values, 2 * log_prob, alpha, **options)
-    return (loss + policy).sum(), priority, next_value, entropy, surprise
+    policy, entropy = soft_policy_loss(values, 2 * log_prob, alpha, **options)
+    return (loss + policy).sum(), priority, next_value, entropy
 
 
 @pytest.mark.parametrize("weighed", [False, True])

@@ -58,7 +58,6 @@ class ActionValue(NamedTuple):
             "weights": row if weighed else None,
             **dict.fromkeys(("gamma", "alpha", "scale", "sample_scale"), "fp64"),
             **dict.fromkeys(("value_target", "next_value", "loss", "priority", "entropy"), given),
-            "surprise": given if weighed or self.reduction != MEAN else None,
             **dict.fromkeys(("slopes", "value_slopes", "log_prob_slopes"), computed),
             "reciprocal": computed if counted else None,
             "partials": computed if summed else None,
