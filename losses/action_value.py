@@ -18,6 +18,7 @@ from .base import LossModule
 from .ensemble import MEMBERS_IN_TURN
 from .networks import Parameters
 from .parameters import parts_of
+from .reduction import without_padding
 from .utils import ValueEstimators
 
 
@@ -132,10 +133,10 @@ class ActionValueLoss(LossModule):
         self._require_entries(tensordict, [key], "rename it with set_keys(action=...)")
         action = tensordict.get(key)
         mask = self._mask(tensordict, self._get(tensordict, "reward"))
-        if mask is None or action.dtype == torch.bool:
+        if mask is None:
             return action
         mask = mask.squeeze(-1)
-        return torch.where(expand_right(mask, action) if action.ndim >= mask.ndim else mask, action, 0)
+        return without_padding(action, expand_right(mask, action) if action.ndim >= mask.ndim else mask)
 
     def _read_by(self, networks: Sequence[str]) -> list[NestedKey]:
         """What the networks read of which none before it writes."""

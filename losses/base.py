@@ -21,7 +21,7 @@ from ..estimators.steps import any_right
 from .distributed import findable
 from .keys import KeyedModule
 from .networks import FunctionalModule
-from .reduction import align, check_reduction, reduce_loss
+from .reduction import align, check_reduction, reduce_loss, without_padding
 from .utils import ValueEstimators, dispatch_value_estimator
 
 AUTO_LOSS_MASK_KEYS: tuple[NestedKey, ...] = (PADDING_MASK, SHIFTED_VALID)
@@ -397,14 +397,9 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
         return data
 
     def _only_valid(self, x: Tensor, tensordict: TensorDictBase) -> Tensor:
-        """``x`` with 0 at the steps that don't count: what padding holds must not reach a gradient as 0 · NaN.
-
-        A bool is no NaN, and of several, such as the actions that are allowed, it may matter that one is True.
-        """
-        if x.dtype == torch.bool:
-            return x
-        mask = self._mask(tensordict, x)
-        return x if mask is None else torch.where(mask, x, 0)
+        """``x`` with 0 at the steps that don't count, see `without_padding`."""
+        mask = None if x.dtype == torch.bool else self._mask(tensordict, x)  # which need not fit a bool
+        return without_padding(x, mask)
 
     def _priority_weights(self, tensordict: TensorDictBase | None, like: Tensor) -> Tensor | None:
         key = getattr(self.tensor_keys, "priority_weight", None)

@@ -13,7 +13,7 @@ from ..estimators.calls import distribution
 from ..estimators.modules import has_distribution
 from .functional.imitation import classification_loss
 from .policy import ActionHeads
-from .reduction import align
+from .reduction import align, without_padding
 from .supervised import SupervisedLoss
 from .utils import check_distance, distance_loss
 
@@ -96,9 +96,7 @@ class BCLoss(SupervisedLoss):
         data = self._read(tensordict, "action", networks=("actor_network",))
         for key in self._keys("action"):
             action = data.get(key)
-            valid = self._counted(tensordict, action)
-            if valid is not None and action.dtype != torch.bool:
-                data.set(key, torch.where(valid, action, 0))
+            data.set(key, without_padding(action, self._counted(tensordict, action)))
         likelihood = self.stochastic and self.loss_function is None
         loss = -self._log_prob(data) if likelihood else self._error(data)
         mask = self._counted(tensordict, loss)

@@ -176,15 +176,14 @@ class FunctionalModule(TensorDictModuleBase):
                 return swapped_in(params, self._functional_networks[name], self._whole[name])
             return in_slots(self._slots[name], params)
         slots = self._slots[name]
-        if not all(key in slot for slot, key in slots):  # others were put into the network, some as buffers
-            self._find_slots(name)
-            slots = self._slots[name]
         parts = self._parts_of(name, params) if isinstance(params, TensorDictBase) else params
         if params is self._own_params[name] and all(
-            slot[key] is x for (slot, key), x in zip(slots, parts, strict=True)
+            slot.get(key) is x for (slot, key), x in zip(slots, parts, strict=True)
         ):
             return nullcontext()
-        return in_slots(slots, parts)
+        if not all(key in slot for slot, key in slots):  # others were put into the network, some as buffers
+            self._find_slots(name)
+        return in_slots(self._slots[name], parts)
 
     def _find_slots(self, name: str) -> None:
         """Where the network ``name`` keeps its parameters, whether they are the loss's own, and what network it is."""

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
-from tensordict.utils import unravel_key
 from torch import Tensor
 
+from ..estimators.keys import under_next
 from .functional.soft_actor_critic import temperature_loss
 from .soft_actor_critic import QNetworks, SoftActorCriticLoss
 from .temperature import continuous_target_entropy
@@ -229,7 +229,7 @@ class REDQLoss(SoftActorCriticLoss):
                 continue
             if x is None or next_x is None:
                 self._require_entries(
-                    tensordict, [key, unravel_key(("next", key))], "the policy is asked about both observations at once"
+                    tensordict, [key, under_next(key)], "the policy is asked about both observations at once"
                 )
             both[key] = torch.stack([x, next_x])
         return TensorDict(both, [2, *tensordict.batch_size])

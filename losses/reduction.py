@@ -47,6 +47,14 @@ def align(x: Tensor, loss: Tensor, name: str) -> Tensor:
     return x.expand_as(loss)
 
 
+def without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    """``x`` with 0 at the samples that don't count: what padding holds must not reach a gradient as 0 · NaN.
+
+    A bool is no NaN, and of several, such as the actions that are allowed, it may matter that one is True.
+    """
+    return x if mask is None or x.dtype == torch.bool else torch.where(mask, x, 0)
+
+
 def reduce_loss(loss: Tensor, reduction: str, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
     r"""Reduce one loss per sample.
 
