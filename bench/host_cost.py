@@ -3,10 +3,9 @@
     python bench/host_cost.py            measure and print the table
     python bench/host_cost.py --write    ... and write bench/results/host_cost_cpu.json
 
-Kernels are compiled for sm_90 by the real compiler and launched by Triton's own launcher, but the driver underneath is
-a stub: loading a binary and launching it do nothing. Tensors lie on the CPU, and this script tells the library that
-Triton can run there. What is left out is the same for both arms but for the launcher's reading of its
-arguments, of which an estimator has about 30 more; and outputs are allocated by the CPU's allocator, not by CUDA's.
+Kernels are compiled for sm_90 by the real compiler and launched by Triton's own launcher, but the driver underneath
+launches nothing (`driver.py`). What is left out is the same for both arms: what the driver does, and that outputs are
+allocated by the CPU's allocator, not by CUDA's.
 
 The bare function allocates the outputs that any implementation must, saves its inputs, and launches a kernel of three
 pointers that does nothing, once forward and once backward, as one writes it: ``kernel[grid](...)``. The library's own
@@ -31,61 +30,15 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 import torch
 import triton
 import triton.language as tl
+from driver import pretend_that_there_is_a_gpu
 from fusedrl.estimators import functional
-from fusedrl.kernels import backend, launching
 from measuring import describe, rounded, write_results
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 
 SHAPE = (64, 128, 1)
 LIMIT = 1.5  # times the bare function: the aim, on a machine that does nothing else
-
-
-class _Launcher:
-    """Takes what a launcher takes, and launches nothing."""
-
-    def __init__(self, source: Any, metadata: Any) -> None:
-        pass
-
-    def __call__(self, grid_x: int, grid_y: int, grid_z: int, stream: int, function: int, *arguments: Any) -> None:
-        pass
-
-
-class _Utilities:
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
-        """Module, function, registers, spills and most threads, of nothing."""
-        return 1, 1, 32, 0, 1024
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        """Of an H100, as far as Triton asks."""
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
-
-
-class _Driver:
-    """Of one device, whose number is the one that CPU tensors say they are on."""
-
-    launcher_cls = _Launcher
-    utils = _Utilities()
-
-    def get_current_device(self) -> int:
-        return -1
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-
-def pretend_that_there_is_a_gpu() -> None:
-    """Give Triton the stub, and the library the belief that its kernels run on CPU tensors."""
-    triton.runtime.driver.set_active(_Driver())
-    backend.triton_runs_on = lambda tensor: True
-    launching.current_device = _Driver().get_current_device
-    launching.current_stream = _Driver().get_current_stream
-    launching.processors = lambda device: 132
 
 
 @triton.jit

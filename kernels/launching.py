@@ -18,7 +18,7 @@ from torch import Tensor
 from .recognition import Recognition, items
 
 # What a compiled kernel's launcher takes was read from these versions. With any other, Triton dispatches.
-_is_known = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"])
+_is_known = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"], ["3", "8"])
 
 current_device: Any = getattr(torch._C, "_cuda_getDevice", None)  # absent where PyTorch is without CUDA
 current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)

@@ -140,12 +140,17 @@ def vtrace(
 
 
 def _clipped_weight(log_weight: Tensor, threshold: Scalar) -> Tensor:
-    """min(w, threshold), of the logarithms, since exp may overflow: its gradient would then be 0 · ∞."""
+    """min(w, threshold), of the logarithms, since exp may overflow: its gradient would then be 0 · ∞.
+
+    That of a weight which is the threshold is the weight's.
+    """
     if isinstance(threshold, Tensor):
         threshold = threshold.to(log_weight.dtype)
         limit = threshold.detach().log()
-        return torch.where(log_weight > limit, threshold, log_weight.clamp_max(limit).exp())
-    return log_weight.clamp_max(math.log(threshold) if threshold > 0 else -math.inf).exp()
+        is_clipped = log_weight > limit
+        return torch.where(is_clipped, threshold, torch.where(is_clipped, limit, log_weight).exp())
+    log_threshold = math.log(threshold) if threshold > 0 else -math.inf
+    return torch.where(log_weight > log_threshold, log_threshold, log_weight).exp()
 
 
 def reward_to_go(gamma: Scalar, reward: Tensor, done: Tensor, *, time_dim: int = -1) -> Tensor:

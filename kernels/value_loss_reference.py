@@ -31,8 +31,10 @@ def compose(value: Tensor, constants: ValueConstants) -> list[Tensor]:
         old = read(constants.old_value).detach()
         clip = torch.as_tensor(constants.clip, dtype=precise, device=value.device)
         step = now - old
-        loss = torch.max(loss, distance(old + step.clamp(-clip, clip), target, reduction="none"))
-        logged.append(mean((step.abs() > clip).to(precise), mask))
+        is_clipped = step.abs() > clip
+        moved = old + torch.where(is_clipped, step.clamp(-clip, clip), step)  # a step to the bound has its gradient
+        loss = torch.max(loss, distance(moved, target, reduction="none"))
+        logged.append(mean(is_clipped.to(precise), mask))
     if constants.explained_variance:
         smallest = smallest_variance(constants.value_target, dtype)
         logged.append(1 - variance(target - now, mask) / variance(target, mask).clamp_min(smallest))

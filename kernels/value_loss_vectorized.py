@@ -35,9 +35,10 @@ def compose(value: Tensor, constants: ValueConstants) -> list[Tensor]:
             old = cast(old_value, precise)
             old = old if padding is None else old.masked_fill(padding, 0)
         step = now - old
-        loss = torch.maximum(loss, _distance(step.clamp(-bound, bound) + old, target, kind, "none"))
         with torch.no_grad():
-            logged.append(mean(selected(step.abs() > bound, padding), padding, count, precise))
+            outside, clipped = step.abs() > bound, step.clamp(-bound, bound)
+            logged.append(mean(selected(outside, padding), padding, count, precise))
+        loss = torch.maximum(loss, _distance(torch.where(outside, clipped, step) + old, target, kind, "none"))
     if not plain:
         if weights is not None:
             loss = loss * factors(weights, padding, reduction, precise)

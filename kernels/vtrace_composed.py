@@ -38,13 +38,19 @@ def composed(problem: VTrace, time_dim: int, backend: str) -> tuple[Tensor, Tens
 
 
 def _clipped(log_weight: Tensor, threshold: Any) -> Tensor:
-    """min(w, threshold). Clipped as a logarithm: the exponential of a large one is infinite, and its gradient NaN."""
+    """min(w, threshold). Clipped as a logarithm: the exponential of a large one is infinite, and its gradient NaN.
+
+    A weight that is the threshold, like every one on-policy, has its gradient. With `torch.clamp` it would depend on
+    the version of PyTorch whether it has.
+    """
     threshold = as_input(threshold, log_weight)
     if isinstance(threshold, Tensor):
         threshold = threshold.to(log_weight.dtype)
         limit = threshold.detach().log()
-        return torch.where(log_weight > limit, threshold, log_weight.clamp_max(limit).exp())
-    return log_weight.clamp_max(math.log(threshold) if threshold > 0 else -math.inf).exp()
+        is_clipped = log_weight > limit
+        return torch.where(is_clipped, threshold, torch.where(is_clipped, limit, log_weight).exp())
+    log_threshold = math.log(threshold) if threshold > 0 else -math.inf
+    return log_weight.masked_fill(log_weight > log_threshold, log_threshold).exp()
 
 
 def _add_product(x: Tensor, gamma: Any, y: Tensor) -> Tensor:

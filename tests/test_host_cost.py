@@ -28,35 +28,28 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 import triton
-import host_cost
+import driver
 from fusedrl.kernels import launching
 
-host_cost.pretend_that_there_is_a_gpu()
 arguments = []
-host_cost._Launcher.__call__ = lambda self, *given: arguments.append(given)
+driver.pretend_that_there_is_a_gpu(arguments.append)
 dispatched = []
 dispatch = launching.Launch._dispatch
 launching.Launch._dispatch = lambda self, *given: (dispatched.append(given), dispatch(self, *given))[1]
-
-def flat(given):
-    def pointers(x):
-        if isinstance(x, tuple):
-            return tuple(map(pointers, x))
-        return x.data_ptr() if isinstance(x, torch.Tensor) else x
-    return [given[:3], given[4:6], *map(pointers, given[9:])]
 
 def launched(function, *inputs):
     # The same call twice: Triton's launch, and the one that is repeated.
     arguments.clear(), dispatched.clear()
     first = function(*inputs)
     second = function(*inputs)
-    return [flat(x) for x in arguments], len(dispatched), (first, second)
+    return list(arguments), len(dispatched), (first, second)
 """
 
 REPEATED = (
     LAUNCHES
     + """
 from fusedrl import kernels
+from host_cost import _nothing
 done = torch.zeros(64, 128, dtype=torch.bool)
 outputs = [torch.empty(64, 128), torch.empty(64, 128)]
 kernels.scan_problem.Recurrence.new_outputs = lambda self: outputs[: 2 if self.kind == "gae" else 1]
@@ -72,7 +65,7 @@ gamma, lmbda = torch.tensor(0.9), torch.full((64, 1), 0.8)
 mixed, odd = torch.randn(128, 64).t(), torch.randn(64 * 128 + 1)[1:].view(64, 128)
 def plan(settings, x, y, z, n):
     arguments = [x, launching.strided(y), z, n]
-    return launching.Plan([launching.Launch(host_cost._nothing, 64, arguments, BLOCK=512, num_warps=1)])
+    return launching.Plan([launching.Launch(_nothing, 64, arguments, BLOCK=512, num_warps=1)])
 any_kernel = launching.Launcher(plan)
 cases["any kernel"] = lambda: any_kernel(None, value, next_value, reward, 0.5)
 for name, case in cases.items():
@@ -87,10 +80,9 @@ EVERY_KERNEL = (
     + """
 from fusedrl import kernels
 
-def but_for_addresses(x):
-    if isinstance(x, (tuple, list)):
-        return [but_for_addresses(y) for y in x]
-    return "an address" if type(x) is int and x > 1 << 32 else x
+def but_for_addresses(launch):
+    parameters = [int.from_bytes(x, "little") for x in launch.parameters]
+    return launch._replace(parameters=["an address" if x > 1 << 32 else x for x in parameters])
 
 def leaves(*shape, n):
     return [torch.rand(*shape).add_(0.1).requires_grad_() for _ in range(n)]

@@ -149,7 +149,7 @@ def test_hand_computed_mask_and_weights(any_backend, device) -> None:
 # --- against the reference, and the reference against what it replaces ----------------------------------------------
 
 
-@pytest.mark.parametrize(("masked", "weighted"), itertools.product([False, True], repeat=2))
+@pytest.mark.parametrize(("masked", "weighted"), list(itertools.product([False, True], repeat=2)))
 @pytest.mark.parametrize("proximal", [False, True])
 @pytest.mark.parametrize("capped", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

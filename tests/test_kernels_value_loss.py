@@ -118,6 +118,16 @@ def test_where_both_distances_are_the_same_half_of_the_gradient_passes(any_backe
     assert torch.autograd.grad(found.loss, value)[0].item() == 0.5
 
 
+def test_a_step_to_the_bound_has_its_gradient(any_backend, device) -> None:
+    """Also where `torch.clamp` has none there, as in PyTorch 2.14."""
+    value = torch.tensor([0.25, -0.25, 0.0], dtype=torch.float64, device=device, requires_grad=True)
+    target = torch.tensor([1.0, -2.0, 1.0], dtype=torch.float64, device=device)
+    for clip in (0.25, torch.tensor(0.25, device=device)):
+        arguments = {"old_value": torch.zeros_like(target), "clip": clip, "reduction": "sum"}
+        loss = value_loss(value, target, "l1", **arguments, backend=any_backend).loss
+        assert torch.autograd.grad(loss, value)[0].tolist() == [-1.0, 1.0, -1.0]
+
+
 def test_hand_computed_explained_variance(any_backend, device) -> None:
     """Targets of variance ¼, errors (0.9, 1) of variance 0.05²."""
     value = torch.tensor([0.1, 1.0], dtype=torch.float64, device=device)
@@ -149,7 +159,7 @@ def clipped_value_loss(old_value, value, value_target, clip, kind):
     return loss, (step.detach().abs() > clip).to(value.dtype)
 
 
-@pytest.mark.parametrize(("masked", "weighted"), itertools.product([False, True], repeat=2))
+@pytest.mark.parametrize(("masked", "weighted"), list(itertools.product([False, True], repeat=2)))
 @pytest.mark.parametrize("clipped", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -44,6 +44,16 @@ def test_clip_objective_has_no_gradient_where_the_gain_is_bounded():
     torch.testing.assert_close(log_weight.grad, tensor([0.0, -1.5, 0.5, 0.0, 1.0]), **CLOSE)
 
 
+@pytest.mark.parametrize("number", [float, tensor])
+@pytest.mark.parametrize("proximal", [False, True])
+def test_a_ratio_on_the_bound_has_its_gradient(number, proximal):
+    """Also where `torch.clamp` has none there, as in PyTorch 2.14."""
+    log_weight = torch.zeros(2, requires_grad=True)
+    proximal_log_weight = log_weight * 1 if proximal else None
+    found = F.clip_ppo_objective(log_weight, tensor([2.0, -3.0]), number(0.0), number(0.0), proximal_log_weight)
+    assert torch.autograd.grad(found.sum(), log_weight)[0].tolist() == [2.0, -3.0]
+
+
 def test_clip_range_is_centred_on_the_proximal_policy():
     # π_θ/π_old = 3, π_θ/π_prox = 1.5: clipped to 1.2 · π_prox/π_old = 1.2 · 2
     value = F.clip_ppo_objective(log(3.0), tensor([1.0]), 0.2, 0.2, proximal_log_weight=log(1.5))

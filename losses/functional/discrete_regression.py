@@ -26,7 +26,7 @@ def symlog(value: Tensor) -> Tensor:
     """
     # Not with sign and abs, whose gradient at zero is zero, where that of symlog is one: heads that start from zero
     # would never learn. Of the two parts here, only the first has a gradient at zero.
-    return torch.log1p(value.clamp_min(0)) - torch.log1p(F.relu(-value))
+    return torch.log1p(_positive_part(value)) - torch.log1p(F.relu(-value))
 
 
 def symexp(value: Tensor) -> Tensor:
@@ -42,7 +42,12 @@ def symexp(value: Tensor) -> Tensor:
     See Hafner et al. 2023 (arXiv:2301.04104), on symlog predictions.
 
     """
-    return torch.expm1(value.clamp_min(0)) - torch.expm1(F.relu(-value))  # in two parts as in `symlog`
+    return torch.expm1(_positive_part(value)) - torch.expm1(F.relu(-value))  # in two parts as in `symlog`
+
+
+def _positive_part(value: Tensor) -> Tensor:
+    """max(x, 0) with gradient 1 at 0, where that of `torch.clamp` depends on the version of PyTorch."""
+    return value.masked_fill(value < 0, 0)
 
 
 def symexp_bins(num_bins: int) -> Tensor:

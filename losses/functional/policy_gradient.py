@@ -154,7 +154,9 @@ def clip_ppo_objective(
 
 
 def _clip(weight: Tensor, low: Scalar, high: Scalar) -> Tensor:
-    return weight.clamp(1 - low, 1 + high)  # type: ignore[arg-type]  # takes numbers and tensors alike
+    """Weights between the bounds; one that is a bound has its gradient, whatever `torch.clamp` makes of it."""
+    clipped = weight.clamp(1 - low, 1 + high)  # type: ignore[arg-type]  # takes numbers and tensors alike
+    return torch.where(clipped == weight, weight, clipped)
 
 
 def kl_penalty_objective(log_weight: Tensor, advantage: Tensor, kl: Tensor, beta: Scalar) -> Tensor:
