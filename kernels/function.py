@@ -1,7 +1,7 @@
 """Autograd functions, applied without what only transforms of functions need."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,14 +48,13 @@ def aliases(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [x.view_as(x) for x in tensors]
 
 
-def gradients_of_tensors(gradients: Callable[..., list[Any]], ctx: Any, grads: Sequence[Tensor | None]) -> tuple:
-    """What ``backward`` returns for a Function that is called with a problem and the tensors in it.
-
-    The saved tensors are the problem's fields in order, None for what is no tensor, and one output.
-    ``gradients(ctx, grads, needs)`` finds the gradients of all fields but the last two, which are masks.
-    """
-    *fields, _ = ctx.saved_tensors
+def needs_of(ctx: Any, fields: Iterable[Tensor | None]) -> list[bool]:
+    """Which of the ``fields`` want a gradient of a Function that is called with a problem and the tensors in it."""
     needed = iter(ctx.needs_input_grad[1:])
-    needs = [x is not None and next(needed) for x in fields[:-2]]
-    found = [*gradients(ctx, grads, needs), None, None]
-    return (None, *[g for g, x in zip(found, fields, strict=True) if x is not None])
+    return [x is not None and next(needed) for x in fields]
+
+
+def gradients_of_inputs(ctx: Any, found: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """What ``backward`` returns: the gradients that were found of the inputs that want one, None for the others."""
+    results = iter(found)
+    return tuple([next(results) if need else None for need in ctx.needs_input_grad])

@@ -24,7 +24,7 @@ from .dispatch import (
     runs_plainly,
     tensors_among,
 )
-from .function import gradients_of_tensors, plain_apply, signed
+from .function import gradients_of_inputs, needs_of, plain_apply, signed
 from .recognition import Recognition
 from .scan_problem import Recurrence, checked, fit, with_one_mask
 from .scan_second_order import differentiable_backward
@@ -101,7 +101,8 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None, None, None, *_gradients(ctx, grads, ctx.needs_input_grad[3:8]), None, None)
+        needs = list(ctx.needs_input_grad[3:8])
+        return gradients_of_inputs(ctx, _gradients(ctx.settings, ctx.saved_tensors, grads, needs))
 
 
 class _SolvePlainly(torch.autograd.Function):
@@ -120,7 +121,8 @@ class _SolvePlainly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return gradients_of_tensors(_gradients, ctx, grads)
+        saved = ctx.saved_tensors  # each time that this is asked for, they are unpacked
+        return gradients_of_inputs(ctx, _gradients(ctx.settings, saved, grads, needs_of(ctx, saved[:5])))
 
 
 def _keep(ctx: Any, name: str, time_dim: int, problem: Recurrence, y: Tensor) -> None:
@@ -132,24 +134,22 @@ def _keep(ctx: Any, name: str, time_dim: int, problem: Recurrence, y: Tensor) ->
     ctx.save_for_backward(*scalars, *problem[3:], y if needs_y else None)
 
 
-def _gradients(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
-    """The gradients of γ, λ, reward, value and next value, None for those that aren't needed."""
-    needs = list(needs)
+def _gradients(
+    settings: tuple[Any, ...], saved: Sequence[Tensor | None], grads: Sequence[Tensor | None], needs: list[bool]
+) -> Sequence[Tensor | None]:
+    """The gradients that are needed of γ, λ, reward, value and next value, of what `_keep` kept."""
     if all(g is None for g in grads):
-        return [None] * len(needs)
-    name, time_dim, kind, gamma, lmbda = ctx.settings
-    gamma_tensor, lmbda_tensor, *tensors, y = ctx.saved_tensors
+        return [None] * sum(needs)
+    name, time_dim, kind, gamma, lmbda = settings
+    gamma_tensor, lmbda_tensor, *tensors, y = saved
     gamma = gamma if gamma_tensor is None else gamma_tensor
     lmbda = lmbda if lmbda_tensor is None else lmbda_tensor
     problem = Recurrence(kind, gamma, lmbda, *tensors)
     # A transform of torch.func enables gradients whether or not it goes on to differentiate this one.
-    again = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*ctx.saved_tensors, *grads))
+    again = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*saved, *grads))
     if again and not torch.compiler.is_compiling():
-        found = differentiable_backward(lambda inner: solve(inner, time_dim, name), time_dim, problem, grads, needs)
-    else:
-        found = _backward(name, time_dim, problem, y, grads, needs)
-    results = iter(found)
-    return [next(results) if need else None for need in needs]
+        return differentiable_backward(lambda inner: solve(inner, time_dim, name), time_dim, problem, grads, needs)
+    return _backward(name, time_dim, problem, y, grads, needs)
 
 
 _solve_plainly = plain_apply(_SolvePlainly)
@@ -214,8 +214,7 @@ def _solved_backward(
     wanted = [x for x, need in zip(problem[1:6], needs, strict=True) if need]
     if problem.reward.numel() == 0:
         return [torch.zeros_like(x) for x in wanted]
-    found = backend_module(backend).backward(problem, time_dim, y, grads, needs)
-    return [fit(g, x) for g, x in zip(found, wanted, strict=True)]
+    return list(map(fit, backend_module(backend).backward(problem, time_dim, y, grads, needs), wanted))
 
 
 def _recurrence_fake(kind: str, backend: str, time_dim: int, *arguments: Any) -> list[Tensor]:

@@ -19,7 +19,7 @@ from .dispatch import (
     runs_plainly,
     tensors_among,
 )
-from .function import aliases, gradients_of_tensors, plain_apply, signed
+from .function import aliases, gradients_of_inputs, needs_of, plain_apply, signed
 from .recognition import Recognition
 from .scan_problem import with_one_mask
 from .vtrace_composed import composed
@@ -122,7 +122,8 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None, None, *_gradients(ctx, grads, ctx.needs_input_grad[2:10]), None, None)
+        needs = list(ctx.needs_input_grad[2:10])
+        return gradients_of_inputs(ctx, _gradients(ctx.settings, ctx.saved_tensors, grads, needs))
 
 
 class _SolvePlainly(torch.autograd.Function):
@@ -137,7 +138,8 @@ class _SolvePlainly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return gradients_of_tensors(_gradients, ctx, grads)
+        saved = ctx.saved_tensors  # each time that this is asked for, they are unpacked
+        return gradients_of_inputs(ctx, _gradients(ctx.settings, saved, grads, needs_of(ctx, saved[:8])))
 
 
 def _keep(ctx: Any, backend: str, time_dim: int, problem: VTrace, value_target: Tensor) -> None:
@@ -148,30 +150,27 @@ def _keep(ctx: Any, backend: str, time_dim: int, problem: VTrace, value_target: 
     ctx.save_for_backward(*problem[:5], *constants, *problem[8:], value_target)
 
 
-def _gradients(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
-    """The gradients of the inputs that can have one, None for those that need none."""
-    needs = list(needs)
+def _gradients(
+    settings: tuple[Any, ...], saved: Sequence[Any], grads: Sequence[Tensor | None], needs: list[bool]
+) -> Sequence[Tensor | None]:
+    """The gradients that are needed of the inputs that can have one, of what `_keep` kept."""
     if all(g is None for g in grads):
-        return [None] * len(needs)
-    backend, time_dim, numbers = ctx.settings
-    *tensors, value_target = ctx.saved_tensors
+        return [None] * sum(needs)
+    backend, time_dim, numbers = settings
+    *tensors, value_target = saved
     constants = (n if x is None else x for n, x in zip(numbers, tensors[5:8], strict=True))
     problem = VTrace(*tensors[:5], *constants, *tensors[8:])
-    found: Sequence[Tensor | None]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the gradient will be differentiated
         names = problem.names(needs)
         inputs = aliases(getattr(problem, name) for name in names)
         outputs = composed(problem._replace(**dict(zip(names, inputs, strict=True))), time_dim, backend)
         used = [(x, g) for x, g in zip(outputs, grads, strict=True) if g is not None]
-        found = torch.autograd.grad(
+        return torch.autograd.grad(
             [x for x, _ in used], inputs, [g for _, g in used], create_graph=True, allow_unused=True
         )
-    elif runs_plainly("vtrace_backward", (*problem, *grads)):
-        found = _solved_backward(backend, time_dim, problem, value_target, grads, needs)
-    else:
-        found = torch.ops.fusedrl.vtrace_backward(backend, time_dim, *_flat(problem), value_target, *grads, needs)
-    results = iter(found)
-    return [next(results) if need else None for need in needs]
+    if runs_plainly("vtrace_backward", (*problem, *grads)):
+        return _solved_backward(backend, time_dim, problem, value_target, grads, needs)
+    return torch.ops.fusedrl.vtrace_backward(backend, time_dim, *_flat(problem), value_target, *grads, needs)
 
 
 _solve_plainly = plain_apply(_SolvePlainly)
