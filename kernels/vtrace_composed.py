@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .dispatch import as_input
 from .returns import reward_to_go
@@ -50,6 +51,8 @@ def _clipped(log_weight: Tensor, threshold: Any) -> Tensor:
         is_clipped = log_weight > limit
         return torch.where(is_clipped, threshold, torch.where(is_clipped, limit, log_weight).exp())
     log_threshold = math.log(threshold) if threshold > 0 else -math.inf
+    if not log_weight.requires_grad and forward_ad._current_level < 0:
+        return log_weight.clamp_max(log_threshold).exp()
     return log_weight.masked_fill(log_weight > log_threshold, log_threshold).exp()
 
 
