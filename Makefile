@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LIBRARY := kernels estimators losses
 
-.PHONY: demo test lint bench readme gpu static clean
+.PHONY: demo test emulate lint bench readme gpu static clean
 
 # The folders are prerequisites because a strict editable install links files one by one: a new file needs a new link.
 $(INSTALLED): pyproject.toml constraints.txt $(LIBRARY) losses/functional
@@ -22,6 +22,12 @@ demo: $(INSTALLED)
 # As many workers as cores: a worker with several threads would only keep the others waiting.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST)
+	$(if $(PYTEST),,$(MAKE) emulate PYTEST='-k "values_agree or hand_computed or strides or share or one_program or is_written"')
+
+# The tests of the kernels once more, on what they compile to for sm_90: an emulator runs it, which needs a C compiler.
+emulate: $(INSTALLED)
+	FUSEDRL_EMULATE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto \
+		$(wildcard tests/test_kernels_*.py tests/test_categorical*.py) tests/test_vtrace.py $(PYTEST)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

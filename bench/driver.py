@@ -32,7 +32,7 @@ _Note = ctypes.CFUNCTYPE(
 class Launched(NamedTuple):
     """What the driver was given."""
 
-    kernel: str
+    compiled: CompiledKernel
     stream: int
     grid: tuple[int, ...]
     threads: int
@@ -87,19 +87,19 @@ def _build(folder: str) -> ctypes.CDLL:
 
 def _tell(library: ctypes.CDLL, told: Callable[[Launched], Any]) -> None:
     """Call ``told`` with every launch from here on."""
-    kernels: dict[int, tuple[str, list[int]]] = {}  # name and bytes of the parameters, by handle
+    kernels: dict[int, tuple[CompiledKernel, list[int]]] = {}  # and the bytes of the parameters, by handle
     load = CompiledKernel._init_handles
 
     def loading(kernel: CompiledKernel) -> None:
         load(kernel)
         signature = kernel.asm["ptx"].partition(".entry")[2].partition(")")[0]
         bits = re.findall(r"\.param \.[a-z](\d+)", signature)
-        kernels[kernel.function] = kernel.metadata.name, [_BYTES[x] for x in bits]
+        kernels[kernel.function] = kernel, [_BYTES[x] for x in bits]
 
     def note(function: int, stream: int, grid: Any, threads: int, shared_bytes: int, parameters: Any) -> None:
-        name, sizes = kernels[function]
+        kernel, sizes = kernels[function]
         given = tuple(ctypes.string_at(parameters[i], size) for i, size in enumerate(sizes))
-        told(Launched(name, stream, tuple(grid[:3]), threads, shared_bytes, given))
+        told(Launched(kernel, stream, tuple(grid[:3]), threads, shared_bytes, given))
 
     CompiledKernel._init_handles = loading
     _tell.callback = _Note(note)  # the driver keeps its address alone

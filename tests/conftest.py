@@ -1,4 +1,7 @@
-"""Where the tests run: on the CUDA device if there is one, otherwise the Triton kernels run in the interpreter."""
+"""Where the tests run: on the CUDA device if there is one, otherwise the Triton kernels run in the interpreter.
+
+With ``FUSEDRL_EMULATE=1`` in the environment the kernels are compiled for a GPU, and an emulator runs that code.
+"""
 
 import importlib.util
 import os
@@ -9,7 +12,11 @@ import pytest
 import torch
 
 CUDA = torch.cuda.is_available()
-if not CUDA:
+EMULATED = os.environ.get("FUSEDRL_EMULATE", "0") != "0"
+if EMULATED:
+    os.environ.setdefault("FUSEDRL_BACKEND", "triton")
+    importlib.import_module("emulator").install()
+elif not CUDA:
     # Before fusedrl imports Triton. With the interpreter on, `auto` would mean the (slow) interpreted kernels
     # everywhere, so the tests that don't name a backend get the one that `auto` means on a CPU.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -23,7 +30,7 @@ torch.distributions.Distribution.set_default_validate_args(False)
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    return torch.device("cuda" if CUDA else "cpu")
+    return torch.device("cuda" if CUDA and not EMULATED else "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +42,7 @@ def plans_are_forgotten() -> Iterator[None]:
         launching.Launcher.forget()
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["triton"] if EMULATED else ["torch", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Each fast backend in turn."""
     return request.param
