@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.compiler.compiler import CompiledKernel
 
+_folder = tempfile.TemporaryDirectory()  # for as long as launches are compiled
 DEVICE = -1  # what a tensor on the CPU says
 STREAM = 7
 PROCESSORS = 132
@@ -50,10 +51,9 @@ def pretend_that_there_is_a_gpu(told: Callable[[Launched], Any] | None = None) -
         CalledProcessError: there is no C compiler, without which Triton launches nothing either.
 
     """
-    with tempfile.TemporaryDirectory() as folder:
-        library = _build(folder)
-        os.environ["TRITON_LIBCUDA_PATH"] = folder
-        triton.runtime.driver.set_active(_Driver())
+    library = _build(_folder.name)
+    os.environ["TRITON_LIBCUDA_PATH"] = _folder.name
+    triton.runtime.driver.set_active(_Driver())
     if told is not None:
         _tell(library, told)
     backend.triton_runs_on = lambda tensor: True

@@ -248,7 +248,7 @@ class _Warps:
             number = int.from_bytes(self._group.parameters[source[0]][:bytes], "little", signed=i.parts[-1][0] == "s")
             kind = _kind(targets[0])
             words = [np.full(taking.sum(), number & np.iinfo(kind).max, kind)]
-        elif i.parts[1] == "shared":
+        elif _is_shared(i):
             program = self._group.program[taking]
             words = self._group.shared.load(program, self._address(source, taking), bytes, len(targets), i.text)
         else:
@@ -261,7 +261,7 @@ class _Warps:
         sources = sources if isinstance(sources, list) else [sources]
         words = [self._read(source, size(i.parts[-1]))[taking] for source in sources]
         address = self._address(target, taking)
-        if i.parts[1] == "shared":
+        if _is_shared(i):
             self._group.shared.store(self._group.program[taking], address, words, i.text)
         else:
             self._group.memory.store(address, words, i.text)
@@ -333,6 +333,11 @@ class _Warps:
 
 
 _EXCHANGES = ("shfl", "redux", "ldmatrix", "stmatrix")
+
+
+def _is_shared(i: Instruction) -> bool:
+    """Whether memory is that of a program, and not that of tensors."""
+    return i.parts[1].partition("::")[0] == "shared"
 
 
 def _join(groups: dict[int, Array], at: int, threads: Array) -> None:
