@@ -48,7 +48,7 @@ def pretend_that_there_is_a_gpu(told: Callable[[Launched], Any] | None = None) -
         told: called with every launch.
 
     Raises:
-        CalledProcessError: there is no C compiler, without which Triton launches nothing either.
+        FileNotFoundError: there is no C compiler, without which Triton launches nothing either.
 
     """
     library = _build(_folder.name)

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-CUDA = torch.cuda.is_available()
 EMULATED = os.environ.get("FUSEDRL_EMULATE", "0") != "0"
+CUDA = not EMULATED and torch.cuda.is_available()  # which would load the driver of a device
 if EMULATED:
     os.environ.setdefault("FUSEDRL_BACKEND", "triton")
     importlib.import_module("emulator").install()
@@ -30,7 +30,7 @@ torch.distributions.Distribution.set_default_validate_args(False)
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    return torch.device("cuda" if CUDA and not EMULATED else "cpu")
+    return torch.device("cuda" if CUDA else "cpu")
 
 
 @pytest.fixture(autouse=True)
