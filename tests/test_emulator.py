@@ -46,6 +46,11 @@ def test_threads_read_and_write_their_own_elements() -> None:
     assert launched(DOUBLE, torch.ones(5), 3).tolist() == [2, 2, 2, 1, 1]
 
 
+def test_an_address_may_have_an_offset_either_way() -> None:
+    body = "@%p1 ld.global.b32 { %r3 }, [ %rd2 + 4 ];\n add.s64 %rd3, %rd2, 8;\n @%p1 st.global.b32 [%rd3+-8], { %r3 };"
+    assert launched(body, torch.arange(5.0), 4).tolist() == [1, 2, 3, 4, 4]
+
+
 def test_an_address_behind_the_end_is_refused() -> None:
     with pytest.raises(Fault, match=r"ld\.global\.b32 .* is outside of every tensor"):
         launched(DOUBLE, torch.ones(20), 21)

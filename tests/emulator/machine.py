@@ -163,7 +163,7 @@ class _Warps:
 
     def _address(self, operand: tuple[str, int], taking: Array) -> Array:
         base, offset = operand
-        return (self._read(base, 8) + np.uint64(offset))[taking]
+        return (self._read(base, 8) + np.uint64(offset % (1 << 64)))[taking]
 
     # --- instructions -------------------------------------------------------------------------------------------------
 
