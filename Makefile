@@ -25,9 +25,10 @@ test: $(INSTALLED)
 	$(if $(PYTEST),,$(MAKE) emulate PYTEST='-k "hand_computed or share or one_program"')
 
 # The tests of the kernels once more, on what they compile to for sm_90: an emulator runs it, which needs a C compiler.
+# `make emulate TESTS=tests/test_parity_*.py` runs others on it.
+TESTS ?= tests/test_kernels_*.py tests/test_categorical*.py tests/test_vtrace.py
 emulate: $(INSTALLED)
-	FUSEDRL_EMULATE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto \
-		$(wildcard tests/test_kernels_*.py tests/test_categorical*.py) tests/test_vtrace.py $(PYTEST)
+	FUSEDRL_EMULATE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(TESTS) $(PYTEST)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
