@@ -6,7 +6,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from emulator import Code, Fault, run
+from emulator import Code, Fault, Traffic, run
 from emulator.arithmetic import compared, converted, decoded, encoded, field, permuted, shifted
 
 HEAD = """
@@ -25,12 +25,13 @@ HEAD = """
 """  # %rd2 is the address of the thread's own element, and %p1 says whether there is one
 
 
-def launched(body, x, number, *, threads=32, shared_bytes=0, grid=1, seed=0) -> torch.Tensor:
+def launched(body, x, number, *, threads=32, shared_bytes=0, grid=1, seed=0, traffic=None) -> torch.Tensor:
     """What a kernel of these lines leaves in x."""
     code = Code(HEAD.format(threads=threads) + body + "\n\tret;\n}\n", shared_bytes)
     storage = x.untyped_storage()
     parameters = [x.data_ptr().to_bytes(8, "little"), number.to_bytes(4, "little")]
-    run(code, grid, parameters, [(storage.data_ptr(), storage.nbytes())], np.random.default_rng(seed))
+    memory = [(storage.data_ptr(), storage.nbytes())]
+    run(code, grid, parameters, memory, np.random.default_rng(seed), traffic or Traffic())
     return x
 
 
@@ -152,6 +153,16 @@ def test_atomic_additions_give_every_program_its_number() -> None:
     assert found[0] == 100
     assert sorted(found[1:]) == list(range(100))
     assert found[1:] != sorted(found[1:])
+
+
+def test_a_warp_moves_a_sector_once_in_an_access() -> None:
+    traffic = Traffic()
+    launched(DOUBLE, torch.ones(64), 20, threads=64, traffic=traffic)  # 20 elements are 3 sectors
+    assert (traffic.loaded, traffic.stored) == (3, 3)
+    launched("ld.global.b32 { %r3 }, [ %rd1 + 0 ];", torch.ones(1), 1, threads=64, grid=3, traffic=traffic)
+    assert traffic.loaded == 3 + 6, "once for each warp of each program"
+    launched("@%p1 ld.global.v2.b32 { %r3, %r4 }, [ %rd1 + 8 ];", torch.ones(8), 1, traffic=traffic)
+    assert traffic.loaded == 10
 
 
 FLOATS = torch.tensor([0.0, -0.0, 1.0, -2.5, 1e-40, 65504.0, 3.3895e38, 1.00390625, 1.01171875, torch.inf, -torch.inf])

@@ -10,6 +10,8 @@ barrier to barrier. Not everything that a machine may do happens: a warp isn't i
 approximate functions are exact.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,11 +22,25 @@ from bench import driver
 
 from .code import Code
 from .machine import run
-from .memory import Fault
+from .memory import Fault, Traffic
 
-__all__ = ["Code", "Fault", "install", "run"]
+__all__ = ["Code", "Fault", "Traffic", "counted", "install", "run"]
 
 PROCESSORS = 4  # as in the interpreter: few, so that short rows are split as well
+
+
+_traffic = Traffic()
+
+
+@contextmanager
+def counted() -> Iterator[Traffic]:
+    """What is loaded and stored within the block."""
+    global _traffic
+    before, _traffic = _traffic, Traffic()
+    try:
+        yield _traffic
+    finally:
+        _traffic = before
 
 
 def install() -> None:
@@ -44,7 +60,7 @@ def install() -> None:
             code = codes.get(found.compiled)
             if code is None:
                 code = codes[compiled] = Code(compiled.asm["ptx"], compiled.metadata.shared)
-            run(code, found.grid[0], found.parameters, {_memory(x) for x in tensors}, random)
+            run(code, found.grid[0], found.parameters, {_memory(x) for x in tensors}, random, _traffic)
 
     launching.Launch.__call__ = emulated
 

@@ -22,13 +22,15 @@ from .arithmetic import (
     wide_product,
 )
 from .code import Code, Instruction
-from .memory import Fault, Memory, SharedMemory
+from .memory import Fault, Memory, SharedMemory, Traffic
 
 LANES = 32
 _MOST_PROGRAMS = 16  # that run in step
 
 
-def run(code: Code, grid: int, parameters: Sequence[bytes], blocks: Iterable[tuple[int, int]], random: Any) -> None:
+def run(
+    code: Code, grid: int, parameters: Sequence[bytes], blocks: Iterable[tuple[int, int]], random: Any, traffic: Traffic
+) -> None:
     """Run the programs of a launch.
 
     Args:
@@ -37,6 +39,7 @@ def run(code: Code, grid: int, parameters: Sequence[bytes], blocks: Iterable[tup
         parameters: the bytes of each.
         blocks: address and size of the memory that programs may access.
         random: a ``numpy.random.Generator``, which chooses their order.
+        traffic: counts what they load and store.
 
     Raises:
         Fault: they do what a machine leaves undefined.
@@ -47,7 +50,7 @@ def run(code: Code, grid: int, parameters: Sequence[bytes], blocks: Iterable[tup
     groups = []
     while len(left):
         count = random.integers(1, _MOST_PROGRAMS, endpoint=True)
-        groups.append(_Group(code, left[:count], grid, given, memory, random))
+        groups.append(_Group(code, left[:count], grid, given, memory, random, traffic))
         left = left[count:]
     while groups:
         group = groups[random.integers(len(groups))]
@@ -60,9 +63,16 @@ class _Group:
     """Some of the programs, which run in step: the first warp of each, and then the second, as chance has it."""
 
     def __init__(
-        self, code: Code, programs: Array, grid: int, parameters: dict[str, bytes], memory: Memory, random: Any
+        self,
+        code: Code,
+        programs: Array,
+        grid: int,
+        parameters: dict[str, bytes],
+        memory: Memory,
+        random: Any,
+        traffic: Traffic,
     ) -> None:
-        self.code, self.parameters, self.memory, self.random = code, parameters, memory, random
+        self.code, self.parameters, self.memory, self.random, self.traffic = code, parameters, memory, random, traffic
         self.shared = SharedMemory(len(programs), code.shared_bytes)
         self.threads = LANES * len(programs)  # of one warp each
         self.lane = np.tile(np.arange(LANES), len(programs))
@@ -252,7 +262,9 @@ class _Warps:
             program = self._group.program[taking]
             words = self._group.shared.load(program, self._address(source, taking), bytes, len(targets), i.text)
         else:
-            words = self._group.memory.load(self._address(source, taking), bytes, len(targets), i.text)
+            address = self._address(source, taking)
+            words = self._group.memory.load(address, bytes, len(targets), i.text)
+            self._group.traffic.loaded += Traffic.sectors(self._group.program[taking], address, bytes * len(targets))
         for name, word in zip(targets, words, strict=True):
             self._write(name, _spread(word.astype(_kind(name)), taking), taking)
 
@@ -265,6 +277,8 @@ class _Warps:
             self._group.shared.store(self._group.program[taking], address, words, i.text)
         else:
             self._group.memory.store(address, words, i.text)
+            bytes = size(i.parts[-1]) * len(words)
+            self._group.traffic.stored += Traffic.sectors(self._group.program[taking], address, bytes)
 
     def _atom(self, i: Instruction, taking: Array) -> None:
         target, place, source = i.operands

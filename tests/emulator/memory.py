@@ -12,6 +12,20 @@ class Fault(Exception):
     """A kernel did what a machine leaves undefined."""
 
 
+class Traffic:
+    """How many sectors of 32 bytes warps load and store: each once in an access, however many threads are at it."""
+
+    def __init__(self) -> None:
+        self.loaded = 0
+        self.stored = 0
+
+    @staticmethod
+    def sectors(warp: Array, address: Array, bytes: int) -> int:
+        """Of an access of so many bytes at each address, by threads of these warps."""
+        sector = address // np.uint64(32) + (warp.astype(np.uint64) << np.uint64(48))  # to tell the warps apart
+        return len(np.unique(sector)) * max(1, bytes // 32)
+
+
 class Memory:
     """The memory of tensors, by address."""
 

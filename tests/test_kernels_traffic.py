@@ -1,0 +1,59 @@
+"""What the compiled kernels load and store, counted where an emulator runs them: ``make emulate``."""
+
+import os
+
+import pytest
+import torch
+from fusedrl import kernels
+
+if os.environ.get("FUSEDRL_EMULATE", "0") == "0":
+    pytest.skip("counted by the emulator alone", allow_module_level=True)
+
+from emulator import counted
+
+ROWS, STEPS = 2048, 32  # enough rows not to be split, and sectors that no two of them share
+
+
+def sectors(*tensors) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors) // 32
+
+
+@pytest.mark.parametrize("time_major", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # a thread's 4 steps of float64 are two accesses
+@pytest.mark.parametrize("operation", ["gae", "td_lambda_return", "reward_to_go"])
+def test_whole_rows_are_loaded_once_and_stored_once(operation, dtype, time_major) -> None:
+    shape = (STEPS, ROWS) if time_major else (ROWS, STEPS)
+    value, next_value, reward = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(3))
+    done = torch.rand(shape) < 0.1
+    options = {"time_dim": 0 if time_major else 1, "backend": "triton"}
+    inputs = {
+        "gae": lambda: (0.9, 0.8, value, next_value, reward, done),
+        "td_lambda_return": lambda: (0.9, 0.8, next_value, reward, done),
+        "reward_to_go": lambda: (0.9, reward, done),
+    }[operation]()
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    with counted() as forward:
+        outputs = getattr(kernels, operation)(*inputs, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    assert (forward.loaded, forward.stored) == (sectors(*tensors), sectors(*outputs))
+
+    leaves, arrived = tensors[:-1], [torch.ones_like(x) for x in outputs]
+    with counted() as backward:
+        found = torch.autograd.grad(outputs, leaves, arrived)
+    assert (backward.loaded, backward.stored) == (sectors(done, *arrived), sectors(*found))
+
+
+@pytest.mark.parametrize("steps", [2048, 2000])
+@pytest.mark.parametrize("time_major", [False, True])
+def test_split_rows_that_end_are_loaded_twice_only_up_to_their_ends(steps, time_major) -> None:
+    shape = (steps, 16) if time_major else (8, steps)
+    value, next_value, reward = torch.randn(3, *shape)
+    done = torch.zeros(shape, dtype=torch.bool)
+    loaded = []
+    for every in (steps, 16):  # no row ends but at its end, or each after 16 steps
+        done.movedim(0 if time_major else 1, 0)[every - 1 :: every] = True
+        with counted() as traffic:
+            kernels.gae(0.9, 0.8, value, next_value, reward, done, time_dim=0 if time_major else 1, backend="triton")
+        loaded.append(traffic.loaded / sectors(value, next_value, reward, done))
+    assert 1.7 < loaded[0] < 2.2
+    assert loaded[1] < 0.85 * loaded[0]
