@@ -214,7 +214,8 @@ def _solved_backward(
     wanted = [x for x, need in zip(problem[1:6], needs, strict=True) if need]
     if problem.reward.numel() == 0:
         return [torch.zeros_like(x) for x in wanted]
-    return list(map(fit, backend_module(backend).backward(problem, time_dim, y, grads, needs), wanted))
+    found = backend_module(backend).backward(problem, time_dim, y, grads, needs)
+    return [fit(g, x) for g, x in zip(found, wanted, strict=True)]
 
 
 def _recurrence_fake(kind: str, backend: str, time_dim: int, *arguments: Any) -> list[Tensor]:

@@ -57,7 +57,7 @@ def install() -> None:
         launch(self, device, tensors, numbers)
         for found in launched:
             compiled = found.compiled
-            code = codes.get(found.compiled)
+            code = codes.get(compiled)
             if code is None:
                 code = codes[compiled] = Code(compiled.asm["ptx"], compiled.metadata.shared)
             run(code, found.grid[0], found.parameters, {_memory(x) for x in tensors}, random, _traffic)
