@@ -27,10 +27,10 @@ def test_whole_rows_are_loaded_once_and_stored_once(operation, dtype, time_major
     done = torch.rand(shape) < 0.1
     options = {"time_dim": 0 if time_major else 1, "backend": "triton"}
     inputs = {
-        "gae": lambda: (0.9, 0.8, value, next_value, reward, done),
-        "td_lambda_return": lambda: (0.9, 0.8, next_value, reward, done),
-        "reward_to_go": lambda: (0.9, reward, done),
-    }[operation]()
+        "gae": (0.9, 0.8, value, next_value, reward, done),
+        "td_lambda_return": (0.9, 0.8, next_value, reward, done),
+        "reward_to_go": (0.9, reward, done),
+    }[operation]
     tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
     with counted() as forward:
         outputs = getattr(kernels, operation)(*inputs, **options)
@@ -46,14 +46,14 @@ def test_whole_rows_are_loaded_once_and_stored_once(operation, dtype, time_major
 @pytest.mark.parametrize("steps", [2048, 2000])
 @pytest.mark.parametrize("time_major", [False, True])
 def test_split_rows_that_end_are_loaded_twice_only_up_to_their_ends(steps, time_major) -> None:
-    shape = (steps, 16) if time_major else (8, steps)
+    shape, dim = ((steps, 16), 0) if time_major else ((8, steps), 1)
     value, next_value, reward = torch.randn(3, *shape)
     done = torch.zeros(shape, dtype=torch.bool)
     loaded = []
     for every in (steps, 16):  # no row ends but at its end, or each after 16 steps
-        done.movedim(0 if time_major else 1, 0)[every - 1 :: every] = True
+        done.movedim(dim, 0)[every - 1 :: every] = True
         with counted() as traffic:
-            kernels.gae(0.9, 0.8, value, next_value, reward, done, time_dim=0 if time_major else 1, backend="triton")
+            kernels.gae(0.9, 0.8, value, next_value, reward, done, time_dim=dim, backend="triton")
         loaded.append(traffic.loaded / sectors(value, next_value, reward, done))
     assert 1.7 < loaded[0] < 2.2
     assert loaded[1] < 0.85 * loaded[0]

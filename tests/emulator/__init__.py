@@ -59,7 +59,7 @@ def install() -> None:
             compiled = found.compiled
             code = codes.get(compiled)
             if code is None:
-                code = codes[compiled] = Code(compiled.asm["ptx"], compiled.metadata.shared)
+                code = codes[compiled] = Code(compiled.asm["ptx"], found.shared_bytes)
             run(code, found.grid[0], found.parameters, {_memory(x) for x in tensors}, random, _traffic)
 
     launching.Launch.__call__ = emulated

@@ -1,6 +1,7 @@
 """Threads: they run a `Code`, 32 in step."""
 
 from collections.abc import Iterable, Sequence
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -195,7 +196,7 @@ class _Warps:
         if type == "pred":
             x = [self._read(source, 0) for source in sources]
             return x[0] if name == "mov" else LOGICAL[name](*x)
-        bytes = size(type.removesuffix("x2"))
+        bytes = size(type)
         x = [self._read(source, bytes) for source in sources[:2]]
         if name in ("mul", "mad") and ("wide" in parts or "hi" in parts):
             product = wide_product(*x, type)
@@ -308,10 +309,7 @@ class _Warps:
     def _redux(self, i: Instruction, taking: Array) -> None:
         target, source, _ = i.operands
         x = decoded(self._read(source, 4), i.parts[-1]).reshape(-1, LANES)
-        reduced = ELEMENTWISE[i.parts[2]]
-        found = x[:, 0]
-        for lane in range(1, LANES):
-            found = reduced(found, x[:, lane])
+        found = reduce(ELEMENTWISE[i.parts[2]], x.T)
         self._write(target, encoded(np.repeat(found, LANES), i.parts[-1]), taking)
 
     def _ldmatrix(self, i: Instruction, taking: Array) -> None:
