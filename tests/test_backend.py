@@ -192,28 +192,39 @@ def test_gradients_by_autograd_are_found_below_a_dispatch_mode_too(backend) -> N
         torch.testing.assert_close(found, wanted)
 
 
-ONE = torch.ones(1, 3)
-DONE = torch.zeros(1, 3, dtype=torch.bool)
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: kernels.gae(None, 0.9, ONE, ONE, ONE, DONE), "gamma must be a number or a real tensor, but is None"),
-        (lambda: kernels.gae("0.9", 0.9, ONE, ONE, ONE, DONE), "gamma must be a number or a real tensor, but is '0.9'"),
-        (lambda: kernels.gae(0.9, None, ONE, ONE, ONE, DONE), "lmbda must be a number"),
-        (lambda: kernels.gae(0.9, 0.9, ONE, ONE, ONE, None), "done must be a real tensor, but is None"),
-        (lambda: kernels.td_lambda_return(0.9, 0.9, None, ONE, DONE), "next_value must be a real tensor, but is None"),
-        (lambda: kernels.gae(0.9, 0.9, ONE, ONE, ONE.cfloat(), DONE), "reward must be a real tensor.*complex64"),
-        (lambda: kernels.reverse_scan(torch.ones((), dtype=torch.cfloat), ONE), "coefficient must be .*complex64"),
-        (lambda: kernels.vtrace(0.9, ONE, None, ONE, ONE, ONE, DONE, rho_thresh=ONE.cfloat()), "rho_thresh must be"),
+        (
+            lambda one, done: kernels.gae(None, 0.9, one, one, one, done),
+            "gamma must be a number or a real tensor, but is None",
+        ),
+        (
+            lambda one, done: kernels.gae("0.9", 0.9, one, one, one, done),
+            "gamma must be a number or a real tensor, but is '0.9'",
+        ),
+        (lambda one, done: kernels.gae(0.9, None, one, one, one, done), "lmbda must be a number"),
+        (lambda one, done: kernels.gae(0.9, 0.9, one, one, one, None), "done must be a real tensor, but is None"),
+        (
+            lambda one, done: kernels.td_lambda_return(0.9, 0.9, None, one, done),
+            "next_value must be a real tensor, but is None",
+        ),
+        (
+            lambda one, done: kernels.gae(0.9, 0.9, one, one, one.cfloat(), done),
+            "reward must be a real tensor.*complex64",
+        ),
+        (lambda one, done: kernels.reverse_scan(one.cfloat()[0, 0], one), "coefficient must be .*complex64"),
+        (
+            lambda one, done: kernels.vtrace(0.9, one, None, one, one, one, done, rho_thresh=one.cfloat()),
+            "rho_thresh must be",
+        ),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
 @pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
-def test_what_is_no_real_tensor_or_number_is_named(call, message, backend) -> None:
+def test_what_is_no_real_tensor_or_number_is_named(call, message, backend, device) -> None:
     with kernels.use_backend(backend), pytest.raises(TypeError, match=message):
-        call()
+        call(torch.ones(1, 3, device=device), torch.zeros(1, 3, dtype=torch.bool, device=device))
 
 
 def test_a_bare_scan_names_its_own_arguments() -> None:
