@@ -21,17 +21,28 @@ from .scan_tiles import STEPS_PER_LANE
 _WARP_BYTES = 2048
 _WARP_STEPS = 512
 _LINE = 128  # bytes of a cache line
+_SECTOR = 32  # bytes that memory moves at least
 _MOST_WARPS = 8
 
 
 class Tiling(NamedTuple):
-    """The shape of a tile, the programs that share a row, a program's warps, and how many blocks of rows it has."""
+    """The shape of a tile, the programs that share a row, a program's warps, and how many blocks of rows it has.
+
+    ``last_rows`` and ``last_lanes`` are those of the tile in which a warp looks for the last ends of trajectories in a
+    share.
+    """
 
     rows: int
     lanes: int
     split: int
     warps: int
     blocks: int = 1
+    last_rows: int = 0
+    last_lanes: int = 0
+
+    def composing(self, *, ends: bool) -> "Tiling":
+        """For the launch that composes shares: smaller tiles if trajectories have ends, behind which it stops."""
+        return self._replace(rows=self.last_rows, lanes=self.last_lanes, warps=1) if ends else self
 
 
 def tiling(
@@ -45,29 +56,31 @@ def tiling(
 ) -> Tiling:
     """Choose the tile, and as many programs as keep the device busy; the numbers were measured on an H200.
 
-    With contiguous time a program is one warp, which keeps every exchange between lanes a shuffle. Its threads have a
-    lane each, a row has up to 32, and many small programs hide each other's waiting; fewer rows, and those that are
-    split, get up to 4 lanes per thread. Of many short rows a program has four times as many: programs don't start
-    faster than three in two nanoseconds.
+    With contiguous time a program is one warp, which keeps every exchange between lanes a shuffle. Its threads have up
+    to 2 lanes each, and many small programs hide each other's waiting; fewer rows, and those that are split, get up to
+    4 lanes per thread. Of many short rows a program has four times as many: programs don't start faster than three in
+    two nanoseconds.
 
     Otherwise a tile has a cache line of adjacent rows, of which a warp takes 4 lanes, one 128-bit load per step and
     thread; and four lines with four warps where that leaves programs enough. Few rows get up to 8 warps, one after the
     other in time.
 
-    Rows are split where there are less than 4 warps per processor; a share is two tiles or more.
+    Rows are split where there are less than 4 warps per processor; a share is two tiles or more. It is composed in
+    tiles of a warp with as few rows as memory moves at once, and few steps: not much more is read than what comes after
+    the last end of a trajectory.
     """
     most_lanes = min(_WARP_STEPS, warp_bytes // itemsize) // STEPS_PER_LANE  # of a warp
     lanes_of_row = triton.next_power_of_2(triton.cdiv(steps, STEPS_PER_LANE))
     if time_is_contiguous:
         tile_rows = max(1, 32 // lanes_of_row)
         programs = triton.cdiv(rows, tile_rows)
-        each = 1 if programs >= 32 * processors else 2 if programs >= 16 * processors else 4
+        each = 2 if programs >= 16 * processors else 4
         lanes, warps = min(32 * each, most_lanes, lanes_of_row), 1
         blocks = 4 if lanes == lanes_of_row and programs >= 64 * processors else 1
     else:
         line = _LINE // itemsize
         tile_rows = 4 * line if triton.cdiv(rows, 4 * line) >= 16 * processors else line
-        tile_rows = min(tile_rows, max(line // 4, triton.next_power_of_2(rows)))  # memory moves 32 bytes at least
+        tile_rows = min(tile_rows, max(_SECTOR // itemsize, triton.next_power_of_2(rows)))
         programs = triton.cdiv(rows, tile_rows)
         wanted = triton.next_power_of_2(triton.cdiv(9 * processors, programs))
         warps = min(max(wanted, tile_rows // line), _MOST_WARPS)
@@ -77,8 +90,10 @@ def tiling(
     split = 1
     if programs * warps < 4 * processors:
         tiles = triton.cdiv(steps, lanes * STEPS_PER_LANE)
-        split = max(1, min(tiles // 2, triton.cdiv(8 * processors, programs * warps)))
-    return Tiling(tile_rows, lanes, split, warps, blocks)
+        split = max(1, min(tiles // 2, triton.cdiv(16 * processors, programs * warps)))
+    last_rows = 1 if time_is_contiguous else min(tile_rows, max(1, _SECTOR // itemsize))
+    last_lanes = min(lanes, 64 if time_is_contiguous else _WARP_BYTES // itemsize // STEPS_PER_LANE // last_rows)
+    return Tiling(tile_rows, lanes, split, warps, blocks, last_rows, last_lanes)
 
 
 def split_power(tile: Tiling) -> int:
@@ -157,7 +172,9 @@ def _plan(settings: tuple[str, bool, int, torch.dtype], *arguments: Any) -> Plan
     scalars: list[Any] = []
     for x, of_steps in ((gamma, gammas), (lmbda, lmbdas)):
         scalars += scalar_arguments(x, 0) if of_steps is None else (0.0, of_steps)
-    return layout.plan(scan_kernel, [*strided, *scalars], compute_dtype(dtype), KIND=kind, ADJOINT=adjoint)
+    return layout.plan(
+        scan_kernel, [*strided, *scalars], compute_dtype(dtype), ends=tensors[3] is not None, KIND=kind, ADJOINT=adjoint
+    )
 
 
 _TENSORS = scan_kernel.arg_names.index("gamma")
@@ -186,43 +203,41 @@ class Layout(NamedTuple):
     index: tl.dtype
     tiling: Tiling
 
-    @property
-    def programs(self) -> int:
-        """The programs of a launch."""
-        return triton.cdiv(triton.cdiv(self.rows, self.tiling.rows), self.tiling.blocks) * self.tiling.split
-
     def argument(self, x: Tensor | None, strides: tuple[int, int, int] | None) -> tuple[Any, ...] | None:
         """A tensor as kernels take it: with its ``strides`` only if they aren't those that most have."""
         return None if x is None or strides is None else (x,) if strides == self.common else (x, *strides)
 
-    def plan(self, kernel: Any, arguments: Sequence[Any], dtype: torch.dtype, **constants: Any) -> Plan:
+    def plan(self, kernel: Any, arguments: Sequence[Any], dtype: torch.dtype, *, ends: bool, **constants: Any) -> Plan:
         """The launches of a kernel that scans, computed in ``dtype``; ``arguments`` are those before compositions.
 
-        Where rows are split, a first launch composes each share, and the second solves it.
+        Where rows are split, a first launch composes each share, and the second solves it. ``ends`` says whether
+        trajectories may end before their rows do.
         """
-        tile = self.tiling
-        compositions = None
-        if tile.split > 1:
-            padded = triton.cdiv(self.rows, tile.rows) * tile.rows
-            compositions = Workspace(2 * padded * split_power(tile), dtype)
+        solving = self.tiling
+        compositions, tiles = None, [solving]
+        padded = triton.cdiv(self.rows, solving.rows) * solving.rows
+        if solving.split > 1:
+            compositions = Workspace(2 * padded * split_power(solving), dtype)
+            tiles.insert(0, solving.composing(ends=ends))
         launches = [
             Launch(
                 kernel,
-                self.programs,
+                triton.cdiv(padded // tile.rows, tile.blocks) * tile.split,
                 [*arguments, compositions, self.common, self.rows, self.inner, self.steps],
                 DTYPE=TRITON_DTYPE[dtype],
                 INDEX=self.index,
                 TIME_IS_CONTIGUOUS=self.time_is_contiguous,
                 TILE_ROWS=tile.rows,
                 TILE_LANES=tile.lanes,
-                COMPOSE=compose,
+                COMPOSE=len(tiles) == 2 and i == 0,
+                PARTS=solving.lanes // tile.lanes,
                 SPLIT=tile.split,
                 SPLIT_POWER=split_power(tile),
                 BLOCKS=tile.blocks,
                 num_warps=tile.warps,
                 **constants,
             )
-            for compose in ((False,) if compositions is None else (True, False))
+            for i, tile in enumerate(tiles)
         ]
         return Plan(launches, () if compositions is None else (compositions,))
 

@@ -32,13 +32,17 @@ STEPS = tl.constexpr(STEPS_PER_LANE)
 
 
 @triton.jit
-def share_of_program(steps, TILE: tl.constexpr, SPLIT: tl.constexpr):
-    """Which share of its rows' tiles this program has, the first of them and the one after the last; and all tiles."""
+def share_of_program(steps, TILE: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr):
+    """Which share of its rows' tiles this program has, the first of them and the one after the last; and all tiles.
+
+    Shares differ by no more than ``PARTS`` tiles, which no share divides, and some of which may lie beyond the last
+    step.
+    """
     share = tl.program_id(0) % SPLIT
-    tiles = tl.cdiv(steps, TILE)
-    tiles_per_share = tl.cdiv(tiles, SPLIT)
-    first = share * tiles_per_share
-    return share, first, tl.minimum(first + tiles_per_share, tiles), tiles
+    units = tl.cdiv(steps, TILE * PARTS)
+    first = share * (units // SPLIT) + tl.minimum(share, units % SPLIT)
+    last = first + units // SPLIT + (share < units % SPLIT).to(tl.int32)
+    return share, first * PARTS, last * PARTS, units * PARTS
 
 
 @triton.jit

@@ -68,6 +68,7 @@ def vtrace_kernel(
     TILE_ROWS: tl.constexpr,
     TILE_LANES: tl.constexpr,
     COMPOSE: tl.constexpr,
+    PARTS: tl.constexpr,
     SPLIT: tl.constexpr,
     SPLIT_POWER: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -84,7 +85,7 @@ def vtrace_kernel(
     TILE: tl.constexpr = TILE_LANES * STEPS
     AXIS: tl.constexpr = 1 if TIME_IS_CONTIGUOUS else 0
 
-    share, first, last, tiles = share_of_program(steps, TILE, SPLIT)
+    share, first, last, tiles = share_of_program(steps, TILE, PARTS, SPLIT)
 
     lane = tl.arange(0, TILE_LANES).to(INDEX)
     position = lane if ADJOINT else TILE_LANES - 1 - lane

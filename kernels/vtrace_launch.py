@@ -77,7 +77,7 @@ def _plan(settings: tuple[int, torch.dtype, bool], *arguments: Any) -> Plan | No
         return None
     scalars = *scalar_arguments(gamma), *scalar_arguments(rho), *scalar_arguments(c)
     strided = map(layout.argument, tensors, layout.strides)
-    return layout.plan(vtrace_kernel, [*strided, *scalars], dtype, ADJOINT=is_adjoint)
+    return layout.plan(vtrace_kernel, [*strided, *scalars], dtype, ends=True, ADJOINT=is_adjoint)
 
 
 _TENSORS = vtrace_kernel.arg_names.index("gamma")

@@ -21,7 +21,7 @@ FLOATS = ("reward", "value", "next_value", "y", "target", "grad_y", "grad_target
 
 def compile_with(*, steps, rows, inner, index, contiguous, adjoint, scalars, kind, split=1, compose=False):
     constants = {"KIND": kind, "ADJOINT": adjoint, "DTYPE": tl.float32, "INDEX": index, "TILE_ROWS": 4,
-                 "TIME_IS_CONTIGUOUS": contiguous, "TILE_LANES": 8, "COMPOSE": compose, "SPLIT": split,
+                 "TIME_IS_CONTIGUOUS": contiguous, "TILE_LANES": 8, "COMPOSE": compose, "PARTS": 1, "SPLIT": split,
                  "SPLIT_POWER": triton.next_power_of_2(split), "BLOCKS": 1}
     names = {"reward", "value", "next_value", "done", "terminated", "y", "target"}
     if adjoint:

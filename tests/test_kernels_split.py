@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import accumulate
 
 import pytest
 import torch
@@ -48,24 +49,27 @@ def random(estimate: Callable, time_dim: int, device: torch.device) -> Tensor:
     return x.t().contiguous() if time_dim == 0 else x
 
 
-def shares(estimate: Callable, time_dim: int, device: torch.device, *, adjoint: bool = False) -> tuple[int, int, int]:
-    """The steps of a tile, the tiles of a share, and the tiles of a row."""
+def shares(estimate: Callable, time_dim: int, device: torch.device, *, adjoint: bool = False) -> tuple[list[int], int]:
+    """How many steps each share and those before it have, in the order in which they are solved, and a last tile's.
+
+    The first share has several tiles. The last steps of a row, which the recurrence solves first, may not fill a tile.
+    """
     rows, steps = size(estimate, time_dim)
     of_vtrace = vtrace_launch._ADJOINT_WARP_BYTES if adjoint else vtrace_launch._WARP_BYTES
     in_flight = {"warp_bytes": of_vtrace} if estimate is vtrace else {}
     processors = launching.processors(device)
-    _, lanes, split, *_ = tiling(rows, steps, 8, time_is_contiguous=time_dim == 1, processors=processors, **in_flight)
-    tile = lanes * STEPS_PER_LANE
+    found = tiling(rows, steps, 8, time_is_contiguous=time_dim == 1, processors=processors, **in_flight)
+    tile, split = found.lanes * STEPS_PER_LANE, found.split
     tiles = math.ceil(steps / tile)
-    share = math.ceil(tiles / split)
-    assert 1 < share < tiles
-    return tile, share, tiles
+    ends = list(accumulate((tiles // split + (i < tiles % split)) * tile for i in range(split)))
+    assert tile < ends[0] < steps
+    beyond = 0 if adjoint else tiles * tile - steps
+    return [end - beyond for end in ends], found.last_lanes * STEPS_PER_LANE
 
 
 def test_a_share_comes_after_more_than_are_composed_at_once(device) -> None:
-    tile, share, tiles = shares(gae, 0, device)
-    lanes = tile // STEPS_PER_LANE
-    assert (tiles - 1) // share > max(4, lanes // 4)
+    ends, _ = shares(gae, 0, device)
+    assert len(ends) - 1 > 4
 
 
 @either_kernel
@@ -111,24 +115,22 @@ def test_of_a_share_nothing_is_composed_but_the_tile_at_its_end_if_all_rows_end_
     estimate, time_dim, device
 ) -> None:
     """What isn't composed may be NaN, and the shares that follow are as the reference, which an end protects."""
-    tile, share, tiles = shares(estimate, time_dim, device)
+    (first, *_), tile = shares(estimate, time_dim, device)
     x = random(estimate, time_dim, device)
+    steps = x.shape[time_dim]
     done = x > 0
-    start = (tiles - share + 1) * tile  # of all tiles but the last, in its order, of what the recurrence solves first
-    x.narrow(time_dim, start, x.shape[time_dim] - start).fill_(math.nan)
-    assert_as_reference(estimate, 1.0, x, done, time_dim, steps=(tiles - share) * tile)
+    x.narrow(time_dim, steps - first + tile, first - tile).fill_(math.nan)
+    assert_as_reference(estimate, 1.0, x, done, time_dim, steps=steps - first)
 
 
 def test_compositions_before_those_in_which_all_rows_ended_are_not_looked_at(device) -> None:
     """Of rows with more shares than are composed at once, the first is NaN."""
-    tile, share, tiles = shares(gae, 0, device)
+    ends, _ = shares(gae, 0, device)
     x = random(gae, 0, device)
-    start = (tiles - share) * tile
-    x[start:].fill_(math.nan)
+    x[-ends[0] :].fill_(math.nan)
     done = torch.zeros_like(x, dtype=torch.bool)
-    ends = (tiles - 4 * share - 1) * tile  # in the fifth share, which begins the second turn
-    done[ends] = True
-    assert_as_reference(gae, 1.0, x, done, 0, steps=(tiles - 5 * share) * tile)
+    done[-ends[3] - 1] = True  # in the fifth share, which begins the second turn
+    assert_as_reference(gae, 1.0, x, done, 0, steps=len(x) - ends[4])
 
 
 def assert_as_reference(estimate, gamma, x, done, time_dim, *, steps: int) -> None:
@@ -143,7 +145,7 @@ def assert_as_reference(estimate, gamma, x, done, time_dim, *, steps: int) -> No
 @either_kernel
 @either_layout
 def test_nor_is_anything_else_in_the_adjoint(estimate, time_dim, device) -> None:
-    tile, share, _ = shares(estimate, time_dim, device, adjoint=True)
+    (first, *_), tile = shares(estimate, time_dim, device, adjoint=True)
     x = random(estimate, time_dim, device)
     done = x > 0
 
@@ -151,10 +153,10 @@ def test_nor_is_anything_else_in_the_adjoint(estimate, time_dim, device) -> None
         leaf = x.clone().requires_grad_()
         output = estimate(1.0, leaf, done, time_dim=time_dim, backend=backend)[-1]
         (found,) = torch.autograd.grad(output, leaf, cotangent)
-        return found.narrow(time_dim, share * tile, x.shape[time_dim] - share * tile)
+        return found.narrow(time_dim, first, x.shape[time_dim] - first)
 
     poisoned = x.clone()  # the adjoint solves the first steps first
-    poisoned.narrow(time_dim, 0, (share - 1) * tile).fill_(math.nan)
+    poisoned.narrow(time_dim, 0, first - tile).fill_(math.nan)
     torch.testing.assert_close(gradient(poisoned, "triton"), gradient(x, "torch"))
 
 

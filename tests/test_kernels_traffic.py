@@ -55,5 +55,5 @@ def test_split_rows_that_end_are_loaded_twice_only_up_to_their_ends(steps, time_
         with counted() as traffic:
             kernels.gae(0.9, 0.8, value, next_value, reward, done, time_dim=dim, backend="triton")
         loaded.append(traffic.loaded / sectors(value, next_value, reward, done))
-    assert 1.7 < loaded[0] < 2.2
+    assert 1.7 < loaded[0] < 2.4  # a sector has the masks of more rows than the tiles in which ends are looked for
     assert loaded[1] < 0.85 * loaded[0]

@@ -120,6 +120,9 @@ def _compile_scan(
     itemsize = ITEMSIZE[variant.dtype]
     tile = scan_launch.tiling(rows, steps, itemsize, time_is_contiguous=contiguous, processors=132, **options)
     assert (tile.split > 1) == split
+    solving = tile
+    if variant.phase == "compose":
+        tile = tile.composing(ends=True)
     strides = (steps, 0, 1) if contiguous else (1, 0, rows)
     arguments: dict[str, Any] = {
         name: Strided("*u1" if name in _MASKS else "*" + variant.dtype, ()) for name in variant.tensors
@@ -138,6 +141,7 @@ def _compile_scan(
         "TILE_ROWS": tile.rows,
         "TILE_LANES": tile.lanes,
         "COMPOSE": variant.phase == "compose",
+        "PARTS": solving.lanes // tile.lanes,
         "SPLIT": tile.split,
         "SPLIT_POWER": scan_launch.split_power(tile),
         "BLOCKS": tile.blocks,
