@@ -96,7 +96,7 @@ def scan_kernel(
         a = tl.full((TILE_ROWS,), 1.0, DTYPE)
         ended = tl.where(row < rows, 0, 1)
         x = tl.full((TILE_ROWS,), 0.0, DTYPE)
-        if SPLIT > 1 and not COMPOSE:
+        if SPLIT > 1 and not COMPOSE and not TIME_IS_CONTIGUOUS:
             x = entering_state(compositions, row, share, TIME_IS_CONTIGUOUS, TILE_LANES, SPLIT_POWER, DTYPE)
 
         tile = last - 1 if COMPOSE else first
@@ -115,6 +115,9 @@ def scan_kernel(
                 read1 = _read(inputs, outputs, scalars, at, 1, KIND, ADJOINT)
                 read2 = _read(inputs, outputs, scalars, at, 2, KIND, ADJOINT)
                 read3 = _read(inputs, outputs, scalars, at, 3, KIND, ADJOINT)
+            if SPLIT > 1 and not COMPOSE and TIME_IS_CONTIGUOUS:  # noqa: SIM102  # the compiler decides this
+                if left == last - first:  # behind the loads of the first tile, so that both are waited for at once
+                    x = entering_state(compositions, row, share, TIME_IS_CONTIGUOUS, TILE_LANES, SPLIT_POWER, DTYPE)
             if start < steps:  # always; see above
                 if TIME_IS_CONTIGUOUS:
                     c, d, kept = _prologue(read, inputs, scalars, at, 0, KIND, ADJOINT, DTYPE)

@@ -57,9 +57,8 @@ def tiling(
     """Choose the tile, and as many programs as keep the device busy; the numbers were measured on an H200.
 
     With contiguous time a program is one warp, which keeps every exchange between lanes a shuffle. Its threads have up
-    to 2 lanes each, and many small programs hide each other's waiting; fewer rows, and those that are split, get up to
-    4 lanes per thread. Of many short rows a program has four times as many: programs don't start faster than three in
-    two nanoseconds.
+    to 4 lanes each; 2 if all programs run at once with 2, but not with 4, for which registers are fewer. Of many short
+    rows a program has four times as many: programs don't start faster than three in two nanoseconds.
 
     Otherwise a tile has a cache line of adjacent rows, of which a warp takes 4 lanes, one 128-bit load per step and
     thread; and four lines with four warps where that leaves programs enough. Few rows get up to 8 warps, one after the
@@ -74,7 +73,7 @@ def tiling(
     if time_is_contiguous:
         tile_rows = max(1, 32 // lanes_of_row)
         programs = triton.cdiv(rows, tile_rows)
-        each = 2 if programs >= 16 * processors else 4
+        each = 2 if 16 * processors <= programs <= 32 * processors else 4
         lanes, warps = min(32 * each, most_lanes, lanes_of_row), 1
         blocks = 4 if lanes == lanes_of_row and programs >= 64 * processors else 1
     else:
@@ -90,7 +89,7 @@ def tiling(
     split = 1
     if programs * warps < 4 * processors:
         tiles = triton.cdiv(steps, lanes * STEPS_PER_LANE)
-        split = max(1, min(tiles // 2, triton.cdiv(16 * processors, programs * warps)))
+        split = max(1, min(tiles // 2, triton.cdiv(16 * processors, programs * warps), (1 << 31) // tiles - 1))
     last_rows = 1 if time_is_contiguous else min(tile_rows, max(1, _SECTOR // itemsize))
     last_lanes = min(lanes, 64 if time_is_contiguous else _WARP_BYTES // itemsize // STEPS_PER_LANE // last_rows)
     return Tiling(tile_rows, lanes, split, warps, blocks, last_rows, last_lanes)

@@ -14,7 +14,8 @@ ascending order in both.
 
 Few long rows are split over SPLIT programs each, in two launches. The first (COMPOSE) reduces every share of a row to
 its composition, the pair (a, b) with x_out = b + a·x_in. It walks a share from its end and stops where a trajectory
-ended in every row of the tile: of what came before nothing is left. The second likewise composes the shares before its
+ended in every row of the tile: of what came before nothing is left. Its tiles are parts of the second's, with fewer
+rows and steps, so that it stops early. The second likewise composes the shares before its
 own, from the nearest back, to the state that enters it, and solves its share. Where trajectories are short against a
 share, little is read twice. There are no atomics: results are bitwise reproducible.
 
@@ -35,13 +36,13 @@ STEPS = tl.constexpr(STEPS_PER_LANE)
 def share_of_program(steps, TILE: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr):
     """Which share of its rows' tiles this program has, the first of them and the one after the last; and all tiles.
 
-    Shares differ by no more than ``PARTS`` tiles, which no share divides, and some of which may lie beyond the last
-    step.
+    Shares differ by ``PARTS`` tiles at most, a unit of which no two have a part. The last units' tiles may lie beyond
+    the last step.
     """
     share = tl.program_id(0) % SPLIT
     units = tl.cdiv(steps, TILE * PARTS)
-    first = share * (units // SPLIT) + tl.minimum(share, units % SPLIT)
-    last = first + units // SPLIT + (share < units % SPLIT).to(tl.int32)
+    first = share * units // SPLIT
+    last = (share * units + units) // SPLIT
     return share, first * PARTS, last * PARTS, units * PARTS
 
 

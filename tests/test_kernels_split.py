@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from itertools import accumulate
 
 import pytest
 import torch
@@ -61,7 +60,7 @@ def shares(estimate: Callable, time_dim: int, device: torch.device, *, adjoint: 
     found = tiling(rows, steps, 8, time_is_contiguous=time_dim == 1, processors=processors, **in_flight)
     tile, split = found.lanes * STEPS_PER_LANE, found.split
     tiles = math.ceil(steps / tile)
-    ends = list(accumulate((tiles // split + (i < tiles % split)) * tile for i in range(split)))
+    ends = [(i + 1) * tiles // split * tile for i in range(split)]
     assert tile < ends[0] < steps
     beyond = 0 if adjoint else tiles * tile - steps
     return [end - beyond for end in ends], found.last_lanes * STEPS_PER_LANE
@@ -180,3 +179,12 @@ def test_few_long_rows_are_split_and_many_rows_are_not() -> None:
     assert split(1, 1_000_000) >= 132
     assert split(4096, 1_000_000) == 1
     assert split(1, 128) == 1
+
+
+def test_numbers_of_tiles_and_shares_multiply_within_32_bits() -> None:
+    """Which the kernel does to divide a row."""
+    for steps in (1 << 20, (1 << 31) - 1):
+        for contiguous in (True, False):
+            found = tiling(1, steps, 4, time_is_contiguous=contiguous, processors=132)
+            assert found.split > 1
+            assert found.split * math.ceil(steps / (found.lanes * STEPS_PER_LANE)) < 1 << 31
