@@ -118,6 +118,21 @@ def gpu_updates() -> str:
     return "\n\n".join(found) or f"{OPEN.capitalize()}."
 
 
+def gpu_losses() -> str:
+    """What losses take on each GPU that there are results of."""
+    found = []
+    for machine in sorted(gpus()):
+        results = load(f"losses_{machine}")
+        if results is None:
+            continue
+        shares = [1 / tables.speedup(row, "torchrl") for row in results["rows"]]
+        found.append(
+            f"{len(shares)} losses on tiny networks, eager, forward and backward: {min(shares):.0%} to "
+            f"{max(shares):.0%} of TorchRL's time ({results['machine']}; {_state(results)})."
+        )
+    return "\n\n".join(found) or f"{OPEN.capitalize()}."
+
+
 def gpus() -> set[str]:
     """The names of the GPUs that a suite was measured on."""
     suites = ("scans", "projection", "losses", "updates")
@@ -197,6 +212,7 @@ PARTS = {
     "gpu": gpu_targets,
     "gpu-scans": gpu_scans,
     "gpu-updates": gpu_updates,
+    "gpu-losses": gpu_losses,
 }
 
 
