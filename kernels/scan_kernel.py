@@ -100,7 +100,7 @@ def scan_kernel(
             x = entering_state(compositions, row, share, TIME_IS_CONTIGUOUS, TILE_LANES, SPLIT_POWER, DTYPE)
 
         tile = last - 1 if COMPOSE else first
-        start = (tile if ADJOINT else tiles - 1 - tile) * TILE
+        start = (tile if ADJOINT else tiles - 1 - tile).to(INDEX) * TILE
         left = last - first
         while left > 0:
             if TIME_IS_CONTIGUOUS:

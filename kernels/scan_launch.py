@@ -28,8 +28,8 @@ _MOST_WARPS = 8
 class Tiling(NamedTuple):
     """The shape of a tile, the programs that share a row, a program's warps, and how many blocks of rows it has.
 
-    ``last_rows`` and ``last_lanes`` are those of the tile in which a warp looks for the last ends of trajectories in a
-    share.
+    ``last_rows`` and ``last_lanes`` are the shape of the tile in which a warp looks for the last end of a trajectory in
+    each row of a share.
     """
 
     rows: int
@@ -57,8 +57,8 @@ def tiling(
     """Choose the tile, and as many programs as keep the device busy; the numbers were measured on an H200.
 
     With contiguous time a program is one warp, which keeps every exchange between lanes a shuffle. Its threads have up
-    to 4 lanes each; 2 if all programs run at once with 2, but not with 4, for which registers are fewer. Of many short
-    rows a program has four times as many: programs don't start faster than three in two nanoseconds.
+    to 4 lanes each, or 2 where all programs run at once with 2, but not with 4, which take more registers. Of many
+    short rows a program has four times as many: programs don't start faster than three in two nanoseconds.
 
     Otherwise a tile has a cache line of adjacent rows, of which a warp takes 4 lanes, one 128-bit load per step and
     thread; and four lines with four warps where that leaves programs enough. Few rows get up to 8 warps, one after the
@@ -90,8 +90,13 @@ def tiling(
     if programs * warps < 4 * processors:
         tiles = triton.cdiv(steps, lanes * STEPS_PER_LANE)
         split = max(1, min(tiles // 2, triton.cdiv(16 * processors, programs * warps), (1 << 31) // tiles - 1))
-    last_rows = 1 if time_is_contiguous else min(tile_rows, max(1, _SECTOR // itemsize))
-    last_lanes = min(lanes, 64 if time_is_contiguous else _WARP_BYTES // itemsize // STEPS_PER_LANE // last_rows)
+    if time_is_contiguous:
+        last_rows, last_lanes = 1, min(64, lanes)
+    else:
+        last_rows = min(_SECTOR // itemsize, tile_rows)
+        last_lanes = min(_WARP_STEPS, _WARP_BYTES // itemsize) // STEPS_PER_LANE // last_rows
+        last_lanes = min(last_lanes, lanes)
+        last_rows = max(last_rows, 32 // last_lanes)  # again, as many elements as threads
     return Tiling(tile_rows, lanes, split, warps, blocks, last_rows, last_lanes)
 
 

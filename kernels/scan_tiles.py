@@ -15,9 +15,9 @@ ascending order in both.
 Few long rows are split over SPLIT programs each, in two launches. The first (COMPOSE) reduces every share of a row to
 its composition, the pair (a, b) with x_out = b + a·x_in. It walks a share from its end and stops where a trajectory
 ended in every row of the tile: of what came before nothing is left. Its tiles are parts of the second's, with fewer
-rows and steps, so that it stops early. The second likewise composes the shares before its
-own, from the nearest back, to the state that enters it, and solves its share. Where trajectories are short against a
-share, little is read twice. There are no atomics: results are bitwise reproducible.
+rows and steps, so that it stops early. The second likewise composes the shares before its own, from the nearest back,
+to the state that enters it, and solves its share. Where trajectories are short against a share, little is read twice.
+There are no atomics: results are bitwise reproducible.
 
 A tensor is passed as (pointer, outer stride, inner stride, time stride), or as (pointer,) if its strides are those of
 `layout`, so that addresses that tensors have in common are computed once. Row n lies at outer index n // inner and
@@ -36,8 +36,8 @@ STEPS = tl.constexpr(STEPS_PER_LANE)
 def share_of_program(steps, TILE: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr):
     """Which share of its rows' tiles this program has, the first of them and the one after the last; and all tiles.
 
-    Shares differ by ``PARTS`` tiles at most, a unit of which no two have a part. The last units' tiles may lie beyond
-    the last step.
+    ``PARTS`` tiles are the unit of which shares are made; they differ by one unit at most. Of the last unit some tiles
+    may lie beyond the last step.
     """
     share = tl.program_id(0) % SPLIT
     units = tl.cdiv(steps, TILE * PARTS)
