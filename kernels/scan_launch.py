@@ -53,12 +53,14 @@ def tiling(
     time_is_contiguous: bool,
     processors: int,
     warp_bytes: int = _WARP_BYTES,
+    lean: bool = True,
 ) -> Tiling:
     """Choose the tile, and as many programs as keep the device busy; the numbers were measured on an H200.
 
     With contiguous time a program is one warp, which keeps every exchange between lanes a shuffle. Its threads have up
-    to 4 lanes each, or 2 where all programs run at once with 2, but not with 4, which take more registers. Of many
-    short rows a program has four times as many: programs don't start faster than three in two nanoseconds.
+    to 4 lanes each, or 2 where all programs run at once with 2, but not with 4, which take more registers; they don't
+    with either where a kernel isn't ``lean``. Of many short rows a program has four times as many: programs don't start
+    faster than three in two nanoseconds.
 
     Otherwise a tile has a cache line of adjacent rows, of which a warp takes 4 lanes, one 128-bit load per step and
     thread; and four lines with four warps where that leaves programs enough. Few rows get up to 8 warps, one after the
@@ -73,7 +75,7 @@ def tiling(
     if time_is_contiguous:
         tile_rows = max(1, 32 // lanes_of_row)
         programs = triton.cdiv(rows, tile_rows)
-        each = 2 if 16 * processors <= programs <= 32 * processors else 4
+        each = 2 if lean and 16 * processors <= programs <= 32 * processors else 4
         lanes, warps = min(32 * each, most_lanes, lanes_of_row), 1
         blocks = 4 if lanes == lanes_of_row and programs >= 64 * processors else 1
     else:
@@ -169,7 +171,8 @@ def _plan(settings: tuple[str, bool, int, torch.dtype], *arguments: Any) -> Plan
     tensors += [None] * (_TENSORS - len(tensors))  # those of the adjoint
     like = next(x for x in tensors if x is not None)
     strides = tuple(None if x is None else x.stride() for x in (*tensors, gammas, lmbdas))
-    layout = lay_out(like.shape, time_dim, strides, dtype.itemsize, launching.processors(like.device))
+    lean = all(x is None for x in tensors[_GRAD_GAMMA : _GRAD_GAMMA + 2])  # with these there are half as many warps
+    layout = lay_out(like.shape, time_dim, strides, dtype.itemsize, launching.processors(like.device), lean=lean)
     if layout is None:
         return None
     *strided, gammas, lmbdas = map(layout.argument, (*tensors, gammas, lmbdas), layout.strides)
@@ -182,6 +185,7 @@ def _plan(settings: tuple[str, bool, int, torch.dtype], *arguments: Any) -> Plan
 
 
 _TENSORS = scan_kernel.arg_names.index("gamma")
+_GRAD_GAMMA = scan_kernel.arg_names.index("grad_gamma")
 
 _scan = Launcher(_plan)
 
@@ -252,9 +256,12 @@ def lay_out(
     strides: tuple[tuple[int, ...] | None, ...],
     itemsize: int,
     processors: int,
-    warp_bytes: int = _WARP_BYTES,
+    **options: Any,
 ) -> Layout | None:
-    """Merge the dimensions that aren't time into two, outer and inner; None if strides don't allow it."""
+    """Merge the dimensions that aren't time into two, outer and inner; None if strides don't allow it.
+
+    The ``options`` go to `tiling`.
+    """
     present = [s for s in strides if s is not None]
     merged: list[list[int]] = []  # [size, stride of each present tensor …], from the outermost dimension in
     for dim, size in enumerate(shape):
@@ -284,7 +291,7 @@ def lay_out(
         itemsize,
         time_is_contiguous=time_is_contiguous,
         processors=processors,
-        warp_bytes=warp_bytes,
+        **options,
     )
     reach = furthest + tile.lanes * STEPS_PER_LANE * max(t for _, _, t in filter(None, found))
     index = tl.int64 if reach >= 1 << 31 else tl.int32

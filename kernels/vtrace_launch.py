@@ -71,7 +71,7 @@ def _plan(settings: tuple[int, torch.dtype, bool], *arguments: Any) -> Plan | No
         tuple(None if x is None else x.stride() for x in tensors),
         dtype.itemsize,
         launching.processors(reward.device),
-        _ADJOINT_WARP_BYTES if is_adjoint else _WARP_BYTES,
+        warp_bytes=_ADJOINT_WARP_BYTES if is_adjoint else _WARP_BYTES,
     )
     if layout is None:
         return None

@@ -117,7 +117,9 @@ def test_aligned_elements_of_4_or_8_bytes_are_loaded_and_stored_128_bits_at_a_ti
             assert row["widest_store_bits"] == (32 if "compose" in row["kernel"] else 128), row
 
 
-@pytest.mark.parametrize(("layout", "instructions", "shuffles"), [("contiguous time", 40, 3), ("time-major", 30, 1.5)])
+@pytest.mark.parametrize(
+    ("layout", "instructions", "shuffles"), [("contiguous time", 32, 1.5), ("time-major", 30, 1.5)]
+)
 def test_gae_forward_on_sm_90_stays_where_it_is(table, layout, instructions, shuffles) -> None:
     row = only(table, f"gae, recurrence, {layout}, whole row, fp32", "sm_90")
     assert row["instructions_per_element"] <= instructions
@@ -127,7 +129,7 @@ def test_gae_forward_on_sm_90_stays_where_it_is(table, layout, instructions, shu
 @of_the_tested_triton
 @pytest.mark.parametrize(("direction", "instructions"), [("recurrence", 140), ("adjoint", 230)])
 def test_vtrace_in_float32_stays_where_it_is(table, direction, instructions) -> None:
-    """On an H200 it moves 91 to 97% of what a copy does with whole rows of these numbers."""
+    """On an H200 it moves 90 to 97% of what a copy does with whole rows of these numbers."""
     rows = [r for r in table if r["kernel"].startswith(f"vtrace, {direction}") and r["kernel"].endswith("fp32")]
     assert {"whole row", "compose", "solve"} <= {part for row in rows for part in row["kernel"].split(", ")}
     dear = [r["kernel"] for r in rows if r["target"] != "gfx942" and r["instructions_per_element"] > instructions]

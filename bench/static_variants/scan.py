@@ -42,7 +42,7 @@ class Scan(NamedTuple):
 
     kind: str
     direction: str  # "recurrence", "adjoint", or "adjoint γλ" with the gradients of γ and λ too
-    layout: str  # "contiguous time" or "time-major"
+    layout: str  # "contiguous time" or "time-major", with ", few rows" or without
     phase: str  # "whole row", or "compose" and "solve" of a split row
     dtype: str
 
@@ -69,7 +69,7 @@ class Scan(NamedTuple):
     def compile(self, target: GPUTarget) -> tuple[Any, float]:
         """The compiled kernel, and the elements of a tile that a thread owns."""
         scalars = {"gamma": "fp64", "lmbda": "fp64", "KIND": self.kind}
-        return _compile_scan(scan_kernel, self, scalars, target)
+        return _compile_scan(scan_kernel, self, scalars, target, lean=self.direction != "adjoint γλ")
 
 
 class VTrace(NamedTuple):
@@ -108,10 +108,10 @@ class VTrace(NamedTuple):
 
 
 def _compile_scan(
-    kernel: Any, variant: Scan | VTrace, scalars: Mapping[str, Any], target: GPUTarget, **options: int
+    kernel: Any, variant: Scan | VTrace, scalars: Mapping[str, Any], target: GPUTarget, **options: Any
 ) -> tuple[Any, float]:
     """Compile a kernel that scans, with the tile of `scan_launch.tiling`, to which the ``options`` go."""
-    contiguous = variant.layout == "contiguous time"
+    contiguous = variant.layout.startswith("contiguous time")
     split = variant.phase != "whole row"
     # Rows that fill a device, or don't quite; or one row (contiguous), 32 columns (time-major) of a million steps.
     rows, steps = (1 if contiguous else 32, 1 << 20) if split else (1 << 16, 1 << 10)
@@ -160,7 +160,8 @@ def variants() -> Iterable[Scan | VTrace]:
                 yield Scan(kind, direction, layout, "whole row", "fp32")
     # The dearest kind in the dearest direction too.
     for kind, direction in (*((GAE, direction) for direction in directions), (TD_LAMBDA, "adjoint γλ")):
-        yield Scan(kind, direction, "time-major, few rows", "whole row", "fp32")
+        for layout in layouts:
+            yield Scan(kind, direction, f"{layout}, few rows", "whole row", "fp32")
         for layout in layouts:
             for phase in ("compose", "solve"):
                 yield Scan(kind, direction, layout, phase, "fp32")
