@@ -7,7 +7,9 @@ Tiles, lanes, shares of split rows, and how tensors are passed, are those of `fu
 
 A tile is loaded as a whole before anything is computed from it, so that it waits for memory once. Left to itself, the
 compiler saves registers by computing as soon as it can, and waits up to 9 times. Therefore what follows the loads is a
-block of its own, under a condition that always holds.
+block of its own, under a condition that always holds, but in tiles beyond the last step, which are composed to nothing.
+With contiguous time, the state that enters a share is asked for behind the loads of its first tile, so that both are
+waited for at once; with several warps per program that takes longer than before the loads.
 
 A program has BLOCKS times TILE_ROWS rows: more than one block where rows are so many and so short that programs would
 take longer to start than to run.
@@ -102,6 +104,8 @@ def scan_kernel(
         tile = last - 1 if COMPOSE else first
         start = (tile if ADJOINT else tiles - 1 - tile).to(INDEX) * TILE
         left = last - first
+        if COMPOSE:
+            left = tl.where(share == SPLIT - 1, 0, left)  # no share comes after the last
         while left > 0:
             if TIME_IS_CONTIGUOUS:
                 step = tl.arange(0, STEPS)[None, None, :]
@@ -115,8 +119,8 @@ def scan_kernel(
                 read1 = _read(inputs, outputs, scalars, at, 1, KIND, ADJOINT)
                 read2 = _read(inputs, outputs, scalars, at, 2, KIND, ADJOINT)
                 read3 = _read(inputs, outputs, scalars, at, 3, KIND, ADJOINT)
-            if SPLIT > 1 and not COMPOSE and TIME_IS_CONTIGUOUS:  # noqa: SIM102  # the compiler decides this
-                if left == last - first:  # behind the loads of the first tile, so that both are waited for at once
+            if SPLIT > 1 and not COMPOSE and TIME_IS_CONTIGUOUS:  # noqa: SIM102  # a constant, unlike the next
+                if left == last - first:  # see above
                     x = entering_state(compositions, row, share, TIME_IS_CONTIGUOUS, TILE_LANES, SPLIT_POWER, DTYPE)
             if start < steps:  # always; see above
                 if TIME_IS_CONTIGUOUS:

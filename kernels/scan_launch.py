@@ -36,9 +36,9 @@ class Tiling(NamedTuple):
     lanes: int
     split: int
     warps: int
-    blocks: int = 1
-    last_rows: int = 0
-    last_lanes: int = 0
+    blocks: int
+    last_rows: int
+    last_lanes: int
 
     def composing(self, *, ends: bool) -> "Tiling":
         """For the launch that composes shares: smaller tiles if trajectories have ends, behind which it stops."""
@@ -66,9 +66,9 @@ def tiling(
     thread; and four lines with four warps where that leaves programs enough. Few rows get up to 8 warps, one after the
     other in time.
 
-    Rows are split where there are less than 4 warps per processor; a share is two tiles or more. It is composed in
-    tiles of a warp with as few rows as memory moves at once, and few steps: not much more is read than what comes after
-    the last end of a trajectory.
+    Rows are split where there are less than 4 warps per processor, to 16 per processor; a share is two tiles or more.
+    Where trajectories have ends it is composed in tiles of one warp, with one row, or time-major as many as memory
+    moves at once, and few steps: not much more is read than what comes after the last end.
     """
     most_lanes = min(_WARP_STEPS, warp_bytes // itemsize) // STEPS_PER_LANE  # of a warp
     lanes_of_row = triton.next_power_of_2(triton.cdiv(steps, STEPS_PER_LANE))
@@ -91,14 +91,15 @@ def tiling(
     split = 1
     if programs * warps < 4 * processors:
         tiles = triton.cdiv(steps, lanes * STEPS_PER_LANE)
-        split = max(1, min(tiles // 2, triton.cdiv(16 * processors, programs * warps), (1 << 31) // tiles - 1))
+        most = (1 << 31) // tiles - 1  # the kernel multiplies tiles by shares, in 32 bits
+        split = max(1, min(tiles // 2, triton.cdiv(16 * processors, programs * warps), most))
     if time_is_contiguous:
         last_rows, last_lanes = 1, min(64, lanes)
     else:
         last_rows = min(_SECTOR // itemsize, tile_rows)
         last_lanes = min(_WARP_STEPS, _WARP_BYTES // itemsize) // STEPS_PER_LANE // last_rows
         last_lanes = min(last_lanes, lanes)
-        last_rows = max(last_rows, 32 // last_lanes)  # again, as many elements as threads
+        last_rows = min(max(last_rows, 32 // last_lanes), tile_rows)  # again, as many elements as threads
     return Tiling(tile_rows, lanes, split, warps, blocks, last_rows, last_lanes)
 
 
@@ -237,7 +238,7 @@ class Layout(NamedTuple):
                 TIME_IS_CONTIGUOUS=self.time_is_contiguous,
                 TILE_ROWS=tile.rows,
                 TILE_LANES=tile.lanes,
-                COMPOSE=len(tiles) == 2 and i == 0,
+                COMPOSE=i < len(tiles) - 1,
                 PARTS=solving.lanes // tile.lanes,
                 SPLIT=tile.split,
                 SPLIT_POWER=split_power(tile),

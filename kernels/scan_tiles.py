@@ -14,10 +14,10 @@ ascending order in both.
 
 Few long rows are split over SPLIT programs each, in two launches. The first (COMPOSE) reduces every share of a row to
 its composition, the pair (a, b) with x_out = b + a·x_in. It walks a share from its end and stops where a trajectory
-ended in every row of the tile: of what came before nothing is left. Its tiles are parts of the second's, with fewer
-rows and steps, so that it stops early. The second likewise composes the shares before its own, from the nearest back,
-to the state that enters it, and solves its share. Where trajectories are short against a share, little is read twice.
-There are no atomics: results are bitwise reproducible.
+ended in every row of the tile: of what came before nothing is left. If trajectories have ends, its tiles are parts of
+the second's, with fewer rows and steps, so that it stops early. The second likewise composes the shares before its own,
+from the nearest back, to the state that enters it, and solves its share. Where trajectories are short against a share,
+little is read twice. There are no atomics: results are bitwise reproducible.
 
 A tensor is passed as (pointer, outer stride, inner stride, time stride), or as (pointer,) if its strides are those of
 `layout`, so that addresses that tensors have in common are computed once. Row n lies at outer index n // inner and
@@ -40,7 +40,7 @@ def share_of_program(steps, TILE: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.c
     may lie beyond the last step.
     """
     share = tl.program_id(0) % SPLIT
-    units = tl.cdiv(steps, TILE * PARTS)
+    units = (steps - 1) // (TILE * PARTS) + 1  # rounded up, without a sum that may overflow
     first = share * units // SPLIT
     last = (share * units + units) // SPLIT
     return share, first * PARTS, last * PARTS, units * PARTS

@@ -100,6 +100,8 @@ def vtrace_kernel(
         tile = last - 1 if COMPOSE else first
         start = (tile if ADJOINT else tiles - 1 - tile).to(INDEX) * TILE
         left = last - first
+        if COMPOSE:
+            left = tl.where(share == SPLIT - 1, 0, left)  # no share comes after the last
         while left > 0:
             if TIME_IS_CONTIGUOUS:
                 step = tl.arange(0, STEPS)[None, None, :]

@@ -5,10 +5,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from fusedrl import kernels
 from fusedrl.kernels import launching, scan_launch, vtrace_launch
-from fusedrl.kernels.scan_launch import tiling
-from fusedrl.kernels.scan_tiles import STEPS_PER_LANE
+from fusedrl.kernels.launching import Launch
+from fusedrl.kernels.scan_launch import Tiling, tiling
+from fusedrl.kernels.scan_tiles import STEPS_PER_LANE, share_of_program
 from helpers_launches import plan_with
 from torch import Tensor
 
@@ -48,8 +51,10 @@ def random(estimate: Callable, time_dim: int, device: torch.device) -> Tensor:
     return x.t().contiguous() if time_dim == 0 else x
 
 
-def shares(estimate: Callable, time_dim: int, device: torch.device, *, adjoint: bool = False) -> tuple[list[int], int]:
-    """How many steps each share and those before it have, in the order in which they are solved, and a last tile's.
+def shares(
+    estimate: Callable, time_dim: int, device: torch.device, *, adjoint: bool = False
+) -> tuple[list[int], Tiling]:
+    """How many steps each share and those before it have, in the order in which they are solved, and the tiling.
 
     The first share has several tiles. The last steps of a row, which the recurrence solves first, may not fill a tile.
     """
@@ -63,12 +68,12 @@ def shares(estimate: Callable, time_dim: int, device: torch.device, *, adjoint: 
     ends = [(i + 1) * tiles // split * tile for i in range(split)]
     assert tile < ends[0] < steps
     beyond = 0 if adjoint else tiles * tile - steps
-    return [end - beyond for end in ends], found.last_lanes * STEPS_PER_LANE
+    return [end - beyond for end in ends], found
 
 
 def test_a_share_comes_after_more_than_are_composed_at_once(device) -> None:
-    ends, _ = shares(gae, 0, device)
-    assert len(ends) - 1 > 4
+    ends, found = shares(gae, 0, device)
+    assert len(ends) - 1 > max(4, found.lanes // 4)
 
 
 @either_kernel
@@ -93,6 +98,35 @@ def test_what_enters_a_share_is_all_that_came_before(estimate, time_dim, gamma, 
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
+@either_kernel
+@pytest.mark.parametrize(
+    ("rows", "steps", "warps", "time_dim"), [(3, 2049, 1, 1), (5, 1100, 4, 0)], ids=["contiguous time", "time-major"]
+)
+def test_shares_of_an_odd_number_of_tiles_are_composed_in_parts_of_these(
+    monkeypatch, estimate, rows, steps, warps, time_dim, device
+) -> None:
+    """The last part lies beyond the last step."""
+    plan_with(monkeypatch, scan_launch, _MOST_WARPS=warps)
+    processors = launching.processors(device)
+    if processors == 4:  # as in the interpreter
+        found = tiling(rows, steps, 4, time_is_contiguous=time_dim == 1, processors=processors)
+        tiles = math.ceil(steps / (found.lanes * STEPS_PER_LANE))
+        assert found.lanes > found.last_lanes
+        assert tiles % found.split
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, steps, generator=generator).to(device)
+    x = x.t().contiguous() if time_dim == 0 else x
+    done = x > 3
+
+    def solved(backend: str, x: Tensor) -> tuple[Tensor, ...]:
+        leaf = x.clone().requires_grad_()
+        outputs = estimate(0.99, leaf, done, time_dim=time_dim, backend=backend)
+        return *outputs, *torch.autograd.grad(outputs[0], leaf, x.cos())
+
+    for found, wanted in zip(solved("triton", x), solved("torch", x.double()), strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_a_row_of_many_shares_composes_them_in_several_turns(monkeypatch, device) -> None:
     plan_with(monkeypatch, vtrace_launch, _WARP_BYTES=128)
     lanes = 128 // 8 // STEPS_PER_LANE
@@ -114,7 +148,8 @@ def test_of_a_share_nothing_is_composed_but_the_tile_at_its_end_if_all_rows_end_
     estimate, time_dim, device
 ) -> None:
     """What isn't composed may be NaN, and the shares that follow are as the reference, which an end protects."""
-    (first, *_), tile = shares(estimate, time_dim, device)
+    (first, *_), found = shares(estimate, time_dim, device)
+    tile = found.last_lanes * STEPS_PER_LANE
     x = random(estimate, time_dim, device)
     steps = x.shape[time_dim]
     done = x > 0
@@ -144,7 +179,8 @@ def assert_as_reference(estimate, gamma, x, done, time_dim, *, steps: int) -> No
 @either_kernel
 @either_layout
 def test_nor_is_anything_else_in_the_adjoint(estimate, time_dim, device) -> None:
-    (first, *_), tile = shares(estimate, time_dim, device, adjoint=True)
+    (first, *_), found = shares(estimate, time_dim, device, adjoint=True)
+    tile = found.last_lanes * STEPS_PER_LANE
     x = random(estimate, time_dim, device)
     done = x > 0
 
@@ -179,6 +215,26 @@ def test_few_long_rows_are_split_and_many_rows_are_not() -> None:
     assert split(1, 1_000_000) >= 132
     assert split(4096, 1_000_000) == 1
     assert split(1, 128) == 1
+
+
+@triton.jit
+def _shares(found, steps, TILE: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr):
+    share, first, last, tiles = share_of_program(steps, TILE, PARTS, SPLIT)
+    tl.store(found + 3 * share, first)
+    tl.store(found + 3 * share + 1, last)
+    tl.store(found + 3 * share + 2, tiles)
+
+
+@pytest.mark.parametrize("steps", [1, 512, 513, 12_345, (1 << 31) - 1])
+def test_shares_are_all_tiles_one_after_the_other(steps, device) -> None:
+    tile, parts, split = 256, 2, 500
+    found = torch.empty(split, 3, dtype=torch.int32, device=device)
+    Launch(_shares, split, [found, steps], TILE=tile, PARTS=parts, SPLIT=split)(found.get_device(), [found])
+    first, last, tiles = found.unbind(1)
+    assert (tiles == -(-steps // (tile * parts)) * parts).all()
+    assert (first[0], last[-1]) == (0, tiles[0])
+    assert first[1:].equal(last[:-1])
+    assert (last - first).unique().numel() <= 2
 
 
 def test_numbers_of_tiles_and_shares_multiply_within_32_bits() -> None:

@@ -55,5 +55,6 @@ def test_split_rows_that_end_are_loaded_twice_only_up_to_their_ends(steps, time_
         with counted() as traffic:
             kernels.gae(0.9, 0.8, value, next_value, reward, done, time_dim=dim, backend="triton")
         loaded.append(traffic.loaded / sectors(value, next_value, reward, done))
-    assert 1.7 < loaded[0] < 2.4  # a sector has the masks of more rows than the tiles in which ends are looked for
-    assert loaded[1] < 0.85 * loaded[0]
+    shares = 4 if time_major else 2  # of which the last isn't composed
+    assert 1 + (shares - 1) / shares == pytest.approx(loaded[0], rel=0.2)  # a sector has the masks of several tiles
+    assert loaded[1] < (1.4 if time_major else 1.2)
