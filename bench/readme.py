@@ -108,8 +108,21 @@ def gpu_scans() -> str:
         if results is None:
             continue
         shares = tables.bandwidth_by_shape(_large(machine))
-        found.append(f"{tables.scans(results['rows'])}\n\n{shares}\n\n({results['machine']}; {_state(results)}.)")
+        state = "; ".join((results["machine"], _state(results), *_other_copies(results["rows"])))
+        found.append(f"{tables.scans(results['rows'])}\n\n{shares}\n\n({state}.)")
     return "\n\n".join(found) or f"{OPEN.capitalize()}."
+
+
+def _other_copies(rows: list[dict[str, Any]]) -> list[str]:
+    """Where the copy isn't of the same run, as such rows say."""
+    directions = {"forward": "forward", "both": "with backward"}
+    found = {
+        f"the copy beside {row['case']} {words} is {row[key]}": None
+        for row in rows
+        for direction, words in directions.items()
+        if (key := f"copy_{direction}") in row
+    }
+    return list(found)
 
 
 def gpu_updates() -> str:
