@@ -108,17 +108,18 @@ def gpu_scans() -> str:
         if results is None:
             continue
         shares = tables.bandwidth_by_shape(_large(machine))
-        state = "; ".join((results["machine"], _state(results), *_other_copies(results["rows"])))
+        state = "; ".join((results["machine"], _state(results), *_copies(results)))
         found.append(f"{tables.scans(results['rows'])}\n\n{shares}\n\n({state}.)")
     return "\n\n".join(found) or f"{OPEN.capitalize()}."
 
 
-def _other_copies(rows: list[dict[str, Any]]) -> list[str]:
-    """Where the copy isn't of the same run, as such rows say."""
+def _copies(results: dict[str, Any]) -> list[str]:
+    """How the copies were timed, where that isn't what `bench.__main__` does, as the results say."""
     directions = {"forward": "forward", "both": "with backward"}
-    found = {
+    found = dict.fromkeys([results["copies"]] if "copies" in results else [])
+    found |= {
         f"the copy beside {row['case']} {words} is {row[key]}": None
-        for row in rows
+        for row in results["rows"]
         for direction, words in directions.items()
         if (key := f"copy_{direction}") in row
     }
