@@ -11,6 +11,7 @@ pytest.importorskip("torchrl", reason="the benchmarks compare with it")
 from fusedrl import kernels
 from fusedrl.kernels import scan_launch
 from fusedrl.kernels.scan_launch import tiling
+from rich.console import Console
 
 from bench import scans, tune
 
@@ -85,3 +86,12 @@ def test_without_a_gpu_there_is_an_error(capsys) -> None:
     with pytest.raises(SystemExit):
         tune.main(["gae", "--shape", "4x8"])
     assert "CUDA device" in capsys.readouterr().err
+
+
+def test_the_table_shows_what_failed_too(case, capsys) -> None:
+    good, bad, *_ = tune.tune(case, time_is_contiguous=True)
+    tune.show("gae", [good, {"tiling": bad["tiling"], "failed": "off by 1.0e+00"}], Console(width=200))
+    shown = capsys.readouterr().out
+    assert "999.0" in shown
+    assert "50.0%" in shown
+    assert "off by 1.0e+00" in shown
