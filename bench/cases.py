@@ -117,9 +117,15 @@ def _compare(what: str, found: dict[str, Tensor], wanted: dict[str, Tensor], tol
             raise WrongResult(f"{key} of {what} has shape {tuple(result.shape)}, not {tuple(expected.shape)}")
         if not expected.numel():
             continue
-        error = (result.to(expected.device).double() - expected.double()).abs().max().item()
-        if not error <= tolerance * max(1.0, expected.abs().max().item()):
+        error = off_by(result, expected, tolerance)
+        if error is not None:
             raise WrongResult(f"{key} of {what} is wrong by {error:.3g}: not timed")
+
+
+def off_by(result: Tensor, expected: Tensor, tolerance: float) -> float | None:
+    """The greatest error, if it is more than ``tolerance`` in units of the greatest expected magnitude (at least 1)."""
+    error = (result.to(expected.device).double() - expected.double()).abs().max().item()
+    return None if error <= tolerance * max(1.0, expected.abs().max().item()) else error
 
 
 def nbytes(tensors: Iterable[Tensor | None]) -> int:

@@ -100,51 +100,52 @@ def gpu_targets() -> str:
     return tables.table(["H100 or H200", "target", *names], lines)
 
 
+def of_gpus(suite: str, text: Callable[[str, dict[str, Any]], str]) -> str:
+    """What ``text`` says of each GPU that a suite was measured on, from its name and the results."""
+    found = [text(machine, results) for machine in sorted(gpus()) if (results := load(f"{suite}_{machine}"))]
+    return "\n\n".join(found) or f"{OPEN.capitalize()}."
+
+
 def gpu_scans() -> str:
     """Scans on each GPU that there are results of: against peers, and against a copy where they are large."""
-    found = []
-    for machine in sorted(gpus()):
-        results = load(f"scans_{machine}")
-        if results is None:
-            continue
+
+    def text(machine: str, results: dict[str, Any]) -> str:
         shares = tables.bandwidth_by_shape(_large(machine))
         state = "; ".join((results["machine"], _state(results), *_copies(results)))
-        found.append(f"{tables.scans(results['rows'])}\n\n{shares}\n\n({state}.)")
-    return "\n\n".join(found) or f"{OPEN.capitalize()}."
+        return f"{tables.scans(results['rows'])}\n\n{shares}\n\n({state}.)"
+
+    return of_gpus("scans", text)
 
 
 def _copies(results: dict[str, Any]) -> list[str]:
     """How the copies were timed, where that isn't what `bench.__main__` does, as the results say."""
     directions = {"forward": "forward", "both": "with backward"}
-    found = dict.fromkeys([results["copies"]] if "copies" in results else [])
-    found |= {
-        f"the copy beside {row['case']} {words} is {row[key]}": None
+    found = [results["copies"]] if "copies" in results else []
+    found += [
+        f"the copy beside {row['case']} {words} is {row[key]}"
         for row in results["rows"]
         for direction, words in directions.items()
         if (key := f"copy_{direction}") in row
-    }
-    return list(found)
+    ]
+    return list(dict.fromkeys(found))
 
 
 def gpu_updates() -> str:
     """Whole updates on each GPU that there are results of."""
-    found = [tables.updates(results["rows"]) for m in sorted(gpus()) if (results := load(f"updates_{m}"))]
-    return "\n\n".join(found) or f"{OPEN.capitalize()}."
+    return of_gpus("updates", lambda _, results: tables.updates(results["rows"]))
 
 
 def gpu_losses() -> str:
     """What losses take on each GPU that there are results of."""
-    found = []
-    for machine in sorted(gpus()):
-        results = load(f"losses_{machine}")
-        if results is None:
-            continue
+
+    def text(_: str, results: dict[str, Any]) -> str:
         shares = [1 / tables.speedup(row, "torchrl") for row in results["rows"]]
-        found.append(
+        return (
             f"{len(shares)} losses on tiny networks, eager, forward and backward: {min(shares):.0%} to "
             f"{max(shares):.0%} of TorchRL's time ({results['machine']}; {_state(results)})."
         )
-    return "\n\n".join(found) or f"{OPEN.capitalize()}."
+
+    return of_gpus("losses", text)
 
 
 def gpus() -> set[str]:

@@ -25,11 +25,10 @@ from fusedrl.kernels.scan_tiles import STEPS_PER_LANE
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from bench import scans
 from bench.__main__ import on_device
-from bench.cases import Arm, Case
+from bench.cases import Arm, Case, off_by
 from bench.profile.__main__ import LAYOUTS, parsed
 
 ELEMENTS = (4, 16)  # of a thread, at least and at most
@@ -56,13 +55,17 @@ def neighbours(tile: Tiling, *, time_is_contiguous: bool) -> Iterator[Tiling]:
 
 
 @contextmanager
-def planned_with(tile: Tiling | None) -> Iterator[list[Tiling]]:
-    """Within the block launches have ``tile``, or the chosen one; yields the tilings that they were planned with."""
+def planned_with(tile: Tiling | None) -> Iterator[list[tuple[Tiling, bool]]]:
+    """Within the block launches have ``tile``, or the chosen one.
+
+    Yields the tilings that they were planned with, and whether time is contiguous.
+    """
     choose, seen = scan_launch.tiling, []
 
     def note(*arguments: Any, **options: Any) -> Tiling:
-        seen.append(tile or choose(*arguments, **options))
-        return seen[-1]
+        found = tile or choose(*arguments, **options)
+        seen.append((found, options["time_is_contiguous"]))
+        return found
 
     launching.Launcher.forget()
     try:
@@ -75,34 +78,34 @@ def planned_with(tile: Tiling | None) -> Iterator[list[Tiling]]:
 def results(arm: Arm) -> list[Tensor]:
     """Outputs and gradients."""
     outputs = arm.recorded()
-    return [x.detach() for x in tree_leaves([*outputs, *arm.backward(outputs[0])]) if x is not None]
+    return [x.detach() for x in (*outputs, *arm.backward(outputs[0])) if x is not None]
 
 
-def error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """The greatest one, in units of the greatest magnitude (at least 1) of each tensor."""
-    pairs = zip(found, wanted, strict=True)
-    return max(((x - y).abs().max() / y.abs().max().clamp(min=1)).nan_to_num(torch.inf).item() for x, y in pairs)
+def measure(case: Case, tile: Tiling, wanted: Sequence[Tensor], *, chosen: bool = False) -> dict[str, Any]:
+    """A row: the tiling, and its times and shares of a copy's bandwidth, or what is wrong with it.
 
-
-def measure(case: Case, tile: Tiling | None, wanted: Sequence[Tensor]) -> dict[str, Any]:
-    """A row: the tiling, and its times and shares of a copy's bandwidth, or what is wrong with it."""
-    with planned_with(tile) as seen:
-        arm = next(iter(case.arms.values()))
+    Where it is ``chosen``, the adjoint has what is chosen for itself.
+    """
+    with planned_with(None if chosen else tile):
         try:
-            off = error(results(arm), wanted)
+            found = results(next(iter(case.arms.values())))
         except Exception as problem:  # of whatever kind the compiler has for a tile that it can't do
             return {"tiling": tile, "failed": f"{type(problem).__name__}: {str(problem).splitlines()[:1]}"}
-        if off > TOLERANCE:
-            return {"tiling": seen[0], "failed": f"off by {off:.1e}"}
-        return {"tiling": seen[0]} | on_device(case, "forward") | on_device(case, "both")
+        for x, expected in zip(found, wanted, strict=True):
+            error = off_by(x, expected, TOLERANCE)
+            if error is not None:
+                return {"tiling": tile, "failed": f"off by {error:.1e}"}
+        return {"tiling": tile} | on_device(case, "forward") | on_device(case, "both")
 
 
-def tune(case: Case, *, time_is_contiguous: bool) -> list[dict[str, Any]]:
+def tune(case: Case) -> list[dict[str, Any]]:
     """The rows of the chosen tiling, which is the first, and of its neighbours, the fastest first."""
     with planned_with(None) as seen:
         wanted = results(next(iter(case.arms.values())))
-    candidates = neighbours(seen[0], time_is_contiguous=time_is_contiguous)
-    chosen, *others = (measure(case, tile, wanted) for tile in (None, *itertools.islice(candidates, 1, None)))
+    tile, time_is_contiguous = seen[0]
+    _, *tiles = neighbours(tile, time_is_contiguous=time_is_contiguous)
+    chosen = measure(case, tile, wanted, chosen=True)
+    others = [measure(case, other, wanted) for other in tiles]
     return [chosen, *sorted(others, key=lambda row: row.get("both_device_us", float("inf")))]
 
 
@@ -115,7 +118,7 @@ def show(title: str, rows: Sequence[dict[str, Any]], console: Console) -> None:
             for way in ("forward", "both")
             for text in (f"{row[f'{way}_device_us']:.1f}", f"{row[f'fraction_of_copy_{way}']:.1%}")
         ] if "failed" not in row else [row["failed"]]  # fmt: skip
-        table.add_row(*map(str, row["tiling"] or ()), *times)
+        table.add_row(*map(str, row["tiling"]), *times)
     console.print(table)
 
 
@@ -138,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     make = partial(scans.case, device=torch.device("cuda"), layout=LAYOUTS[chosen.layout], peers=False)
     for name, shape in itertools.product(chosen.names, shapes):
         case = make(name, *shape)
-        found[str(case)] = tune(case, time_is_contiguous=chosen.layout == "batch-major" or shape[0] == 1)
+        found[str(case)] = tune(case)
         show(str(case), found[str(case)], Console())
         del case
         torch.cuda.empty_cache()

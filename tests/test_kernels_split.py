@@ -71,6 +71,15 @@ def shares(
     return [end - beyond for end in ends], found
 
 
+def solved(
+    estimate: Callable, gamma: float, x: Tensor, done: Tensor, time_dim: int, backend: str
+) -> tuple[Tensor, ...]:
+    """The outputs, and the gradient of x from that of the first."""
+    leaf = x.clone().requires_grad_()
+    outputs = estimate(gamma, leaf, done, time_dim=time_dim, backend=backend)
+    return *outputs, *torch.autograd.grad(outputs[0], leaf, x.cos())
+
+
 def test_a_share_comes_after_more_than_are_composed_at_once(device) -> None:
     ends, found = shares(gae, 0, device)
     assert len(ends) - 1 > max(4, found.lanes // 4)
@@ -89,12 +98,8 @@ def test_what_enters_a_share_is_all_that_came_before(estimate, time_dim, gamma, 
     if ends:
         done.select(1 - time_dim, 0).copy_(x.select(1 - time_dim, 0) > 2)
 
-    def solved(backend: str) -> tuple[Tensor, ...]:
-        leaf = x.clone().requires_grad_()
-        outputs = estimate(gamma, leaf, done, time_dim=time_dim, backend=backend)
-        return *outputs, *torch.autograd.grad(outputs[0], leaf, x.cos())
-
-    for found, wanted in zip(solved("triton"), solved("torch"), strict=True):
+    results = (solved(estimate, gamma, x, done, time_dim, backend) for backend in ("triton", "torch"))
+    for found, wanted in zip(*results, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
@@ -118,12 +123,8 @@ def test_shares_of_an_odd_number_of_tiles_are_composed_in_parts_of_these(
     x = x.t().contiguous() if time_dim == 0 else x
     done = x > 3
 
-    def solved(backend: str, x: Tensor) -> tuple[Tensor, ...]:
-        leaf = x.clone().requires_grad_()
-        outputs = estimate(0.99, leaf, done, time_dim=time_dim, backend=backend)
-        return *outputs, *torch.autograd.grad(outputs[0], leaf, x.cos())
-
-    for found, wanted in zip(solved("triton", x), solved("torch", x.double()), strict=True):
+    result = solved(estimate, 0.99, x, done, time_dim, "triton")
+    for found, wanted in zip(result, solved(estimate, 0.99, x.double(), done, time_dim, "torch"), strict=True):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
 
 

@@ -56,5 +56,6 @@ def test_split_rows_that_end_are_loaded_twice_only_up_to_their_ends(steps, time_
             kernels.gae(0.9, 0.8, value, next_value, reward, done, time_dim=dim, backend="triton")
         loaded.append(traffic.loaded / sectors(value, next_value, reward, done))
     shares = 4 if time_major else 2  # of which the last isn't composed
-    assert 1 + (shares - 1) / shares == pytest.approx(loaded[0], rel=0.2)  # a sector has the masks of several tiles
+    close = 0.2 if time_major else 0.01  # tiles of few rows share sectors of masks
+    assert 1 + (shares - 1) / shares == pytest.approx(loaded[0], rel=close)
     assert loaded[1] < (1.4 if time_major else 1.2)

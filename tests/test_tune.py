@@ -55,7 +55,7 @@ def test_every_tiling_is_planned_and_after_the_chosen_one_come_the_fastest(case,
         return plan(self, *arguments, **options)
 
     monkeypatch.setattr(scan_launch.Layout, "plan", note)
-    rows = tune.tune(case, time_is_contiguous=True)
+    rows = tune.tune(case)
     assert len(rows) > 2
     assert all("failed" not in row for row in rows)
     assert {row["tiling"] for row in rows} == set(planned)
@@ -73,7 +73,7 @@ def test_what_is_wrong_is_not_timed(case, monkeypatch) -> None:
         return [x + (len(calls) == 3) for x in results(arm)]
 
     monkeypatch.setattr(tune, "results", wrong)
-    rows = tune.tune(case, time_is_contiguous=True)
+    rows = tune.tune(case)
     (failed,) = (row for row in rows if "failed" in row)
     assert failed["failed"].startswith("off by")
     assert rows[-1] is failed
@@ -89,7 +89,7 @@ def test_without_a_gpu_there_is_an_error(capsys) -> None:
 
 
 def test_the_table_shows_what_failed_too(case, capsys) -> None:
-    good, bad, *_ = tune.tune(case, time_is_contiguous=True)
+    good, bad, *_ = tune.tune(case)
     tune.show("gae", [good, {"tiling": bad["tiling"], "failed": "off by 1.0e+00"}], Console(width=200))
     shown = capsys.readouterr().out
     assert "999.0" in shown
