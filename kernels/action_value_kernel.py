@@ -30,10 +30,9 @@ import triton.language as tl
 
 from . import action_value_problem as problem
 from . import checks
-from .primitives import as_float64, is_last_to_arrive
+from .primitives import as_float64, distance_and_slope, is_last_to_arrive
 
 _ABS, _SQUARE = tl.constexpr(problem.ABS), tl.constexpr(problem.SQUARE)
-_L1, _L2 = tl.constexpr(checks.L1), tl.constexpr(checks.L2)
 _NONE = tl.constexpr(checks.NONE)
 
 
@@ -111,7 +110,7 @@ def ensemble_kernel(
             error = tl.where(counts, _load((row, values[2]), b, inside, DTYPE) - y, 0.0)
             size = tl.abs(error)
             largest = tl.where((size > largest) | (size != size), size, largest)
-            d, slope = _distance(error, size, LOSS_FUNCTION)
+            d, slope = distance_and_slope(error, LOSS_FUNCTION)
             if PER_MEMBER and REDUCTION == _NONE:
                 _store(losses, b, d * weight, inside)
                 losses += samples
@@ -305,18 +304,6 @@ def _least(values, b, inside, members, DTYPE: tl.constexpr):
         ties = tl.where(below, 1.0, tl.where(q == least, ties + 1.0, ties))
         least = tl.where(below, q, least)
     return least, ties
-
-
-@triton.jit
-def _distance(error, size, LOSS_FUNCTION: tl.constexpr):
-    """d(Q, y) and its derivative with respect to Q."""
-    sign = tl.where(error > 0.0, 1.0, tl.where(error < 0.0, -1.0, 0.0)).to(error.dtype)
-    if LOSS_FUNCTION == _L1:
-        return size, sign
-    elif LOSS_FUNCTION == _L2:
-        return error * error, 2.0 * error
-    else:
-        return tl.where(size < 1.0, 0.5 * error * error, size - 0.5), tl.where(size >= 1.0, sign, error)
 
 
 # --- sums over the batch ------------------------------------------------------------------------------------------

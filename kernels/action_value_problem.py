@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import LOSS_FUNCTIONS, MEAN, NONE, REDUCTIONS, check_0d, check_broadcasts, check_choice
+from .checks import MEAN, NONE, REDUCTIONS, check_0d, check_broadcasts, check_choice
+from .distances import DISTANCES
 from .dtypes import result_dtype
 
 SQUARE, ABS = PRIORITIES = ("square", "abs")
@@ -120,7 +121,7 @@ def check_regression(problem: Regression) -> None:
     _check_ensemble("values", values)
     _check_member("target", problem.target, "values", values)
     _check_mask_and_weights(problem, values)
-    check_choice("loss_function", problem.loss_function, LOSS_FUNCTIONS)
+    check_choice("loss_function", problem.loss_function, DISTANCES)
     check_choice("priority", problem.priority, PRIORITIES)
     check_choice("reduction", problem.reduction, REDUCTIONS)
 

@@ -3,17 +3,13 @@
 They make the ``reference`` backend, and give the second derivatives of the others.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .action_value_problem import SQUARE, Bootstrap, Improvement, Regression
-from .checks import L1, L2, MEAN, NONE, SMOOTH_L1
+from .checks import MEAN, NONE
+from .distances import DISTANCES
 from .dtypes import compute_dtype
-
-_DISTANCES: dict[str, Callable[..., Tensor]] = {L1: F.l1_loss, L2: F.mse_loss, SMOOTH_L1: F.smooth_l1_loss}
 
 
 def bootstrap(problem: Bootstrap) -> tuple[Tensor, Tensor]:
@@ -35,7 +31,7 @@ def regression(problem: Regression) -> tuple[Tensor, Tensor]:
     values, target = problem.values.to(dtype), problem.target.to(dtype)
     if problem.mask is not None:
         values, target = torch.where(problem.mask, values, 0), torch.where(problem.mask, target, 0)
-    distance = _DISTANCES[problem.loss_function](values, target.expand_as(values), reduction="none")
+    distance = DISTANCES[problem.loss_function](values, target.expand_as(values), reduction="none")
     error = (values.detach() - target).abs().amax(0)
     if not problem.per_member:
         distance = distance.sum(0)

@@ -4,21 +4,13 @@ On small batches a call costs more than its arithmetic, on a CPU as on a GPU, wh
 `autograd.Function` costs more than the calls of both passes, so there is none.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .action_value_problem import SQUARE, Bootstrap, Improvement, Regression
-from .checks import L1, L2, MEAN, NONE, REDUCTIONS
+from .checks import MEAN, NONE
+from .distances import L2, distance
 from .dtypes import cast, compute_dtype
-
-# What `torch.nn.functional` calls once it has broadcast the target. The index in
-# REDUCTIONS is what they know a reduction by.
-_mse_loss: Any = torch._C._nn.mse_loss
-_smooth_l1_loss: Any = torch._C._nn.smooth_l1_loss
-_CODE = {reduction: code for code, reduction in enumerate(REDUCTIONS)}
-_BETA = 1.0  # where the smooth l1 distance turns linear
 
 
 def bootstrap(problem: Bootstrap) -> tuple[Tensor, Tensor]:
@@ -49,21 +41,20 @@ def regression(problem: Regression) -> tuple[Tensor, Tensor]:
     if problem.mask is not None:
         values, target = torch.where(problem.mask, values, 0), torch.where(problem.mask, target, 0)
     target = target.expand_as(values)  # which the distances don't do under `torch.vmap`
-    size = torch.sub(values, target).abs() if problem.loss_function == L1 else None
     with torch.no_grad():
         if problem.priority == SQUARE:
-            square = _mse_loss(values, target, _CODE[NONE])
+            square = distance(values, target, L2, NONE)
             priority = square.amax(0) if len(square) > 1 else square[0]
         else:
             priority = torch.linalg.vector_norm(torch.sub(values, target), torch.inf, 0)
     coefficient = _coefficient(problem)
     if coefficient is None and problem.reduction != NONE:
-        loss = _distance(problem.loss_function, values, target, size, problem.reduction)
+        loss = distance(values, target, problem.loss_function, problem.reduction)
         # Of all members and samples it was the mean; the members are summed.
         if problem.reduction == MEAN and not problem.per_member and len(values) > 1:
             loss = loss * len(values)
     else:
-        loss = _distance(problem.loss_function, values, target, size, NONE)
+        loss = distance(values, target, problem.loss_function, NONE)
         loss = _reduced(loss if problem.per_member else loss.sum(0), coefficient, problem.reduction)
     return cast(loss, problem.dtype), cast(priority, problem.dtype)
 
@@ -88,15 +79,6 @@ def improvement(problem: Improvement) -> tuple[Tensor, Tensor]:
 def _least(values: Tensor) -> Tensor:
     """Over the members, the least value of each sample; of one member a view."""
     return values.amin(0) if len(values) > 1 else values[0]
-
-
-def _distance(loss_function: str, values: Tensor, target: Tensor, size: Tensor | None, reduction: str) -> Tensor:
-    """d(Q_i, y), reduced over all; ``size`` is |Q_i − y| if that is d."""
-    if size is not None:
-        return size if reduction == NONE else size.mean() if reduction == MEAN else size.sum()
-    if loss_function == L2:
-        return _mse_loss(values, target, _CODE[reduction])
-    return _smooth_l1_loss(values, target, _CODE[reduction], _BETA)
 
 
 def _reduced(x: Tensor, coefficient: Tensor | None, reduction: str) -> Tensor:

@@ -15,8 +15,8 @@ from .action_value_composed import Composed
 from .action_value_operators import backend_module
 from .action_value_problem import Bootstrap, Improvement, Regression
 from .backend import fastest_backend
-from .checks import L1, L2
 from .compare import compare
+from .distances import L1, L2
 
 reference = Composed(action_value_reference)
 

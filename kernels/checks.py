@@ -1,6 +1,6 @@
 """What arguments of every operation may be, and the errors that say that one isn't."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ Scalar = float | Tensor
 """A number, or a tensor that broadcasts to the tensors it is used with."""
 
 REDUCTIONS = NONE, MEAN, SUM = ("none", "mean", "sum")
-LOSS_FUNCTIONS = L1, L2, SMOOTH_L1 = ("l1", "l2", "smooth_l1")
 
 
 def check_agrees(name: str, x: Tensor | None, other: str, y: Tensor) -> None:
@@ -60,7 +59,7 @@ def check_0d(name: str, x: Any) -> None:
         raise RuntimeError(f"{name} has shape {tuple(x.shape)}: a number or a 0-d tensor is wanted")
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """Raise ValueError if ``value`` isn't one of the ``choices``."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; it can be {', '.join(map(repr, choices))}")

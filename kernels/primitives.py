@@ -1,7 +1,11 @@
-"""What kernels of every family do in the same way: read their scalars, and tell which program is the last."""
+"""What kernels of several families do in the same way: read their scalars, measure distances, tell who is last."""
 
 import triton
 import triton.language as tl
+
+from . import distances
+
+_L1, _L2 = tl.constexpr(distances.L1), tl.constexpr(distances.L2)
 
 
 @triton.jit
@@ -17,6 +21,21 @@ def scalar(number, tensor):
     if tensor is not None:
         value = tl.load(tensor).to(tl.float64)
     return value
+
+
+@triton.jit
+def distance_and_slope(error, LOSS_FUNCTION: tl.constexpr):
+    """The distance of a prediction that is off by ``error``, and its derivative; the sign of a NaN is 0."""
+    size = tl.abs(error)
+    sign = tl.where(error > 0.0, 1.0, tl.where(error < 0.0, -1.0, 0.0)).to(error.dtype)
+    if LOSS_FUNCTION == _L1:
+        distance, slope = size, sign
+    elif LOSS_FUNCTION == _L2:
+        distance, slope = error * error, 2.0 * error
+    else:
+        distance = tl.where(size >= 1.0, size - 0.5, 0.5 * error * error)
+        slope = tl.where(size >= 1.0, sign, error)
+    return distance, slope
 
 
 @triton.jit

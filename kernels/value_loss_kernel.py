@@ -13,7 +13,7 @@ See `fusedrl.kernels.samples_kernel` for who owns which samples and how programs
 import triton
 import triton.language as tl
 
-from .primitives import scalar
+from .primitives import distance_and_slope, scalar
 from .samples_kernel import (
     counted,
     is_last_to_finish,
@@ -88,13 +88,13 @@ def value_loss_kernel(
             now = read(value, i, samples, valid, DTYPE)
             target = read(value_target, i, samples, valid, DTYPE)
             count += tl.where(valid, 1.0, 0.0)
-            distance, derivative = _distance(now - target, KIND)
+            distance, derivative = distance_and_slope(now - target, KIND)
             if old_value is not None:
                 old = read(old_value, i, samples, valid, DTYPE)
                 step = now - old
                 clipped = tl.abs(step) > bound
                 moved = old + tl.where(step > bound, bound, tl.where(step < -bound, -bound, step))
-                other, _ = _distance(moved - target, KIND)
+                other, _ = distance_and_slope(moved - target, KIND)
                 # A step inside of the range is the same for both but for rounding.
                 derivative = tl.where(clipped & (other > distance), 0.0, derivative)
                 derivative = tl.where(clipped & (other == distance), 0.5 * derivative, derivative)
@@ -131,18 +131,3 @@ def value_loss_kernel(
                 smallest = scalar(smallest_variance, None).to(DTYPE)
                 variance = tl.where(variance < smallest, smallest, variance)
                 write_scalar(explained_variance, 1.0 - unexplained / seen / variance)
-
-
-@triton.jit
-def _distance(error, KIND: tl.constexpr):
-    """The distance and its derivative; as in PyTorch, the sign of a NaN is 0."""
-    size = tl.abs(error)
-    sign = tl.where(error > 0.0, 1.0, tl.where(error < 0.0, -1.0, 0.0)).to(error.dtype)
-    if KIND == "l1":
-        distance, derivative = size, sign
-    elif KIND == "l2":
-        distance, derivative = error * error, 2.0 * error
-    else:
-        distance = tl.where(size >= 1.0, size - 0.5, 0.5 * error * error)
-        derivative = tl.where(size >= 1.0, sign, error)
-    return distance, derivative

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import LOSS_FUNCTIONS, REDUCTIONS, check_0d, check_choice
+from .checks import REDUCTIONS, check_0d, check_choice
+from .distances import DISTANCES
 from .dtypes import compute_dtype, result_dtype
 from .samples import check_samples, new_outputs
 
@@ -45,7 +46,7 @@ class ValueConstants(NamedTuple):
 def check(value: Tensor, constants: ValueConstants) -> None:
     """Raise RuntimeError for a shape or device, TypeError for a dtype, ValueError for an option that doesn't fit."""
     value_target, old_value, mask, weights, clip, coefficient, loss_function, _, reduction = constants
-    check_choice("loss_function", loss_function, LOSS_FUNCTIONS)
+    check_choice("loss_function", loss_function, DISTANCES)
     check_choice("reduction", reduction, REDUCTIONS)
     if (old_value is None) != (clip is None):
         there, missing = ("clip", "old_value") if old_value is None else ("old_value", "clip")

@@ -6,12 +6,10 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from .distances import DISTANCES
 from .samples_reference import mean, reduced, with_slope
 from .value_loss_problem import ValueConstants, dtypes, smallest_variance
-
-_DISTANCES = {"l1": F.l1_loss, "l2": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
 
 
 def compose(value: Tensor, constants: ValueConstants) -> list[Tensor]:
@@ -23,7 +21,7 @@ def compose(value: Tensor, constants: ValueConstants) -> list[Tensor]:
         # Selected before anything is computed: the gradient of what padding holds would be 0 · NaN.
         return torch.where(mask, x, 0).to(precise)
 
-    distance = _DISTANCES[constants.loss_function]
+    distance = DISTANCES[constants.loss_function]
     now, target = read(value), read(constants.value_target)
     loss = distance(now, target, reduction="none")
     logged = []

@@ -5,16 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distances import distance
 from .dtypes import cast
 from .samples import as_scalar
 from .samples_reference import with_slope
 from .samples_vectorized import factors, mean, padding_and_count, selected
 from .value_loss_problem import ValueConstants, dtypes, smallest_variance
-
-# What `torch.nn.functional` calls once it has compared shapes, which are known to agree here.
-_smooth_l1_loss: Any = torch._C._nn.smooth_l1_loss
-_mse_loss: Any = torch._C._nn.mse_loss
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
 def compose(value: Tensor, constants: ValueConstants) -> list[Tensor]:
@@ -28,7 +24,7 @@ def compose(value: Tensor, constants: ValueConstants) -> list[Tensor]:
 
     logged = []
     plain = old_value is None and padding is None and weights is None
-    loss = _distance(now, target, kind, reduction if plain else "none")
+    loss = distance(now, target, kind, reduction if plain else "none")
     if old_value is not None:
         bound: Any = as_scalar(clip, precise, value.device)
         with torch.no_grad():
@@ -38,7 +34,7 @@ def compose(value: Tensor, constants: ValueConstants) -> list[Tensor]:
         with torch.no_grad():
             outside, clipped = step.abs() > bound, step.clamp(-bound, bound)
             logged.append(mean(selected(outside, padding), padding, count, precise))
-        loss = torch.maximum(loss, _distance(torch.where(outside, clipped, step) + old, target, kind, "none"))
+        loss = torch.maximum(loss, distance(torch.where(outside, clipped, step) + old, target, kind, "none"))
     if not plain:
         if weights is not None:
             loss = loss * factors(weights, padding, reduction, precise)
@@ -58,15 +54,6 @@ def compose(value: Tensor, constants: ValueConstants) -> list[Tensor]:
 def forward(value: Tensor, constants: ValueConstants, keep: bool) -> list[Tensor]:
     """The loss, what is logged, and the slope if it is to be kept."""
     return with_slope(compose, value, constants, keep, dtypes(value, constants)[1])
-
-
-def _distance(x: Tensor, y: Tensor, kind: str, reduction: str) -> Tensor:
-    if kind == "smooth_l1":
-        return _smooth_l1_loss(x, y, _REDUCTIONS[reduction], 1.0)
-    if kind == "l2":
-        return _mse_loss(x, y, _REDUCTIONS[reduction])
-    distance = (x - y).abs()
-    return distance if reduction == "none" else distance.mean() if reduction == "mean" else distance.sum()
 
 
 def _variance(x: Tensor, padding: Tensor | None, count: Any) -> Tensor:

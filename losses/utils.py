@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..estimators.registry import (
     ValueEstimators,
@@ -17,6 +16,7 @@ from ..estimators.registry import (
     get_value_estimator_entry,
     register_value_estimator,
 )
+from ..kernels.distances import DISTANCES
 
 __all__ = [
     "ValueEstimators",
@@ -35,8 +35,6 @@ __all__ = [
 
 Distances = TypeVar("Distances", Tensor, TensorDictBase)
 
-_DISTANCES = {"l1": F.l1_loss, "l2": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
-
 
 def check_distance(loss_function: str, argument: str = "loss_function") -> str:
     """``loss_function`` if `distance_loss` knows it.
@@ -45,8 +43,8 @@ def check_distance(loss_function: str, argument: str = "loss_function") -> str:
         ValueError: it doesn't; the message names the ``argument``.
 
     """
-    if loss_function not in _DISTANCES:
-        raise ValueError(f"{argument} is {loss_function!r}; it can be {', '.join(map(repr, _DISTANCES))}")
+    if loss_function not in DISTANCES:
+        raise ValueError(f"{argument} is {loss_function!r}; it can be {', '.join(map(repr, DISTANCES))}")
     return loss_function
 
 
@@ -79,7 +77,7 @@ def distance_loss(v1: Distances, v2: Distances, loss_function: str, strict_shape
         if strict_shape:
             raise RuntimeError(f"distance_loss got shapes {tuple(v1.shape)} and {tuple(v2.shape)}: they must agree")
         v1, v2 = torch.broadcast_tensors(v1, v2)
-    distance = _DISTANCES[loss_function]
+    distance = DISTANCES[loss_function]
     if isinstance(v1, TensorDictBase):
         return v1.apply(lambda x, y: distance(x, y, reduction="none"), v2)
     return distance(v1, v2, reduction="none")

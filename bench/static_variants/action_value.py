@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import triton.language as tl
 from fusedrl.kernels import action_value_kernel, action_value_launch
 from fusedrl.kernels.action_value_problem import SQUARE
-from fusedrl.kernels.checks import MEAN, NONE, SMOOTH_L1
+from fusedrl.kernels.checks import MEAN, NONE
+from fusedrl.kernels.distances import SMOOTH_L1
 from triton.backends.compiler import GPUTarget
 
 from .compiling import COMPUTE, Strided, compile_as_launched, named
