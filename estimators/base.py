@@ -17,6 +17,7 @@ from ..kernels.checks import Scalar
 from .functional import widened
 from .keys import KeyedEstimator, check_written, under_next
 from .modules import VMAP_RANDOMNESS, can_lack, device_of
+from .precision import dtypes_kept
 from .shifted import shifted_values
 from .steps import Steps, any_right, cut, expand_right, standardize, valid_only, without_padding
 from .value_network import ValueNetwork, check_positive
@@ -169,14 +170,8 @@ class ValueEstimatorBase(KeyedEstimator):
         self._network.vmap_randomness = value
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ValueEstimatorBase":
-        # Follows a move to another device, but not a cast: γ^1000 in bfloat16 is another discount.
-        dtypes = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
-        originals = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, dtype in dtypes.items():
-            moved = self._buffers[name]
-            if moved is not None and moved.dtype != dtype:
-                self._buffers[name] = originals[name].to(moved.device)
+        with dtypes_kept(self):
+            super()._apply(fn, recurse)
         return self
 
     # -- estimates ---------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..estimators.base import PADDING_MASK, SHIFTED_VALID
 from ..estimators.modules import keys_read
+from ..estimators.precision import dtypes_kept
 from ..estimators.steps import any_right
 from .distributed import findable
 from .keys import KeyedModule
@@ -307,12 +308,8 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LossModule":
         """As of `torch.nn.Module`, but a coefficient keeps its dtype: 0.01 isn't a number of bfloat16."""
-        kept = {
-            name: self._buffers[name] for name in self._all_schedulable_buffers if self._buffers.get(name) is not None
-        }
-        super()._apply(fn, recurse)
-        for name, value in kept.items():
-            self._buffers[name] = value.to(self._buffers[name].device)
+        with dtypes_kept(self, names=self._all_schedulable_buffers):
+            super()._apply(fn, recurse)
         return self
 
     def reset(self) -> None:

@@ -11,11 +11,11 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
 from ..estimators.modules import device_of, keys_read
+from ..estimators.precision import FullPrecisionBuffers
 from .dreamer import DreamerActorLoss
 from .dreamer_base import held_constant
 from .functional.imagination import discount_weight, quantile
 from .policy import ActionHeads
-from .precision import FullPrecisionBuffers
 
 
 class DreamerV3ActorLoss(DreamerActorLoss):

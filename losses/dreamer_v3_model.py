@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..estimators.modules import device_of
+from ..estimators.precision import FullPrecisionBuffers
 from .dreamer_base import ModelLoss
 from .functional.categorical_kl import balanced_divergence, divergence_terms
 from .functional.discrete_regression import symexp_bins, symlog, two_hot_cross_entropy
 from .functional.imagination import over_features, wide
-from .precision import FullPrecisionBuffers
 from .utils import distance_loss
 
 KL_MODES = ("balanced", "separate")

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from ..estimators.functional import vec_td_lambda_return_estimate
 from ..estimators.modules import device_of, keys_read
+from ..estimators.precision import FullPrecisionBuffers
 from ..kernels.dispatch import as_input
 from .dreamer_base import DreamerLoss
 from .dreamer_v3_actor import DreamerV3ActorLoss
 from .functional.discrete_regression import symexp_bins, symlog, two_hot_cross_entropy, two_hot_decode
 from .functional.imagination import Scalar, discount_weight, wide
-from .precision import FullPrecisionBuffers
 
 VALUE_LOSSES = ("symlog_mse", "two_hot")
 

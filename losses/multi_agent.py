@@ -8,6 +8,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
 from torch import Tensor, nn
 
+from ..estimators.precision import dtypes_kept
 from .functional.policy_gradient import fill_padding
 from .ppo import ClipPPOLoss
 from .utils import ValueEstimators
@@ -116,12 +117,8 @@ class MAPPOLoss(ClipPPOLoss):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MAPPOLoss":
         """As of the other losses, but statistics keep their dtype: in bfloat16 a running mean stands still."""
         norm: Any = self.value_norm
-        kept = {} if norm is None else {key: (x, x.dtype) for key, x in norm.named_buffers()}
-        super()._apply(fn, recurse)
-        for key, (x, dtype) in kept.items():
-            owner, _, name = key.rpartition(".")
-            module = norm.get_submodule(owner)
-            module._buffers[name] = x.to(module._buffers[name].device, dtype)
+        with dtypes_kept(*(() if norm is None else norm.modules())):
+            super()._apply(fn, recurse)
         return self
 
 
