@@ -24,9 +24,10 @@ from .functional.categorical_kl import categorical_kl_balanced, categorical_kl_t
 from .functional.discrete_regression import symexp, symlog, two_hot_cross_entropy, two_hot_decode, two_hot_encode
 from .gail import GAILLoss
 from .iql import IQLLoss
+from .klpen_ppo import KLPENPPOLoss
 from .multi_agent import IPPOLoss, MAPPOLoss
 from .pilco import ExponentialQuadraticCost
-from .ppo import ClipPPOLoss, KLPENPPOLoss, PPOLoss
+from .ppo import ClipPPOLoss, PPOLoss
 from .qmixer import QMixerLoss
 from .redq import REDQLoss
 from .reinforce import ReinforceLoss

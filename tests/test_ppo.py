@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from fusedrl.losses import ClipPPOLoss, KLPENPPOLoss, PPOLoss
 from fusedrl.losses.policy import entropy
-from fusedrl.losses.ppo import ClipPPOLoss, KLPENPPOLoss, PPOLoss
 from helpers_losses import (
     ACTORS,
     DOUBLE,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fusedrl.losses.ppo import ClipPPOLoss, KLPENPPOLoss, PPOLoss
+from fusedrl.losses import ClipPPOLoss, KLPENPPOLoss, PPOLoss
 from helpers_compile import traced_once
 from helpers_losses import (
     ACTORS,
