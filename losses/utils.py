@@ -1,7 +1,7 @@
 """What the losses share besides their base class, and the registry of value estimators by its usual address."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, ContextDecorator, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -83,9 +83,10 @@ def distance_loss(v1: Distances, v2: Distances, loss_function: str, strict_shape
     return distance(v1, v2, reduction="none")
 
 
-@contextmanager
-def hold_out_net(network: nn.Module) -> Iterator[None]:
+class hold_out_net(ContextDecorator):
     """Inside the block the parameters of ``network`` require no gradient; after it they do as before.
+
+    It can be entered again, also inside of itself.
 
     Examples:
         >>> net = nn.Linear(1, 1)
@@ -94,20 +95,23 @@ def hold_out_net(network: nn.Module) -> Iterator[None]:
         False
 
     """
-    required = [(p, p.requires_grad) for p in network.parameters()]
-    for p, _ in required:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p, requires_grad in required:
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+        self._required: list[list[tuple[Tensor, bool]]] = []
+
+    def __enter__(self) -> None:
+        self._required.append([(p, p.requires_grad) for p in self._network.parameters()])
+        self._network.requires_grad_(False)
+
+    def __exit__(self, *error: object) -> None:
+        for p, requires_grad in self._required.pop():
             p.requires_grad_(requires_grad)
 
 
-@contextmanager
-def hold_out_params(params: Iterable[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+def hold_out_params(params: Iterable[Tensor]) -> AbstractContextManager[tuple[Tensor, ...]]:
     """The ``params`` detached, for use inside the block."""
-    yield tuple(p.detach() for p in params)
+    return nullcontext(tuple(p.detach() for p in params))
 
 
 def next_state_value(

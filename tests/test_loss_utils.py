@@ -53,11 +53,24 @@ def test_held_out_network_requires_no_grad_and_then_what_it_did():
     assert not net.bias.requires_grad
 
 
+def test_a_network_can_be_held_out_again_and_inside_of_itself():
+    net = nn.Linear(2, 1)
+    held_out = losses.hold_out_net(net)
+    for _ in range(2):
+        with held_out:
+            with held_out:
+                assert not net.weight.requires_grad
+            assert not net.weight.requires_grad
+        assert net.weight.requires_grad
+
+
 def test_held_out_parameters_are_detached():
     p = torch.ones(2, requires_grad=True)
-    with losses.hold_out_params([p]) as (held,):
-        assert not held.requires_grad
-        assert held.data_ptr() == p.data_ptr()
+    held_out = losses.hold_out_params([p])
+    for _ in range(2):
+        with held_out as (held,):
+            assert not held.requires_grad
+            assert held.data_ptr() == p.data_ptr()
     assert p.requires_grad
 
 
