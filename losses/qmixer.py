@@ -102,7 +102,7 @@ class QMixerLoss(ActionValueLoss):
         self._actions = find_action_space(action_space, local_value_network)
         self.out_keys = ["loss"]
 
-    @dispatch
+    @dispatch(auto_batch_size=False)  # what all entries of an agent share are more dimensions than one value has
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """The loss (see the class), for data of batch size ``[*B]``."""
         action = self._taken_action(tensordict)

@@ -54,6 +54,14 @@ def test_the_loss_is_the_equation(action):
     torch.testing.assert_close(seen["td_error"], wanted.detach(), **CLOSE)
 
 
+@pytest.mark.parametrize("action", ["categorical", "one-hot"])
+def test_keywords_are_the_entries_of_a_tensordict(action):
+    loss, data = make(action_space=action), team_transitions((6,), action)
+    read = [key for key in loss.in_keys if data.get(key, None) is not None]
+    found = loss(**{key if isinstance(key, str) else "_".join(key): data[key] for key in read})
+    torch.testing.assert_close(found, loss(data)["loss"], **CLOSE)
+
+
 def test_both_networks_are_trained_and_followed():
     loss = make()
     found = gradients(loss, loss(team_transitions()))["loss"]
