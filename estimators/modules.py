@@ -1,5 +1,7 @@
 """What estimators and losses ask of any network: what it reads and can lack, where it is, whether it is random."""
 
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from typing import Any
 
@@ -100,6 +102,12 @@ def can_lack(network: Any, key: NestedKey) -> bool:
 
 def _as_tuple(key: NestedKey) -> tuple[str, ...]:
     return (key,) if isinstance(key, str) else tuple(unravel_key(key))
+
+
+def recurrent_mode() -> AbstractContextManager[None]:
+    """Inside the block TorchRL's recurrent networks read sequences ``[*B, T, F]``, and not one step with its state."""
+    modules = sys.modules.get("torchrl.modules")  # who has such a network has imported it
+    return nullcontext() if modules is None else modules.set_recurrent_mode(True)
 
 
 def is_of_torchrl(kind: type, name: str, module: str) -> bool:

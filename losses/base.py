@@ -16,7 +16,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
 from ..estimators.base import PADDING_MASK, SHIFTED_VALID
-from ..estimators.modules import keys_read
+from ..estimators.modules import keys_read, recurrent_mode
 from ..estimators.precision import dtypes_kept
 from ..estimators.steps import any_right
 from .distributed import findable
@@ -61,7 +61,8 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
     A loss names the entries it reads in a dataclass ``_AcceptedKeys``, whose fields a user renames with `set_keys`;
     takes its networks apart with `convert_to_functional`; and computes in ``forward``,
     decorated with ``tensordict.nn.dispatch`` so that it can be called with keyword tensors too. It is called
-    with the distributions' deterministic sample in force (``deterministic_sampling_mode``).
+    with the distributions' deterministic sample in force (``deterministic_sampling_mode``), and TorchRL's recurrent
+    networks in recurrent mode: they read sequences.
 
     A lazy network, whose parameters have no shape before it sees data, is initialised by the first call of a loss that
     keeps no copy of it. Before a loss that does is built (an ensemble, a target network), and before one that needs its
@@ -133,11 +134,11 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
         self.register_load_state_dict_pre_hook(_expect_no_unused_estimator)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run ``forward`` with deterministic samples in force; warn if target networks have no updater."""
+        """Run ``forward`` on sequences, with deterministic samples; warn if target networks have no updater."""
         if not torch.compiler.is_compiling():
             self._warn_of_idle_targets()
             self._absent.clear()
-        with set_interaction_type(self.deterministic_sampling_mode):
+        with set_interaction_type(self.deterministic_sampling_mode), recurrent_mode():
             try:
                 out = super().__call__(*args, **kwargs)
             except Exception as error:

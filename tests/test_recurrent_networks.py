@@ -14,7 +14,6 @@ from torch import nn
 pytest.importorskip("torchrl")
 from torchrl import objectives as theirs
 from torchrl.modules import GRUModule, LSTMModule, ProbabilisticActor, QValueModule, TanhNormal, ValueOperator
-from torchrl.modules import set_recurrent_mode as recurrent_mode
 
 # Both compute in float64; but TorchRL keeps γ, λ and coefficients in float32.
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -22,11 +21,9 @@ OBSERVATION, HIDDEN, ACTION, ACTIONS, BATCH = 4, 6, 2, 3, (3, 7)
 
 
 @pytest.fixture(autouse=True)
-def _in_recurrent_mode(monkeypatch):
+def _seed_without_warnings(monkeypatch):
     monkeypatch.setenv("RL_WARNINGS", "False")
     torch.manual_seed(0)
-    with recurrent_mode(True):
-        yield
 
 
 def memory(kind, out="embed"):
