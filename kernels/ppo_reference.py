@@ -35,13 +35,15 @@ def compose(log_prob: Tensor, constants: PPOConstants) -> list[Tensor]:
     advantage = read(constants.advantage)
     if constants.normalize:
         advantage = normalized(advantage, mask)
-    weight, proximal_weight = log_weight.exp(), proximal_log_weight.exp()
-    clipped = proximal_weight.clamp(low, high)
-    if proximal_log_weight is not log_weight:
-        clipped = clipped * (log_weight - proximal_log_weight).detach().exp()
+    weight, proximal_weight = log_weight.detach().exp(), proximal_log_weight.detach().exp()
     inside = (proximal_weight >= low) & (proximal_weight <= high)
-    # Inside of the range it is the same number, of which rounding isn't to decide whose gradient it has.
-    loss = -torch.min(weight * advantage, torch.where(inside, weight, clipped) * advantage)
+    clipped_weight = proximal_weight.clamp(low, high)
+    if proximal_log_weight is not log_weight:
+        clipped_weight = clipped_weight * (log_weight - proximal_log_weight).detach().exp()
+    # min(r Â, clip(p) (r/p) Â) is the second one where p is past the end that Â pushes it to. It is selected before the
+    # exponential, which may overflow: its gradient would be 0 · ∞.
+    is_clipped = torch.where(advantage > 0, proximal_weight > high, proximal_weight < low)
+    loss = -torch.where(is_clipped, clipped_weight, torch.where(is_clipped, 0, log_weight).exp()) * advantage
     loss = reduced(loss, mask, None if constants.weights is None else read(constants.weights), constants.reduction)
 
     logged = (

@@ -401,10 +401,20 @@ def test_the_effective_sample_size_does_not_overflow(any_backend, device, small_
     assert found.loss.item() == pytest.approx(-2 * 1.2 / 32)
 
 
-def test_no_gradient_comes_from_a_clipped_ratio_that_overflows(backend, device) -> None:
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("differentiable_advantage", [False, True])
+@pytest.mark.parametrize("proximal", [False, True])
+def test_no_gradient_comes_from_a_clipped_ratio_that_overflows(
+    any_backend, device, create_graph, differentiable_advantage, proximal
+) -> None:
+    """Also where the fast backends leave the gradient to the reference's composition."""
     log_prob = torch.tensor([1000.0, 0.0], device=device, requires_grad=True)
-    found = clip_ppo_loss(log_prob, torch.zeros_like(log_prob), torch.ones_like(log_prob), 0.2, 0.2, backend=backend)
-    assert torch.autograd.grad(found.loss, log_prob)[0].tolist() == [0.0, -0.5]
+    old, advantage = torch.zeros(2, device=device), torch.ones(2, device=device)
+    options = {"proximal_log_prob": old.clone()} if proximal else {}
+    advantage.requires_grad_(differentiable_advantage)
+    found = clip_ppo_loss(log_prob, old, advantage, 0.2, 0.2, **options, backend=any_backend)
+    (gradient,) = torch.autograd.grad(found.loss, log_prob, create_graph=create_graph)
+    assert gradient.tolist() == [0.0, -0.5]
 
 
 @pytest.mark.parametrize("where", ["log_prob", "advantage"])

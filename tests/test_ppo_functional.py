@@ -44,6 +44,16 @@ def test_clip_objective_has_no_gradient_where_the_gain_is_bounded():
     torch.testing.assert_close(log_weight.grad, tensor([0.0, -1.5, 0.5, 0.0, 1.0]), **CLOSE)
 
 
+@pytest.mark.parametrize("proximal", [False, True])
+def test_clip_objective_has_no_gradient_from_a_clipped_ratio_that_overflows(proximal):
+    log_weight = tensor([100.0, 0.1], requires_grad=True)
+    proximal_log_weight = log_weight * 1 if proximal else None
+    found = F.clip_ppo_objective(log_weight, torch.ones(2), 0.2, 0.2, proximal_log_weight)
+    torch.testing.assert_close(found, tensor([1.2, math.exp(0.1)]), **CLOSE)
+    (gradient,) = torch.autograd.grad(found.sum(), log_weight)
+    torch.testing.assert_close(gradient, tensor([0.0, math.exp(0.1)]), **CLOSE)
+
+
 @pytest.mark.parametrize("number", [float, tensor])
 @pytest.mark.parametrize("proximal", [False, True])
 def test_a_ratio_on_the_bound_has_its_gradient(number, proximal):

@@ -143,20 +143,16 @@ def clip_ppo_objective(
     π_prox ≠ π_old.
 
     """
-    weight = log_weight.exp()
-    if proximal_log_weight is None or proximal_log_weight is log_weight:
-        clipped_weight = _clip(weight, clip_low, clip_high)
-    else:
-        # π_θ cancels in r/p, which holds no gradient; in floating point it cancels only nearly.
-        old_to_proximal = (log_weight - proximal_log_weight).detach().exp()
-        clipped_weight = _clip(proximal_log_weight.exp(), clip_low, clip_high) * old_to_proximal
-    return torch.min(weight * advantage, clipped_weight * advantage)
-
-
-def _clip(weight: Tensor, low: Scalar, high: Scalar) -> Tensor:
-    """Weights between the bounds; one that is a bound has its gradient, whatever `torch.clamp` makes of it."""
-    clipped = weight.clamp(1 - low, 1 + high)  # type: ignore[arg-type]  # takes numbers and tensors alike
-    return torch.where(clipped == weight, weight, clipped)
+    center = log_weight if proximal_log_weight is None else proximal_log_weight
+    proximal_weight = center.detach().exp()
+    low, high = 1 - clip_low, 1 + clip_high
+    clipped_weight = proximal_weight.clamp(low, high)  # type: ignore[arg-type]  # takes numbers and tensors alike
+    if center is not log_weight:
+        clipped_weight = clipped_weight * (log_weight - center).detach().exp()  # r/p, which holds no gradient
+    # The minimum is the clipped one where p is past the end that A pushes it to. It is selected before the exponential,
+    # which may overflow: its gradient would be 0 · ∞.
+    is_clipped = torch.where(advantage > 0, proximal_weight > high, proximal_weight < low)
+    return torch.where(is_clipped, clipped_weight, torch.where(is_clipped, 0, log_weight).exp()) * advantage
 
 
 def kl_penalty_objective(log_weight: Tensor, advantage: Tensor, kl: Tensor, beta: Scalar) -> Tensor:
