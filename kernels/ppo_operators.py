@@ -1,7 +1,7 @@
 """From a checked clipped surrogate to its loss: the operator ``fusedrl::clip_ppo_loss`` and what is around it."""
 
 from .dispatch import backend_modules
-from .ppo_problem import PPOConstants, outputs
+from .ppo_problem import PPOConstants, outputs, slope_of
 from .samples_operators import SCALAR, loss_operator
 
 backend_module = backend_modules("ppo")
@@ -24,4 +24,5 @@ solve = loss_operator(
     },
     outputs,
     backend_module,
+    slope_of,
 )

@@ -69,3 +69,13 @@ def dtypes(log_prob: Tensor, constants: PPOConstants) -> tuple[torch.dtype, torc
 def outputs(log_prob: Tensor, constants: PPOConstants, keep: bool) -> list[Tensor]:
     """Uninitialised: the loss, what is logged, and the slope if it is to be kept."""
     return new_outputs(log_prob, *dtypes(log_prob, constants), constants.reduction, LOGGED, keep)
+
+
+def slope_of(log_prob: Tensor, slope: Tensor) -> Tensor:
+    """The slope as a function of log π_θ. It is its own derivative: a constant times r, or 0.
+
+    Nothing else needs to be kept for gradients that are differentiated: the batch is free once the loss is computed.
+    """
+    # An impossible action's ratio is 0 whatever the step, and what padding holds isn't read.
+    step = torch.where(log_prob.isfinite(), log_prob - log_prob.detach(), 0)
+    return slope * step.exp()

@@ -19,7 +19,9 @@ from .function import apply
 Run = Callable[..., list[Tensor]]
 
 
-def solver(run: Run, compose: Run, vectorized: Run) -> Callable[[Tensor, Any, str | None], Sequence[Tensor]]:
+def solver(
+    run: Run, compose: Run, vectorized: Run, tensors: int, slope_of: Callable[[Tensor, Tensor], Tensor] | None
+) -> Callable[[Tensor, Any, str | None], Sequence[Tensor]]:
     """How a loss is solved on a backend: a function of x, a NamedTuple of constants, and the backend's name or None.
 
     Args:
@@ -28,6 +30,9 @@ def solver(run: Run, compose: Run, vectorized: Run) -> Callable[[Tensor, Any, st
             ``reference`` backend, which can be differentiated in everything.
         vectorized: the same in few calls: the ``torch`` backend, which can be differentiated in x. At the size of a
             minibatch an `autograd.Function` costs more than the calls of both passes.
+        tensors: how many of the constants, the first ones, have an element per sample.
+        slope_of: ``slope_of(x, slope)`` gives the slope as a function of x that autograd knows, if the slope says by
+            itself how it changes. None: a gradient that is to be differentiated is composed anew, of the constants.
 
     Returns:
         A function to the loss, which is differentiable any number of times, and what is logged, which isn't.
@@ -42,20 +47,26 @@ def solver(run: Run, compose: Run, vectorized: Run) -> Callable[[Tensor, Any, st
             found = run(name, True, x, constants)
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*found[1:])
-            ctx.save_for_backward(x, found[-1])
-            # Not saved as tensors: a coefficient may be scheduled, in place, between forward and backward.
-            ctx.constants = constants
+            if slope_of is None and not torch.compiler.is_compiling():
+                ctx.save_for_backward(x, found[-1], *constants[:tensors])
+                # Copied: a coefficient may be scheduled, in place, between forward and backward.
+                ctx.others = [y.clone() if isinstance(y, Tensor) else y for y in constants[tensors:]]
+                ctx.gathered = type(constants)
+            else:
+                ctx.save_for_backward(x, found[-1])
             return tuple(found)
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, None, None]:
             if grad is None:
                 return None, None, None
-            x, slope = ctx.saved_tensors
+            x, slope, *samples = ctx.saved_tensors
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 # To be differentiated again: the same gradient, composed of what autograd knows.
-                loss = compose(x, ctx.constants)[0]
-                return torch.autograd.grad(loss, x, grad, create_graph=True)[0], None, None
+                if slope_of is None:
+                    loss = compose(x, ctx.gathered(*samples, *ctx.others))[0]
+                    return torch.autograd.grad(loss, x, grad, create_graph=True)[0], None, None
+                slope = slope_of(x, slope)
             return (grad * slope).to(x.dtype), None, None
 
     def solve(x: Tensor, constants: Any, backend: str | None) -> Sequence[Tensor]:

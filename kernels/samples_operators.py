@@ -26,6 +26,7 @@ def loss_operator(
     types: Mapping[str, str],
     outputs: Callable[..., list[Tensor]],
     backend_module: Callable[[str], Any],
+    slope_of: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Callable[[Tensor, Any, str | None], Sequence[Tensor]]:
     """Define the operator ``fusedrl::name``, and give the loss's `fusedrl.kernels.samples.solver`.
 
@@ -37,6 +38,7 @@ def loss_operator(
         outputs: ``outputs(x, constants, keep)`` gives uninitialised tensors of the shapes and dtypes of the results.
         backend_module: finds a backend's ``forward(x, constants, keep)``, and ``compose(x, constants)`` of the backends
             that autograd sees through.
+        slope_of: see `fusedrl.kernels.samples.solver`.
 
     """
     kinds = [types[field] for field in constants._fields]
@@ -73,4 +75,4 @@ def loss_operator(
 
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fusedrl::{name}", fake, lib=_library)
-    return solver(run, backend_module("reference").compose, backend_module("torch").compose)
+    return solver(run, backend_module("reference").compose, backend_module("torch").compose, first, slope_of)

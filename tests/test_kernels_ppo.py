@@ -1,7 +1,9 @@
 """The fused clipped surrogate of PPO: hand-computed cases, backends against the reference, semantics, cost."""
 
+import gc
 import itertools
 import math
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -545,12 +547,48 @@ def test_without_gradients_there_is_no_slope(monkeypatch, device) -> None:
     assert kept == [True, False, False]
 
 
-def test_a_clip_range_scheduled_before_backward_changes_nothing(any_backend, device) -> None:
-    arguments = problem(device=device) | {"clip_low": torch.tensor(0.2, dtype=torch.float64, device=device)}
-    expected = results(arguments, any_backend)[-1]
-    loss = clip_ppo_loss(**arguments, backend=any_backend).loss
-    arguments["clip_low"].mul_(0)
-    assert torch.equal(torch.autograd.grad(loss, arguments["log_prob"])[0], expected)
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_constants_changed_before_backward_change_nothing(backend, device, create_graph) -> None:
+    """A clip range is scheduled in place, and a batch may be overwritten by the next one."""
+    arguments = problem(full=True, device=device)
+    for name in ("clip_low", "clip_high", "max_ratio"):
+        arguments[name] = torch.tensor(arguments[name], dtype=torch.float64, device=device)
+    expected = results(arguments, backend)[-1]
+    loss = clip_ppo_loss(**arguments, backend=backend).loss
+    for name, x in arguments.items():
+        if isinstance(x, torch.Tensor) and name not in ("log_prob", "mask"):
+            x.mul_(0.5)
+    (gradient,) = torch.autograd.grad(loss, arguments["log_prob"], create_graph=create_graph)
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_loss_that_is_kept_keeps_no_batch(backend, device) -> None:
+    arguments = problem(full=True, device=device)
+    batch = [weakref.ref(x) for name, x in arguments.items() if name in SAMPLES and name != "log_prob"]
+    loss = clip_ppo_loss(**arguments, backend=backend).loss
+    loss.backward()
+    del arguments
+    gc.collect()
+    assert loss.requires_grad
+    assert [x() for x in batch] == [None] * 5
+
+
+@pytest.mark.parametrize("value", [-INF, NAN])
+def test_a_gradient_to_be_differentiated_passes_over_impossible_actions_and_padding(any_backend, device, value) -> None:
+    arguments = problem((8,), device=device)
+    with torch.no_grad():
+        arguments["log_prob"][3] = value
+    arguments["mask"] = torch.arange(8, device=device) != 3 if math.isnan(value) else None
+    x, direction = arguments["log_prob"], torch.linspace(-1, 1, 8, dtype=torch.float64, device=device)
+    found = []
+    for backend in (any_backend, "reference"):
+        (gradient,) = torch.autograd.grad(loss_of(x, arguments, backend), x, create_graph=True)
+        found.append((gradient.detach(), *torch.autograd.grad(gradient @ direction, x)))
+    for a, b in zip(*found, strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
 def test_transforms_of_functions_work(any_backend, device) -> None:

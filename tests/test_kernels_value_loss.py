@@ -1,7 +1,9 @@
 """The fused critic's loss: hand-computed cases, backends against the reference, semantics, gradients, cost."""
 
+import gc
 import itertools
 import math
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -446,12 +448,39 @@ def test_without_gradients_there_is_no_slope(monkeypatch, device) -> None:
     assert kept == [True, False, False]
 
 
-def test_a_coefficient_scheduled_before_backward_changes_nothing_in_the_kernel(device) -> None:
-    arguments = problem(device=device) | {"coefficient": torch.tensor(0.5, dtype=torch.float64, device=device)}
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_coefficient_scheduled_before_backward_changes_nothing_in_the_kernel(device, create_graph) -> None:
+    arguments = problem(full=True, device=device)
+    for name in ("coefficient", "clip"):
+        arguments[name] = torch.tensor(arguments[name], dtype=torch.float64, device=device)
     expected = results(arguments, "triton")[-1]
     loss = value_loss(**arguments, backend="triton").loss
-    arguments["coefficient"].mul_(0)
-    assert torch.equal(torch.autograd.grad(loss, arguments["value"])[0], expected)
+    arguments["coefficient"].mul_(0.1)
+    arguments["clip"].mul_(0.1)
+    (gradient,) = torch.autograd.grad(loss, arguments["value"], create_graph=create_graph)
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["value_target", "old_value", "weights"])
+def test_a_sample_overwritten_before_the_gradient_is_composed_is_refused(device, name) -> None:
+    """By autograd, as where any tensor is overwritten that a gradient is computed from."""
+    arguments = problem(full=True, device=device)
+    loss = value_loss(**arguments, backend="triton").loss
+    arguments[name].mul_(10)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, arguments["value"], create_graph=True)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_loss_that_is_kept_keeps_no_batch(backend, device) -> None:
+    arguments = problem(full=True, device=device)
+    batch = [weakref.ref(arguments[name]) for name in ("value_target", "old_value", "mask", "weights")]
+    loss = value_loss(**arguments, backend=backend).loss
+    loss.backward()
+    del arguments
+    gc.collect()
+    assert loss.requires_grad
+    assert [x() for x in batch] == [None] * 4
 
 
 # --- compiled -------------------------------------------------------------------------------------------------------
