@@ -6,7 +6,7 @@ KL penalty at a step that changes β.
 
 import pytest
 import torch
-from fusedrl.losses import ppo as ours
+from fusedrl import losses as ours
 from helpers_losses import ACTORS, collect, composite_actor, critic, discrete_actor, gaussian_actor, two_step_actor
 from tensordict.nn import set_composite_lp_aggregate
 
