@@ -109,6 +109,13 @@ def distribution(policy: Any, tensordict: TensorDictBase, *, write: bool = False
     return distribution_of(last, tensordict)
 
 
+def distribution_from_parameters(policy: Any, tensordict: TensorDictBase) -> PolicyDistribution:
+    """``policy.build_dist_from_params(tensordict)``; see `distribution_of`."""
+    if not _is_plain_policy(policy):
+        return policy.build_dist_from_params(tensordict)
+    return distribution_of(policy.module[-1], tensordict)
+
+
 class _Entries:
     """A TensorDict and what was written since, without writing it there."""
 

@@ -86,6 +86,12 @@ class DiagonalGaussian(NamedTuple):
             return None
         return self.scale.log().sum(-1) + self.scale.shape[-1] * _ENTROPY_OF_STANDARD_NORMAL
 
+    def divergence_from(self, old: "DiagonalGaussian") -> Tensor:
+        """KL[old | this], shape ``[*B]``, if both are squashed alike: by what makes no difference then."""
+        variance_ratio = (old.scale / self.scale).square()
+        distance = ((old.loc - self.loc) / self.scale).square()
+        return 0.5 * (variance_ratio + distance - 1 - variance_ratio.log()).sum(-1)
+
     def draw(self, samples: int | None = None) -> tuple[Tensor, Tensor]:
         """An action and its log-probability, or that many along a first dimension.
 
@@ -114,13 +120,13 @@ class Deferred:
 
     def __init__(self, gaussian: DiagonalGaussian, module: ProbabilisticTensorDictModule) -> None:
         self.gaussian = gaussian
-        self._module = module
+        self.module = module
 
     @cached_property
     def built(self) -> Distribution:
         """The distribution."""
         parameters = {key: getattr(self.gaussian, key) for key in ("loc", "scale")}
-        return self._module.distribution_class(**parameters, **self._module.distribution_kwargs)
+        return self.module.distribution_class(**parameters, **self.module.distribution_kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.built, name)

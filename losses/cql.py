@@ -9,10 +9,11 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
 from torch import Tensor, nn
 
-from ..estimators.heads import PolicyDistribution
+from ..estimators.heads import PolicyDistribution, log_prob
 from .functional.conservative import conservative_gap
 from .functional.deterministic import ensemble_distance, largest_squared_error
 from .functional.soft_actor_critic import soft_value, temperature_loss
+from .policy import draw
 from .soft_actor_critic import QNetworks, SoftActorCriticLoss
 from .temperature import continuous_target_entropy
 
@@ -239,14 +240,17 @@ class CQLLoss(SoftActorCriticLoss):
 
     def _many(self, policy: PolicyDistribution, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
         """``num_random`` actions, shape ``[K, *B, *A]``, and their log-densities, shape ``[K, *B]``."""
-        actions = policy.rsample((self.num_random,))  # `sample` of a normal distribution waits for the device
-        return actions, self._density(policy, actions, tensordict)
+        actions, density = draw(policy, self.num_random)
+        return actions, self._without_column(density, tensordict)
 
     def _density(self, policy: PolicyDistribution, action: Tensor, tensordict: TensorDictBase) -> Tensor:
-        """log π(a|s), shape ``[*K, *B]``."""
-        log_prob = policy.log_prob(action)
+        """log π(a|s) of the action in the data, shape ``[*B]``."""
+        return self._without_column(log_prob(policy, action, self._keys("action")[0]), tensordict)
+
+    def _without_column(self, density: Tensor, tensordict: TensorDictBase) -> Tensor:
+        """A log-density as ``[*K, *B]``; that of a distribution without dimensions of its own is ``[*K, *B, 1]``."""
         shape = self._get(tensordict, "reward").shape
-        return log_prob.squeeze(-1) if log_prob.shape[-len(shape) :] == shape else log_prob
+        return density.squeeze(-1) if density.shape[-len(shape) :] == shape else density
 
     def _values_of_many(
         self, data: TensorDictBase, actions: Tensor, tensordict: TensorDictBase, **options: Any

@@ -10,6 +10,7 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
+from ..estimators.calls import distribution
 from ..estimators.modules import device_of, keys_read
 from ..estimators.precision import FullPrecisionBuffers
 from .dreamer import DreamerActorLoss
@@ -227,7 +228,7 @@ class DreamerV3ActorLoss(DreamerActorLoss):
     def _heads(self, imagined: TensorDictBase) -> ActionHeads:
         """The policy's distribution in the imagined states, which are constants."""
         states = imagined.select(*keys_read(self.actor_model), strict=False).detach()
-        dist = self.actor_model.get_dist(states)
+        dist = distribution(self.actor_model, states)
         return ActionHeads(dist, self.tensor_keys.action, imagined.ndim)
 
 

@@ -12,8 +12,9 @@ from tensordict.nn import (
     dispatch,
 )
 from torch import Tensor
-from torch.distributions import Distribution
 
+from ..estimators.calls import distribution_from_parameters
+from ..estimators.heads import PolicyDistribution
 from .functional import adapted_beta, kl_penalty_objective, masked_mean
 from .ppo import Comparison, PPOLoss
 
@@ -109,13 +110,13 @@ class KLPENPPOLoss(PPOLoss):
         if not self.delay_actor:
             yield from self.actor_network.dist_params_keys
 
-    def _old_policy(self, tensordict: TensorDictBase) -> Distribution:
+    def _old_policy(self, tensordict: TensorDictBase) -> PolicyDistribution:
         parameters = self.actor_network.dist_params_keys
         self._require_entries(tensordict, parameters, "it is a parameter of the policy that collected the data")
         filled = self._padding_filled(tensordict, tensordict, dict.fromkeys(parameters, 1.0))
-        return self.actor_network.build_dist_from_params(filled)
+        return distribution_from_parameters(self.actor_network, filled)
 
-    def _divergence(self, old: Distribution | None, new: Comparison) -> Tensor:
+    def _divergence(self, old: PolicyDistribution | None, new: Comparison) -> Tensor:
         """KL[π_old | π_θ] at each sample; π_old is the delayed policy if there is one."""
         if old is None:
             with torch.no_grad():

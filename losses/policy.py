@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, TransformedDistribution, kl_divergence
 from torch.distributions.kl import _KL_MEMOIZE, _dispatch_kl
 
-from ..estimators.heads import DistributionHeads, PolicyDistribution, built, diagonal_gaussian
+from ..estimators.heads import Deferred, DistributionHeads, PolicyDistribution, built, diagonal_gaussian
 
 
 class ActionHeads(DistributionHeads):
@@ -33,18 +33,19 @@ class ActionHeads(DistributionHeads):
 
     def divergence_from(self, old: "ActionHeads", samples: int) -> Tensor:
         """KL[old | this], see `divergence`."""
-        pairs = [(built(old.heads[key]), built(head)) for key, head in self.heads.items()]
-        for pair in pairs:
-            _look_up_divergence(*pair)
+        pairs = [(old.heads[key], head) for key, head in self.heads.items()]
+        if torch.compiler.is_compiling():  # where nothing is deferred
+            for pair in pairs:
+                _look_up_divergence(*map(built, pair))
         return self.total([divergence(*pair, samples) for pair in pairs])
 
 
-def draw(dist: PolicyDistribution) -> tuple[Tensor, Tensor]:
-    """An action of ``dist`` and its log-probability, differentiable."""
+def draw(dist: PolicyDistribution, samples: int | None = None) -> tuple[Tensor, Tensor]:
+    """An action of ``dist`` and its log-probability, differentiable; or that many along a first dimension."""
     gaussian = diagonal_gaussian(dist)
     if gaussian is not None:
-        return gaussian.draw()
-    action = dist.rsample()
+        return gaussian.draw(samples)
+    action = dist.rsample(() if samples is None else (samples,))
     return action, dist.log_prob(action)
 
 
@@ -69,8 +70,11 @@ def entropy(dist: PolicyDistribution, samples: int) -> Tensor:
     return (surprise - surprise.detach() * (surprise - surprise.detach())).mean(0)
 
 
-def divergence(old: Distribution, new: Distribution, samples: int) -> Tensor:
+def divergence(old: PolicyDistribution, new: PolicyDistribution, samples: int) -> Tensor:
     """KL[old | new] in closed form; where there is none, the mean of log old − log new over draws from old."""
+    if isinstance(old, Deferred) and isinstance(new, Deferred) and old.module is new.module:
+        return new.gaussian.divergence_from(old.gaussian)  # of one module, which squashes them alike
+    old, new = built(old), built(new)
     try:
         return kl_divergence(old, new)
     except NotImplementedError:

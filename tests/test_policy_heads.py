@@ -8,8 +8,8 @@ import torch
 from fusedrl.estimators import heads
 from fusedrl.estimators.calls import distribution
 from fusedrl.estimators.heads import Deferred, DistributionHeads, built, diagonal_gaussian, log_prob
-from fusedrl.losses import A2CLoss, ClipPPOLoss, REDQLoss, SACLoss
-from fusedrl.losses.policy import ActionHeads, draw, entropy
+from fusedrl.losses import A2CLoss, ClipPPOLoss, CQLLoss, KLPENPPOLoss, REDQLoss, SACLoss
+from fusedrl.losses.policy import ActionHeads, divergence, draw, entropy
 from helpers_losses import ACTORS, GaussianParameters, collect, critic, diagonal_normal, gaussian_actor
 from helpers_q import assert_compiles, qvalue_network, stochastic_actor, transitions
 from tensordict import TensorDict
@@ -189,6 +189,28 @@ def test_what_is_asked_of_a_deferred_distribution_is_what_the_built_one_says(nam
 
 
 @pytest.mark.parametrize("name", DEFERRED)
+def test_the_divergence_of_deferred_distributions_is_that_of_the_built_ones(name):
+    policy, data, before = policy_of(name), observations(), observations()
+    results = []
+    for of in (lambda data: policy.get_dist(data.copy()), partial(of_policy, policy)):
+        found = divergence(of(before), of(data), samples=1)
+        results.append((found, *torch.autograd.grad(found.sum(), list(policy.parameters()))))
+    assert (results[1][0] > 0).all()
+    torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-12)
+
+
+def test_the_divergence_of_policies_with_other_bounds_is_estimated():
+    """They are of two modules, whose actions needn't be alike."""
+    data = observations()
+    old, new = (of_policy(policy_of(name), data) for name in ("tanh_normal", "tanh_normal_numbers"))
+    found, expected = [], []
+    for results, pair in ((found, (old, new)), (expected, (built(old), built(new)))):
+        torch.manual_seed(3)
+        results.append(divergence(*pair, samples=5))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", DEFERRED)
 def test_a_deferred_distribution_has_all_attributes_of_the_built_one(name):
     policy, data = policy_of(name), observations()
     dist, own = of_policy(policy, data), policy.get_dist(data.copy())
@@ -231,15 +253,16 @@ def test_bounds_the_wrong_way_round_are_still_refused():
 
 
 @pytest.mark.parametrize("name", DEFERRED)
-@pytest.mark.parametrize("loss_class", [A2CLoss, ClipPPOLoss])
+@pytest.mark.parametrize("loss_class", [A2CLoss, ClipPPOLoss, KLPENPPOLoss])
 def test_a_loss_builds_no_distribution_and_has_the_numbers_that_it_would_have(name, loss_class, monkeypatch):
     """To build one would wait for the device: TorchRL reads the bounds."""
     actor = policy_of(name, return_log_prob=True, default_interaction_type=InteractionType.RANDOM)
     data = collect(actor)
-    loss = loss_class(actor, critic())
+    value = critic()
 
     def run():
         torch.manual_seed(2)
+        loss = loss_class(actor, value)  # a new one: the β of KLPENPPOLoss adapts
         found = loss(data.copy())
         total = sum(x for key, x in found.items() if key.startswith("loss_"))
         return found.detach().to_dict(), torch.autograd.grad(total, list(loss.parameters()))
@@ -256,7 +279,7 @@ def test_a_loss_builds_no_distribution_and_has_the_numbers_that_it_would_have(na
     torch.testing.assert_close(run(), expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("loss_class", [SACLoss, REDQLoss])
+@pytest.mark.parametrize("loss_class", [SACLoss, REDQLoss, CQLLoss])
 def test_a_soft_actor_critic_builds_no_distribution(loss_class, monkeypatch):
     loss = loss_class(stochastic_actor(TanhNormal), qvalue_network(), target_entropy=-2.0)
 
