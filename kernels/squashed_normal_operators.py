@@ -18,7 +18,7 @@ from .backend import resolve_backend
 from .checks import check_agrees, check_broadcasts
 from .dispatch import backend_modules, called, constant, number_or_tensor
 from .dtypes import cast, result_dtype
-from .function import aliases, apply, autograd_inside, signed
+from .function import aliases, apply, autograd_inside, gradients_of_inputs, signed
 from .squashed_normal_problem import Bounds, Squash
 
 _COMPOSITIONS: dict[str, Any] = {"torch": vectorized, "reference": reference}
@@ -147,26 +147,30 @@ class _Sample(torch.autograd.Function):
 
 
 def _keep(ctx: Any, name: str, loc: Tensor, scale: Tensor, third: Tensor, interval: Squash | None) -> None:
+    bounds: Sequence[Tensor] = ()
+    if interval is not None and isinstance(interval.low, Tensor):  # then so is the other one
+        *bounds, margin = interval
+        interval = Squash(None, None, margin)
     ctx.name, ctx.interval = name, interval
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(loc, scale, third)
+    ctx.save_for_backward(loc, scale, third, *bounds)
 
 
 def _backward(
     ctx: Any, name: str, function: Callable[..., Any], grads: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
     """The gradients of a Function's inputs: by the operator ``name``; where they get a graph, by a ``function``."""
-    tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[1:4]
+    loc, scale, third, *bounds = ctx.saved_tensors
+    interval = ctx.interval._replace(low=bounds[0], high=bounds[1]) if bounds else ctx.interval
+    needs = ctx.needs_input_grad[1:4]
     found: Sequence[Tensor | None]
     if all(g is None for g in grads):
         found = [None] * sum(needs)
     elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        found = gradients(function, tensors, ctx.interval, grads, needs)
+        found = gradients(function, (loc, scale, third), interval, grads, needs)
     else:
-        loc, scale, third = tensors
-        found = called(*_OPERATORS[name], *_arguments(ctx.name, loc, scale, third, ctx.interval), *grads, list(needs))
-    results = iter(found)
-    return (None, *[next(results) if need else None for need in needs], None)
+        found = called(*_OPERATORS[name], *_arguments(ctx.name, loc, scale, third, interval), *grads, list(needs))
+    return gradients_of_inputs(ctx, found)
 
 
 def _checked(

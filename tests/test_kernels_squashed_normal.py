@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -379,6 +380,26 @@ def test_gradients_made_to_be_differentiated_are_the_same_gradients(any_backend,
     plain = torch.autograd.grad(total, wanted, retain_graph=True)
     again = torch.autograd.grad(total, wanted, create_graph=True)
     torch.testing.assert_close(again, plain, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("function", ["log_prob", "sample"])
+def test_a_bound_overwritten_before_backward_changes_no_gradient(any_backend, device, function, create_graph) -> None:
+    """The kernels compute from the bounds again, so that autograd refuses, as for any tensor it needs."""
+    loc, scale, third = points("per dimension", device)
+    low, high = (x.clone() for x in squash_of("per dimension", 3, device))
+    run = {"log_prob": normal_log_prob, "sample": lambda *x, **options: normal_sample(*x, **options)[1]}[function]
+
+    def total() -> torch.Tensor:
+        return run(loc, scale, third.detach(), squash=(low, high), backend=any_backend).sum()
+
+    expected = torch.autograd.grad(total(), (loc, scale))
+    loss = total()
+    low.sub_(1)
+    refused = pytest.raises(RuntimeError, match="modified by an inplace operation")
+    with refused if any_backend == "triton" else nullcontext():
+        found = torch.autograd.grad(loss, (loc, scale), create_graph=create_graph)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_an_action_computed_from_its_distribution_gives_it_its_gradient_once(any_backend, device) -> None:
