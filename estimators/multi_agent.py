@@ -55,16 +55,21 @@ class MultiAgentGAE(GAE):
     def _per_value(self, steps: Steps, value: Tensor) -> Steps:
         if not self._is_shared(steps.reward, value):
             return steps
-        # γ and λ are the team's if the reward is.
-        return Steps._make(
-            self._with_agents(x, value) if isinstance(x, Tensor) and x.ndim == value.ndim - 1 else x for x in steps
-        )
+        return Steps._make(self._of_team(x, steps.reward, value) for x in steps)
 
     def _averaged(self, advantage: Tensor, steps: Steps) -> Tensor:
         return standardize(advantage, steps.valid, own=self.agent_dim)
 
     def _of_each(self, x: Tensor, like: Tensor) -> Tensor:
         return self._with_agents(x, like) if self._is_shared(x, like) else x
+
+    def _of_team(self, x: Any, reward: Tensor, value: Tensor) -> Any:
+        """``x`` for each agent, if it is the team's: γ and λ are if they broadcast to the team's ``reward``."""
+        if not isinstance(x, Tensor) or x.ndim == 0 or x.ndim > reward.ndim:
+            return x
+        if any(n not in (1, m) for n, m in zip(x.shape, reward.shape[-x.ndim :], strict=True)):
+            return x
+        return self._with_agents(x.expand_as(reward), value)
 
     def _is_shared(self, x: Tensor, like: Tensor) -> bool:
         """Whether ``x`` has the shape of ``like`` without the agents."""

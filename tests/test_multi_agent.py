@@ -74,6 +74,32 @@ def test_the_options_of_gae_mean_the_same(options):
         assert_close(actual[key], expected[key])
 
 
+@every_backend
+@pytest.mark.parametrize("agents", [2, 5])  # 5 is the number of steps, too
+@pytest.mark.parametrize("shape", [(5, 1), (1, 1), (1,), (2, 5, 1), (2, 1, 1)], ids=str)
+def test_discount_and_decay_that_broadcast_to_the_team_s_reward_are_the_team_s(shape, agents, backend):
+    data = collect_team()
+    value = torch.randn(2, 5, agents, 1, dtype=torch.float64)
+    data["agents"] = data["next", "agents"] = {"state_value": value}
+    gamma, lmbda = torch.rand(2, *shape, dtype=torch.float64)
+    given = {"value_network": None, "backend": backend}
+    actual = estimator(gamma=gamma, lmbda=lmbda, **given)(data.copy())
+    gamma, lmbda = (x.expand(2, 5, 1).unsqueeze(-2).expand(2, 5, agents, 1).clone() for x in (gamma, lmbda))
+    expected = estimator(gamma=gamma, lmbda=lmbda, **given)(data.copy())
+    for key in ("advantage", "value_target"):
+        assert_close(actual[key], expected[key])
+
+
+def test_a_discount_of_each_agent_is_no_discount_of_the_team():
+    data = collect_team()
+    gamma = torch.rand(AGENTS, 1)
+    network = team_critic()
+    actual = estimator(gamma=gamma, value_network=network)(data.copy())["advantage"]
+    for agent, one in enumerate(gamma.flatten()):
+        expected = estimator(gamma=one, value_network=network)(data.copy())["advantage"]
+        assert_close(actual[..., agent, :], expected[..., agent, :])
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_average_gae_standardises_the_advantages_of_each_agent(padded):
     data, network = collect_team(), team_critic()
