@@ -41,7 +41,8 @@ class BCLoss(SupervisedLoss):
         loss_function: ``"l1"``, ``"l2"`` (also ``"mse"``), ``"smooth_l1"`` or ``"cross_entropy"`` (the policy
             writes logits), or a function of the policy's deterministic action and the one in the data, element by
             element. None: as above.
-        reduction: ``"mean"`` (None), ``"sum"``, or ``"none"``: of shape ``[*B]``, or of the action's for a distance.
+        reduction: ``"mean"`` (None), ``"sum"``, or ``"none"``: of shape ``[*B]``, or of the action's for a distance,
+            without a last dimension of 1.
 
     Raises:
         ValueError: an argument that can't be used.

@@ -351,4 +351,4 @@ class DreamerValueLoss(DreamerLoss):
         if mask is not None:
             distance, mask = torch.where(mask, distance, 0), mask.any(-2).squeeze(-1)
         loss = discounted_sum(distance, self.gamma if self.discount_loss else None)
-        return data, {"loss_value": self._reduce_loss(loss, mask=mask)}
+        return data, {"loss_value": self._reduce_loss(loss, tensordict, mask=mask)}

@@ -186,7 +186,7 @@ class DreamerV3ValueLoss(FullPrecisionBuffers, DreamerLoss):
         without_last = data.apply(lambda x: x.narrow(last, 0, size[last]), batch_size=size)
         loss, _ = self._distances(without_last, target)
         loss = torch.where(ends[..., :-1], 0, loss)
-        return TensorDict({"loss_replay_value": self._reduce_loss(loss, mask=valid)})
+        return TensorDict({"loss_replay_value": self._reduce_loss(loss, without_last, mask=valid)})
 
     # --- parts ----------------------------------------------------------------------------------------------------
 

@@ -321,6 +321,11 @@ def replayed(batch=(2, 5)):
     return data
 
 
+def test_an_unreduced_loss_of_replayed_sequences_keeps_batch_dimensions_of_1():
+    for batch, shape in (((4, 3), (4, 2)), ((4, 2), (4, 1)), ((1, 3), (1, 2))):
+        assert value_loss(reduction="none").replay_value_loss(replayed(batch))["loss_replay_value"].shape == shape
+
+
 def test_a_replayed_return_ends_where_the_trajectory_does():
     loss, data = value_loss(), replayed((1, 4))
     data["next", "reward"] = torch.tensor([9.0, 1.0, 2.0, 3.0], **DOUBLE).view(1, 4, 1)

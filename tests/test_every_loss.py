@@ -282,6 +282,22 @@ def test_an_unknown_reduction_is_refused_when_the_loss_is_made(name):
 
 
 @every_loss
+def test_unreduced_losses_keep_batch_dimensions_of_1(name):
+    case = CASES[name]
+    if "reduction" not in inspect.signature(getattr(losses, name)).parameters:
+        pytest.skip("takes no reduction")
+    dims = case.data().ndim
+    shapes = []
+    for batch in ((7, 11), (1, 11), (7, 1)):
+        out, _ = run(case.make(reduction="none"), case.data(batch[:dims]))
+        shapes.append([(key, tuple(x.shape)) for key, x in out.items() if key.startswith("loss")])
+    many, *few = shapes
+    assert any(7 in shape for _, shape in many)
+    for size, found in zip((7, 11), few, strict=True):
+        assert found == [(key, tuple(1 if n == size else n for n in shape)) for key, shape in many]
+
+
+@every_loss
 def test_an_unknown_use_of_priority_weights_is_refused_when_the_loss_is_made(name):
     if "use_prioritized_weights" not in inspect.signature(getattr(losses, name)).parameters:
         pytest.skip("has no such option")
