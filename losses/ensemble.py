@@ -30,6 +30,9 @@ class Perceptron(NamedTuple):
     out_key: NestedKey
     layers: list["tuple[int, int | None] | Callable[[Tensor], Tensor]"]
     """Where an ensemble's tensors hold the weight and the bias of a linear layer; or an elementwise function."""
+    module: nn.Module
+    children: list[Any]
+    """What the layers were found in: hooks and other layers may be put there later."""
 
     @classmethod
     def of(cls, network: Any, params: TensorDictBase) -> "Perceptron | None":
@@ -41,19 +44,34 @@ class Perceptron(NamedTuple):
             return None
         places = {key: i for i, key in enumerate(params.keys(True, True))}
         layers: list[tuple[int, int | None] | Callable[[Tensor], Tensor]] = []
-        for name, layer in module.named_children():
-            if layer._forward_hooks or layer._forward_pre_hooks:
-                return None
+        children = module._modules  # not `named_children`, which leaves out a layer's second occurrence
+        linear = [layer for layer in children.values() if type(layer) is nn.Linear]
+        if len(set(linear)) < len(linear):  # one layer, of which the ensemble's tensors hold one
+            return None
+        for name, layer in children.items():
             if type(layer) is nn.Linear:
                 layers.append((places["module", name, "weight"], places.get(("module", name, "bias"))))
             elif type(layer) in _ELEMENTWISE:
                 layers.append(layer)
             else:
                 return None
-        return cls(network.in_keys, network.out_keys[0], layers)
+        found = cls(network.in_keys, network.out_keys[0], layers, module, list(children.values()))
+        return found if found._holds() else None
+
+    def _holds(self) -> bool:
+        """Whether the network still has these layers, and nobody wants to be told when they are called."""
+        known = self.module, *self.children
+        return list(self.module._modules.values()) == self.children and not any(
+            m._forward_hooks or m._forward_pre_hooks for m in known
+        )
 
     def __call__(self, data: TensorDictBase, tensors: Sequence[Tensor]) -> Tensor | None:
-        """What every member says of ``data``, shape ``[N, *B, F]``; None if there is an input that isn't there."""
+        """What every member says of ``data``, shape ``[N, *B, F]``.
+
+        None if an input isn't there, or the network has become another.
+        """
+        if not self._holds():
+            return None
         inputs = [data.get(key, None) for key in self.in_keys]
         if any(x is None for x in inputs):
             return None
@@ -73,7 +91,5 @@ class Perceptron(NamedTuple):
 def _is_sequence(module: nn.Module) -> bool:
     """Whether a module runs its children in turn: a plain sequence, or TorchRL's MLP, which joins its inputs first."""
     kind = type(module)
-    if module._forward_hooks or module._forward_pre_hooks:
-        return False
     is_mlp = kind.__name__ == "MLP" and kind.__module__.startswith("torchrl.")
     return kind is nn.Sequential or (is_mlp and not getattr(module, "_reshape_out", True))

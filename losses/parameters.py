@@ -231,7 +231,10 @@ def swapped_in(
 def fill(network: nn.Module, params: TensorDictBase, leave_out: Container[NestedKey] = ()) -> None:
     """Make the parameters and buffers of ``network`` those in ``params``."""
     whole = held_whole(network)
-    for name, _ in (*network.named_parameters(), *network.named_buffers()):
+    for name, _ in (
+        *network.named_parameters(remove_duplicate=False),  # tied tensors have several places
+        *network.named_buffers(remove_duplicate=False),
+    ):
         path = tuple(name.split("."))
         key = unravel_key(path)
         if key not in leave_out and not any(path[: len(at)] == at for at in whole):

@@ -28,7 +28,13 @@ def mlp():
     return module(network, ("observation", "action"))
 
 
+def with_one_activation():
+    first, activation, second, _ = layers()
+    return module(nn.Sequential(first, activation, second, activation))
+
+
 NETWORKS = {
+    "one_activation_twice": with_one_activation,
     "sequence": lambda: module(nn.Sequential(*layers())),
     "without_bias": lambda: module(nn.Sequential(*layers(bias=False))),
     "mlp_of_two_inputs": mlp,
@@ -84,7 +90,13 @@ def hooked():
     return network
 
 
+def with_one_linear():
+    layer = nn.Linear(4, 4)
+    return module(nn.Sequential(layer, nn.Tanh(), layer))
+
+
 OTHERS = {
+    "one_linear_twice": with_one_linear,
     "own_linear": lambda: module(nn.Sequential(Doubled(4, 2))),
     "dropout": lambda: module(nn.Sequential(nn.Linear(4, 2), nn.Dropout())),
     "mixes_elements": lambda: module(nn.Sequential(nn.Linear(4, 2), nn.LayerNorm(2))),
@@ -100,6 +112,27 @@ OTHERS = {
 def test_another_network_is_not_taken_for_a_perceptron(name):
     network = OTHERS[name]()
     assert Perceptron.of(network, parameters_of([network, copy.deepcopy(network)])) is None
+
+
+def add_hook(network):
+    network.module[1].register_forward_hook(lambda *_: None)
+
+
+def add_layer(network):
+    network.module.append(nn.Tanh())
+
+
+def exchange_layer(network):
+    network.module[1] = nn.Sigmoid()
+
+
+@pytest.mark.parametrize("change", [add_hook, add_layer, exchange_layer])
+def test_a_network_that_became_another_is_asked_itself(change):
+    members, params = members_of(NETWORKS["sequence"])
+    perceptron, data = Perceptron.of(members[0], params), TensorDict({"observation": torch.randn(2, 4, **DOUBLE)}, [2])
+    assert perceptron(data, parts_of(params, set())) is not None
+    change(members[0])
+    assert perceptron(data, parts_of(params, set())) is None
 
 
 def test_a_missing_input_is_left_to_the_network_to_complain_of():

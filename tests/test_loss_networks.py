@@ -59,6 +59,22 @@ def test_the_target_of_a_copy_is_the_target_of_what_is_trained():
         torch.testing.assert_close(loss.actor_network.get_dist(data.clone()).logits, wanted)
 
 
+def test_a_network_with_tied_weights_acts_in_a_copy_as_it_is_trained():
+    layers = nn.Sequential(*(nn.Linear(OBSERVATION, OBSERVATION, **DOUBLE) for _ in range(2)))
+    layers[1].weight = layers[0].weight
+    trunk = TensorDictModule(layers, ["observation"], ["hidden"])
+    loss = A2CLoss(discrete_actor(reads="hidden", trunk=trunk), entropy_bonus=False, critic_coeff=None)
+    data = collect(discrete_actor())
+    data["advantage"] = torch.ones(*data.shape, 1, **DOUBLE)
+    copied = copy.deepcopy(loss)
+    train(copied, data)
+    with copied._parameters_in("actor_network"):
+        trained = copied.actor_network.get_dist(data.clone()).logits
+    torch.testing.assert_close(copied.actor_network.get_dist(data.clone()).logits, trained)
+    acting = copied.actor_network.state_dict()
+    torch.testing.assert_close(acting["module.0.module.0.weight"], acting["module.0.module.1.weight"])
+
+
 def given_its_own_state(network, _):
     network.load_state_dict({key: 2 * x for key, x in network.state_dict().items()}, assign=True)
 
