@@ -51,7 +51,8 @@ class ValueEstimatorBase(KeyedEstimator):
     Args:
         value_network: a TensorDictModule that writes the value. None: the values are in the TensorDict already.
         gamma: discount γ, a number or a tensor that broadcasts to the reward. Kept as a buffer whose dtype no
-            ``.to(dtype)`` or ``.half()`` changes; a number is kept in float64.
+            ``.to(dtype)`` or ``.half()`` changes; a number is kept in float64. A subclass with a `forward` of its
+            own may do without.
         shifted: call the network once on T + ``shifted_budget`` observations instead of 2T (see
             `fusedrl.estimators.shifted`). Steps that don't fit get advantage and value target 0 and a False under
             ``"shifted_valid"``. Only for one-step data and without ``target_params``. Values that are taken from the
@@ -85,7 +86,7 @@ class ValueEstimatorBase(KeyedEstimator):
         self,
         *,
         value_network: Any,
-        gamma: Scalar,
+        gamma: Scalar | None = None,
         shifted: bool = False,
         differentiable: bool = False,
         skip_existing: bool | None = None,
@@ -124,7 +125,10 @@ class ValueEstimatorBase(KeyedEstimator):
             chunk_dim=value_chunk_dim,
         )
         device = device_of(value_network) if device is None else device
-        self.register_buffer("gamma", as_hyperparameter(gamma, device))
+        if gamma is None and type(self).forward is ValueEstimatorBase.forward:
+            raise TypeError(f"{type(self).__name__} needs gamma, the discount")
+        if gamma is not None:
+            self.register_buffer("gamma", as_hyperparameter(gamma, device))
         given = {"advantage": advantage_key, "value_target": value_target_key, "value": value_key}
         self.set_keys(**{name: key for name, key in given.items() if key is not None})
 
@@ -446,10 +450,18 @@ class ValueEstimatorBase(KeyedEstimator):
 
 
 def as_hyperparameter(x: Scalar, device: torch.device | str | None) -> Tensor:
-    """γ or λ as a buffer: numbers in float64, tensors in the floating dtype they have."""
+    """γ or λ as a buffer: numbers in float64, tensors in the floating dtype they have; see `owned`."""
     if isinstance(x, Tensor) and x.is_floating_point():
-        return x.to(device)
-    return torch.as_tensor(x, dtype=torch.float64, device=device)
+        return owned(x, device)
+    return owned(torch.as_tensor(x, dtype=torch.float64), device)
+
+
+def owned(x: Tensor, device: torch.device | str | None) -> Tensor:
+    """What a module holds of the caller's ``x``: a copy, since to assign a coefficient or load a state writes it.
+
+    One that requires grad is held itself: whoever optimises it means this very tensor.
+    """
+    return x.to(device) if x.requires_grad else x.to(device, copy=True)
 
 
 def _write(tensordict: TensorDictBase, key: NestedKey, x: Tensor) -> None:

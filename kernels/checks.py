@@ -34,7 +34,7 @@ def check_broadcasts(name: str, x: Any, other: str, shape: torch.Size, device: t
 
 def broadcasts(shape: torch.Size, to: torch.Size) -> bool:
     """Whether a tensor of ``shape`` expands to the shape ``to``."""
-    return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False))
+    return len(shape) <= len(to) and all(n == 1 or n == m for n, m in zip(reversed(shape), reversed(to), strict=False))
 
 
 def check_real(name: str, x: Any) -> None:

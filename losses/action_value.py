@@ -61,10 +61,11 @@ class ActionValueLoss(LossModule):
         """
         if size < 1:
             raise ValueError(f"num_qvalue_nets must be at least 1, but is {size}")
-        if isinstance(network, list) and len(network) == 1:
-            (network,) = network
-        if isinstance(network, list) and len(network) != size:
-            raise ValueError(f"num_qvalue_nets is {size}, but qvalue_network is a list of {len(network)}")
+        if isinstance(network, list | tuple):
+            if len(network) not in (1, size):
+                raise ValueError(f"num_qvalue_nets is {size}, but qvalue_network is a list of {len(network)}")
+            if len(network) == 1:
+                (network,) = network
         self.num_qvalue_nets = size
         self.delay_qvalue = delay
         self.convert_to_functional(

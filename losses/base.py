@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from abc import ABCMeta
 from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from functools import reduce
@@ -15,12 +16,12 @@ from tensordict.nn import InteractionType, set_interaction_type
 from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
-from ..estimators.base import PADDING_MASK, SHIFTED_VALID
+from ..estimators.base import PADDING_MASK, SHIFTED_VALID, owned
 from ..estimators.modules import keys_read, recurrent_mode
 from ..estimators.precision import dtypes_kept
 from ..estimators.steps import any_right
 from .distributed import findable
-from .keys import KeyedModule
+from .keys import KeyedModule, checked_key
 from .networks import FunctionalModule
 from .reduction import align, check_reduction, reduce_loss, without_padding
 from .utils import ValueEstimators, dispatch_value_estimator
@@ -29,8 +30,8 @@ AUTO_LOSS_MASK_KEYS: tuple[NestedKey, ...] = (PADDING_MASK, SHIFTED_VALID)
 """The entries that mark the valid steps of padded data; a step counts if all of those that are there say so."""
 
 
-class _LossType(type):
-    """What surrounds the construction of every loss."""
+class _LossType(ABCMeta):
+    """What surrounds the construction of every loss, abstract ones too."""
 
     @property
     def __signature__(cls) -> Signature:
@@ -49,8 +50,8 @@ class _LossType(type):
         # Not when they're first needed: that may be inside a compiled function, which can't make a module, and is
         # compiled anew for what it found missing.
         loss._in_keys = loss.in_keys
-        if loss.default_value_estimator is not None and loss._value_estimator is None:
-            loss.make_value_estimator()
+        if loss.default_value_estimator in loss.SUPPORTED_VALUE_ESTIMATORS and loss._value_estimator is None:
+            loss._default_value_estimator()
             loss._value_estimator_used = False
         return loss
 
@@ -91,7 +92,7 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
         ...     def __init__(self, network):
         ...         super().__init__()
         ...         self.convert_to_functional(network, "network")
-        ...         self.in_keys = ["x", "target"]
+        ...         self.in_keys = ["x", "target"]  # follows when the target is renamed
         ...     @dispatch
         ...     def forward(self, tensordict):
         ...         self._require(tensordict, "target", networks=["network"])
@@ -138,14 +139,14 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
         if not torch.compiler.is_compiling():
             self._warn_of_idle_targets()
             self._absent.clear()
-        with set_interaction_type(self.deterministic_sampling_mode), recurrent_mode():
-            try:
+        try:
+            with set_interaction_type(self.deterministic_sampling_mode), recurrent_mode():
                 out = super().__call__(*args, **kwargs)
-            except Exception as error:
-                lacking = self._lacking(error)
-                if lacking is None:
-                    raise
-                raise lacking from error
+        except Exception as error:
+            lacking = None if torch.compiler.is_compiling() else self._lacking(error)
+            if lacking is None:
+                raise
+            raise lacking from error
         # Whether tensordict.nn's own hook selects depends on the optional in_keys being there.
         chosen = getattr(self, "_out_keys_apparent", None)
         if isinstance(out, TensorDictBase) and chosen is not None and chosen != getattr(self, "_out_keys", None):
@@ -172,17 +173,22 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
             KeyError: the value estimator can't read an entry by its new name. The loss keeps the names it had.
 
         """
-        before = copy(self._tensor_keys)
+        before = copy(self._tensor_keys), self._in_keys
         super().set_keys(**keys)
-        if self._value_estimator is not None:
-            try:
-                self._forward_value_estimator_keys(**keys)
-            except (KeyError, ValueError):
-                self._tensor_keys = before
-                raise
+        try:
+            self._forward_value_estimator_keys(**keys)
+        except (KeyError, ValueError):
+            self._tensor_keys, self._in_keys = before
+            raise
+        self._set_in_keys()
+
+    def _set_in_keys(self) -> None:
+        """For subclasses that assign ``in_keys``: called when keys were renamed."""
 
     def _forward_value_estimator_keys(self, **keys: Any) -> None:
-        """Tell the value estimator the names of the entries that it shares with the loss."""
+        """Tell the value estimator, if there is one, the names of the entries that it shares with the loss."""
+        if self._value_estimator is None:
+            return
         current = vars(self._value_estimator.tensor_keys)
         shared = {name: getattr(self.tensor_keys, name) for name in keys if name in current}
         self._value_estimator.set_keys(**{name: key for name, key in shared.items() if key != current[name]})
@@ -227,6 +233,7 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
         """
         if value_type is None:
             value_type = self.default_value_estimator
+        before = self._value_estimator, self.value_type
         if isinstance(value_type, nn.Module):
             if hyperparams:
                 raise TypeError(
@@ -240,9 +247,20 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
             self.value_type = value_type
         else:
             dispatch_value_estimator(self, value_type, supported=self.SUPPORTED_VALUE_ESTIMATORS, **hyperparams)
-        self._forward_value_estimator_keys(**vars(self.tensor_keys))
-        self._value_estimator_used = True
+        try:
+            self._forward_value_estimator_keys(**vars(self.tensor_keys))
+        except (KeyError, ValueError):
+            self._value_estimator, self.value_type = before
+            raise
         return self
+
+    def _default_value_estimator(self) -> None:
+        """Make the value estimator that the loss has if nobody chose one."""
+        if self.default_value_estimator is None:
+            raise NotImplementedError(
+                f"{type(self).__name__} has no value estimator by default: call make_value_estimator"
+            )
+        self.make_value_estimator(self.default_value_estimator)
 
     @property
     def value_estimator(self) -> Any:
@@ -253,9 +271,7 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
 
         """
         if self._value_estimator is None:
-            raise NotImplementedError(
-                f"{type(self).__name__} has no value estimator by default: call make_value_estimator"
-            )
+            self._default_value_estimator()
         # Not by way of torch.nn.Module, which first looks for a parameter, buffer or module of that name.
         object.__setattr__(self, "_value_estimator_used", True)
         return self._value_estimator
@@ -272,8 +288,9 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
     ) -> None:
         """Keep a coefficient as a buffer, so that a schedule can change it without recompiling; None is kept as it is.
 
-        A coefficient of ``_schedulable_buffers`` is assigned in place: ``loss.entropy_coeff = 0.003``.
-        ``device`` defaults to that of the parameters, ``dtype`` to the default floating dtype.
+        A tensor is copied, unless it requires grad. A coefficient of ``_schedulable_buffers`` is assigned in place:
+        ``loss.entropy_coeff = 0.003``. ``device`` defaults to that of the parameters, ``dtype`` to the default
+        floating dtype.
 
         Raises:
             ValueError: ``value`` is not a number.
@@ -285,17 +302,19 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
         if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
             raise ValueError(f"{name} must be a number or a 0-d tensor, but is {value!r}")
         if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(f"{name} must be a number or a 0-d tensor, but has shape {tuple(value.shape)}")
+            raise ValueError(f"{name} must be a number, but has shape {tuple(value.shape)}")
         if dtype is None:
             dtype = value.dtype if isinstance(value, Tensor) else torch.get_default_dtype()
         if device is None:
             device = next((p.device for p in self.parameters()), None)
         self.__dict__.pop(name, None)
-        self.register_buffer(name, torch.as_tensor(value, dtype=dtype, device=device))
+        self.register_buffer(name, owned(torch.as_tensor(value, dtype=dtype).reshape(()), device))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "use_prioritized_weights" and value not in (True, False, "auto"):
             raise ValueError(f"use_prioritized_weights is {value!r}; it can be True, False or 'auto'")
+        if name == "loss_mask_key" and value is not None:
+            value = checked_key(name, value)
         if name in self._all_schedulable_buffers and isinstance(value, (int, float, Tensor)):
             buffer = self._buffers.get(name)
             if buffer is None:
@@ -305,6 +324,9 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
                     # A number is written on the device: to copy it there would wait for all that the device has to do.
                     buffer.copy_(value) if isinstance(value, Tensor) else buffer.fill_(value)
             return
+        if name in ("value_estimator", "_value_estimator"):
+            name = "_value_estimator"
+            self._value_estimator_used = value is not None
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LossModule":

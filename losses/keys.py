@@ -1,8 +1,9 @@
 """The entries that a loss reads: their names, how a user renames them, and what is said when they don't fit."""
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -26,16 +27,23 @@ class KeyedModule(TensorDictModuleBase):
         """The entries a loss reads; `set_keys` renames them."""
 
     default_keys: type = _AcceptedKeys
+    _in_keys_of_class: ClassVar[list[NestedKey] | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "_AcceptedKeys" in vars(cls):
             cls.default_keys = cls._AcceptedKeys
+        if not isinstance(vars(cls).get("in_keys", KeyedModule.in_keys), property):
+            cls._in_keys_of_class = cls.in_keys  # type: ignore[assignment]  # a subclass may list them
+            del cls.in_keys  # else tensordict.nn puts its own property there
 
     def __init__(self) -> None:
         super().__init__()
         self._tensor_keys = self.default_keys()
         self._in_keys: list[NestedKey] | None = None
+        self._in_keys_assigned = False
+        if self._in_keys_of_class is not None:
+            self.in_keys = self._in_keys_of_class
         self._absent: dict[NestedKey, KeyError] = {}
 
     @property
@@ -44,10 +52,10 @@ class KeyedModule(TensorDictModuleBase):
         return self._tensor_keys
 
     def set_keys(self, **keys: NestedKey | list[NestedKey] | None) -> None:
-        """Rename entries; None gives an entry its default name back.
+        """Rename entries; None gives an entry its default name back. An assigned ``in_keys`` has them renamed, too.
 
         Raises:
-            ValueError: the loss has no entry of that name.
+            ValueError: the loss has no entry of that name, or what it is to be called is no key.
 
         """
         accepted = list(vars(self.tensor_keys))
@@ -55,11 +63,21 @@ class KeyedModule(TensorDictModuleBase):
             if name not in accepted:
                 raise ValueError(f"{name} is not a key of {type(self).__name__}; its keys are: {', '.join(accepted)}")
         default = self.default_keys()
-        for name, key in keys.items():
-            if key is None:
-                key = getattr(default, name)
-            setattr(self._tensor_keys, name, key if isinstance(key, list) else unravel_key(key))
-        self._in_keys = None
+        wanted = {n: getattr(default, n) if key is None else _checked_keys(n, key) for n, key in keys.items()}
+        before = {name: self._keys(name) for name in wanted}
+        for name, key in wanted.items():
+            setattr(self._tensor_keys, name, key)
+        if self._in_keys_assigned:
+            renamed: dict[NestedKey, NestedKey] = {}
+            for name, keys_before in before.items():
+                renamed.update(zip(keys_before, self._keys(name), strict=False))  # several heads may become fewer
+            self.in_keys = [renamed.get(key, key) for key in self.in_keys]
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Find out anew what is read: keys or networks have changed."""
+        if not self._in_keys_assigned:
+            self._in_keys = None
         getattr(self, "_reads", {}).clear()
 
     @property
@@ -75,6 +93,7 @@ class KeyedModule(TensorDictModuleBase):
     @in_keys.setter
     def in_keys(self, keys: Iterable[NestedKey]) -> None:
         self._in_keys = [unravel_key(key) for key in keys]
+        self._in_keys_assigned = True
 
     def _find_in_keys(self) -> Iterator[NestedKey]:
         """What the keys say that a loss reads; duplicates are allowed."""
@@ -135,12 +154,18 @@ class KeyedModule(TensorDictModuleBase):
                 self._absent.setdefault(entry, self._missing(tensordict, entry, hint))
 
     def _lacking(self, error: Exception) -> KeyError | None:
-        """The error of an absent entry that the ``error`` of a network is about; None if it is about something else."""
-        if NEEDS in str(error):  # says it already
+        """The error of an absent entry that the ``error`` of a network is about; None if it is about something else.
+
+        A network that lacks an input complains of its name, or of the None that it got instead.
+        """
+        complaints = KeyError, TypeError, AttributeError
+        # A value estimator says what it makes of the network's own complaint.
+        complaint = error.__cause__ if isinstance(error.__cause__, complaints) else error
+        if NEEDS in str(error) or not isinstance(complaint, complaints):
             return None
-        message = str(error.__cause__ or error)  # a value estimator says what it makes of the network's own complaint
-        named = [key for key in self._absent if (key if isinstance(key, str) else key[-1]) in message]
-        about = named or (list(self._absent) if "None" in message else [])
+        words = set(re.findall(r"\w+", str(complaint)))
+        named = [key for key in self._absent if (key if isinstance(key, str) else key[-1]) in words]
+        about = named or (list(self._absent) if {"None", "NoneType"} & words else [])
         return self._absent[about[0]] if about else None
 
     def _missing(self, tensordict: TensorDictBase, key: NestedKey, hint: str) -> KeyError:
@@ -159,6 +184,18 @@ class KeyedModule(TensorDictModuleBase):
                 f"{type(self).__name__}: {key!r} has shape {tuple(x.shape)}, but {of_key!r} has shape "
                 f"{tuple(of.shape)}: both must agree"
             )
+
+
+def checked_key(name: str, key: Any) -> NestedKey:
+    """``key`` in its one form; ValueError, which names what it is for, if it is no key."""
+    try:
+        return unravel_key(key)
+    except RuntimeError as error:
+        raise ValueError(f"{name} must be a str or a tuple of str, but is {key!r}") from error
+
+
+def _checked_keys(name: str, key: Any) -> NestedKey | list[NestedKey]:
+    return [checked_key(name, k) for k in key] if isinstance(key, list) else checked_key(name, key)
 
 
 def _absent_from(tensordict: TensorDictBase, keys: Iterable[NestedKey]) -> Iterator[NestedKey]:

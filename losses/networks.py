@@ -71,7 +71,7 @@ class FunctionalModule(TensorDictModuleBase):
 
     def convert_to_functional(
         self,
-        module: nn.Module | list[nn.Module],
+        module: nn.Module | list[nn.Module] | tuple[nn.Module, ...],
         module_name: str,
         expand_dim: int | None = None,
         create_target_params: bool = False,
@@ -84,10 +84,10 @@ class FunctionalModule(TensorDictModuleBase):
         never parameters of the loss.
 
         Args:
-            module: the network, or a list of networks that become an ensemble.
+            module: the network, or several (a list or tuple) that become an ensemble.
             module_name: its name in the loss.
             expand_dim: make an ensemble of that many members, each drawn anew (see `ensemble`), stacked
-                along dimension 0 of the parameters; a list isn't drawn anew.
+                along dimension 0 of the parameters; several that are given aren't drawn anew.
             create_target_params: keep ``target_<name>_params`` as a copy, in buffers, for an updater to move;
                 otherwise they are the current parameters, without gradient.
             compare_against: parameters that are trained by another network: here they get no gradient.
@@ -97,7 +97,8 @@ class FunctionalModule(TensorDictModuleBase):
                 with a target, and what is in ``compare_against``. Or a parameter can't be exchanged for another.
 
         """
-        modules = module if isinstance(module, list) else [module]
+        several = isinstance(module, list | tuple)
+        modules: list[nn.Module] = list(module) if several else [module]  # type: ignore[arg-type, list-item]
         for m in modules:
             refuse_aliases(m)
         members = [TensorDict.from_module(m, as_module=True) for m in modules]
@@ -105,7 +106,7 @@ class FunctionalModule(TensorDictModuleBase):
         shared = {id(x) for x in compare_against or ()}.intersection(*everywhere)
         params, network = members[0], modules[0]
         self._shared[module_name] = self._found_elsewhere(params, shared)
-        if isinstance(module, list):
+        if several:
             params, network = stacked(members, shared), stateless(network)
         elif expand_dim:
             params, network = ensemble(params, expand_dim, shared), stateless(network)
@@ -222,12 +223,23 @@ class FunctionalModule(TensorDictModuleBase):
         return network
 
     def from_stateful_net(self, network_name: str, stateful_net: nn.Module) -> None:
-        """Copy the parameters of ``stateful_net``, made by `get_stateful_net`, into the loss."""
+        """Copy the parameters of ``stateful_net``, made by `get_stateful_net`, into the loss.
+
+        Raises:
+            RuntimeError: the network has other parameters than the loss; nothing is copied then.
+
+        """
         if network_name not in self._functional_networks:
             getattr(self, network_name).load_state_dict(stateful_net.state_dict())
             return
-        params = TensorDict.from_module(stateful_net)
-        getattr(self, f"{network_name}_params").data.update_(params.data)
+        found, held = TensorDict.from_module(stateful_net), getattr(self, f"{network_name}_params")
+        shapes, wanted = ({key: x.shape for key, x in params.items(True, True)} for params in (found, held))
+        other = [key for key in {**wanted, **shapes} if shapes.get(key) != wanted.get(key)]
+        if other:
+            raise RuntimeError(
+                f"{network_name} can't take the parameters of this network, which differ in number or shape: {other}"
+            )
+        held.data.update_(found.data)
 
     def reset_parameters_recursive(self, parameters: TensorDictBase | None = None) -> None:
         """Initialise all networks anew, target networks as copies of the others."""

@@ -143,7 +143,8 @@ class PolicyGradientLoss(LossModule):
     def make_value_estimator(self, value_type: Any = None, **hyperparams: Any) -> "PolicyGradientLoss":
         """Choose how returns and advantages are estimated; see `LossModule.make_value_estimator`."""
         super().make_value_estimator(value_type, **hyperparams)
-        self._in_keys = list(dict.fromkeys(self._find_in_keys()))
+        self._refresh()
+        self._in_keys = self.in_keys  # which no compiled call can keep
         return self
 
     def _find_in_keys(self) -> Iterator[NestedKey]:

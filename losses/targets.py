@@ -21,7 +21,7 @@ Group = tuple[list[Tensor], list[Tensor]]
 
 
 class TargetNetUpdater:
-    """Base of the updaters: which tensors move, and when. A subclass says how, in ``_step``.
+    """Base of the updaters: which tensors move, and when. A subclass says how: in ``_step``, of one, or in ``_move``.
 
     The targets start as copies of the parameters: that is done when the updater is constructed.
 
@@ -64,9 +64,17 @@ class TargetNetUpdater:
         """
         if not self.initialized:
             raise RuntimeError(f"{type(self).__name__} is not initialized: call init_() before step()")
-        self._step()
+        self._move()
 
-    def _step(self) -> None:
+    @torch.no_grad()
+    def _move(self) -> None:
+        """Move all targets; one after the other, unless a subclass does it at once."""
+        for targets, sources in self._groups():
+            for target, source in zip(targets, sources, strict=True):
+                self._step(source, target)
+
+    def _step(self, p_source: Tensor, p_target: Tensor) -> None:
+        """Move the target ``p_target`` of the parameter or buffer ``p_source``, in place."""
         raise NotImplementedError(f"{type(self).__name__} doesn't say how targets move: it needs a method _step")
 
     @torch.no_grad()
@@ -161,7 +169,7 @@ class SoftUpdate(TargetNetUpdater):
         super().__init__(loss_module)
 
     @torch.no_grad()
-    def _step(self) -> None:
+    def _move(self) -> None:
         for targets, sources in self._groups():
             if targets[0].is_floating_point():
                 torch._foreach_lerp_(targets, sources, 1 - self.eps)
@@ -197,7 +205,7 @@ class HardUpdate(TargetNetUpdater):
         self.value_network_update_interval = value_network_update_interval
         self.counter = 0
 
-    def _step(self) -> None:
+    def _move(self) -> None:
         if self.counter >= self.value_network_update_interval:
             self._copy()
             self.counter = 0

@@ -158,6 +158,17 @@ def test_compiles_as_one_graph_with_the_numbers_of_eager(network, data, delay_va
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("late", [("collector", "mask"), "priority_weight"], ids=str)
+def test_compiled_for_any_size_takes_a_mask_that_was_not_there_before(network, data, late):
+    torch.compiler.reset()
+    loss = ValueLoss(network)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for size in (2, 3):
+        compiled(data[:size])
+    data[late] = torch.rand(BATCH) if late == "priority_weight" else torch.rand(BATCH) < 0.5
+    torch.testing.assert_close(compiled(data)["loss_value"], loss(data)["loss_value"])
+
+
 # --- keys -------------------------------------------------------------------------------------------------------
 
 
@@ -201,6 +212,21 @@ def test_missing_entry_is_named_with_the_loss_and_the_remedy(network, data, key,
     for part in ("ValueLoss", repr(key), hint):
         assert part in str(error.value)
     assert set(data.keys(True, True)) == before
+
+
+class MayHaveState(nn.Linear):
+    def forward(self, x, h=None):
+        return super().forward(x)
+
+
+def test_errors_about_something_else_are_not_taken_for_a_missing_entry(data):
+    network = TensorDictModule(MayHaveState(3, 1), ["observation", "h"], ["state_value"])
+    loss = ValueLoss(network)
+    assert loss(data)["loss_value"].isfinite()
+    for part in (data, data["next"]):
+        part["observation"] = torch.randn(*BATCH, 2)  # "shapes" has an h in it, and TensorDictModule's message has it
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        loss(data)
 
 
 def test_shapes_that_would_broadcast_are_refused(data):
@@ -297,6 +323,13 @@ def test_list_of_networks_becomes_an_ensemble_as_it_is():
     assert torch.equal(weight, torch.stack([net.module.weight for net in nets]))
 
 
+def test_a_tuple_of_networks_is_a_list_of_them():
+    first, second = (TensorDictModule(nn.Linear(3, 1), ["observation"], ["state_value"]) for _ in range(2))
+    loss = LossModule()
+    loss.convert_to_functional((first, second), "value_network")
+    torch.testing.assert_close(loss.value_network_params["module", "weight"][1], second.module.weight)
+
+
 def test_shared_parameters_are_trained_once(network):
     heads = [TensorDictModule(nn.Linear(4, 1), ["hidden"], ["q"]) for _ in range(2)]
     one, other = (nn.ModuleList([network, head]) for head in heads)
@@ -351,6 +384,16 @@ def test_parameters_can_be_copied_from_a_stateful_network(network):
             p.fill_(2.0)
     loss.from_stateful_net("value_network", other)
     assert all((p == 2).all() for p in network.parameters())
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 1, bias=False), nn.Linear(4, 2)], ids=str)
+def test_another_network_is_not_copied_from(network, layer):
+    loss, other = ValueLoss(network), deepcopy(network)
+    other.module[2] = layer
+    before = deepcopy(network.state_dict())
+    with pytest.raises(RuntimeError, match=r"can't take the parameters of this network.*'module', '2', 'bias'"):
+        loss.from_stateful_net("value_network", other)
+    torch.testing.assert_close(dict(network.state_dict()), dict(before))
 
 
 @pytest.mark.parametrize("expand_dim", [None, 2])
@@ -519,6 +562,34 @@ def test_coefficient_that_is_no_number_is_refused(value):
         LossModule().register_coeff_buffer("coeff", value)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_a_coefficient_is_a_number_of_the_losss_own(network, shape):
+    given = torch.full(shape, 0.5)
+    loss = ValueLoss(network)
+    loss.register_coeff_buffer("coeff", given)
+    loss.coeff = 0.25
+    assert loss.coeff.shape == ()
+    loss.load_state_dict(loss.state_dict() | {"coeff": torch.tensor(0.125)})
+    assert loss.coeff == 0.125
+    assert given == 0.5
+
+
+def test_gamma_is_the_estimators_own(network):
+    given = torch.tensor(0.9)
+    estimator = TD0Estimator(gamma=given, value_network=network)
+    estimator.load_state_dict({"gamma": torch.tensor(0.5)})
+    assert estimator.gamma == 0.5
+    assert given == torch.tensor(0.9)
+
+
+def test_a_coefficient_that_requires_grad_is_held_itself(network, data):
+    given = torch.tensor(0.5, requires_grad=True)
+    loss = ValueLoss(network)
+    loss.register_coeff_buffer("coeff", given)
+    loss(data)["loss_value"].backward()
+    assert given.grad is not None
+
+
 def test_coefficients_of_base_classes_are_schedulable_too(network):
     class Another(ValueLoss):
         _schedulable_buffers = frozenset({"other"})
@@ -576,6 +647,11 @@ def test_mask_can_be_found_named_or_ignored(network, data, trailing):
     data["mine"] = data.pop("shifted_valid")
     loss.loss_mask_key = "mine"
     torch.testing.assert_close(loss(data)["loss_value"], expected)
+
+
+def test_a_mask_that_is_no_key_is_refused(network):
+    with pytest.raises(ValueError, match="loss_mask_key must be a str or a tuple of str, but is 3"):
+        ValueLoss(network).loss_mask_key = 3
 
 
 def test_step_counts_if_all_masks_that_are_there_say_so(network, data):
