@@ -15,11 +15,14 @@ class VerificationError(RuntimeError):
 def compare(what: str, backend: str, dtype: torch.dtype, found: Tensor, expected: Tensor, scale: Tensor) -> None:
     """Raise VerificationError if an element of ``found`` is further from ``expected`` than rounding explains.
 
-    ``scale`` is the magnitude of what an element was computed from.
+    ``scale`` is the magnitude of what an element was computed from, ``dtype`` the one that says how it was rounded.
     """
     tolerance = TOLERANCE[dtype]
+    # As the result's own dtype has it: infinite beyond its range, and in steps that don't shrink any more near 0.
+    expected = expected.to(found.dtype).double()
+    smallest_step = torch.finfo(found.dtype).smallest_normal * torch.finfo(found.dtype).eps
     error = (found.double() - expected).abs()
-    agree = (error <= tolerance * scale) | (found == expected) | (found.isnan() & expected.isnan())
+    agree = (error <= tolerance * scale + smallest_step) | (found == expected) | (found.isnan() & expected.isnan())
     if agree.all():
         return
     excess = torch.where(agree, -1.0, (error / scale).nan_to_num(nan=torch.inf))

@@ -139,7 +139,6 @@ def _compare(
                 slope.abs() * size_of_input for slope, size_of_input in zip(slopes, magnitudes, strict=True)
             )
             size = size + (moved if moved.shape == size.shape else (1 + moved).sum(-1))
-        rounded = wanted.detach().to(result.dtype).double()  # which can be infinite in half precision
         # A gradient may be rounded to a narrower dtype than the results have.
         dtype = max(result_dtype(*tensors), result.dtype, key=TOLERANCE.__getitem__)
-        compare(name, fastest_backend(tensors[0]), dtype, result, rounded, size)
+        compare(name, fastest_backend(tensors[0]), dtype, result, wanted.detach(), size)

@@ -573,6 +573,25 @@ def test_verify_accepts_what_is_right(device, dtype, weighed, reduction) -> None
         soft_policy_loss(**of_policy(arguments), alpha=0.3, reduction=reduction).loss.sum().backward()
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_verify_accepts_what_is_right_though_the_dtype_has_few_digits_for_it(device, dtype) -> None:
+    """Gradients of a large batch are subnormal in half precision."""
+    arguments = problem((2000,), dtype=dtype, device=device, weights=True)
+    with use_backend("verify"):
+        ensemble_loss(**of_ensemble(arguments), loss_function="smooth_l1").loss.backward()
+        soft_policy_loss(**of_policy(arguments), alpha=0.01).loss.backward()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_verify_accepts_what_is_right_though_the_dtype_cannot_hold_it(device, dtype) -> None:
+    """The square of a large error is infinite, in the narrower dtypes not so in the reference, which is in float64."""
+    large = torch.finfo(dtype).max / 8
+    values = torch.full((2, 3), large, dtype=dtype, device=device)
+    with use_backend("verify"):
+        found = ensemble_loss(values, -values[0], loss_function="l2", reduction="none")
+    assert found.loss.isinf().all()
+
+
 @pytest.mark.parametrize("broken", ["target", "ensemble", "ensemble_backward", "policy", "policy_backward"])
 def test_verify_names_the_element_that_is_wrong(monkeypatch, device, broken) -> None:
     arguments = problem((4,), device=device)
