@@ -1,5 +1,5 @@
-# Every target sets up .venv by itself. PYTHON picks the interpreter, EXAMPLE what `make demo` runs, to which BACKEND
-# and SEED go, and SUITES what is benchmarked (all: scans projection losses updates).
+# Every target sets up .venv by itself. PYTHON picks the interpreter, EXAMPLE what `make demo` runs, with the SEED and on
+# the BACKEND, and SUITES what is benchmarked (all: scans projection losses updates).
 PYTHON ?= python3
 EXAMPLE ?= ppo_cartpole
 VENV := .venv
@@ -17,7 +17,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(LIBRARY) losses/functional
 	touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/python examples/$(EXAMPLE).py $(if $(BACKEND),--backend $(BACKEND)) $(if $(SEED),--seed $(SEED))
+	$(if $(BACKEND),FUSEDRL_BACKEND=$(BACKEND)) $(BIN)/python examples/$(EXAMPLE).py $(if $(SEED),--seed $(SEED))
 
 # As many workers as cores: a worker with several threads would only keep the others waiting.
 test: $(INSTALLED)

@@ -195,7 +195,8 @@ class ValueEstimatorBase(KeyedEstimator):
             tensordict: batch size ``[*B, T]`` (see ``time_dim``), with the entries of `in_keys`. ``terminated``
                 defaults to ``done``. ``steps_to_next_obs``, if there, is the n of n-step data: the discount is γⁿ.
                 A False in ``("collector", "mask")``, if there, marks a padded step: the trajectory is truncated
-                before it, its advantage and value target are 0, and whatever it holds enters nothing.
+                before it, its advantage and value target are 0, and whatever it holds enters nothing. A NaN in what
+                the network reads of a next observation stands for one that wasn't stored: the current one's is read.
                 Tensors given instead of it (``next_reward=...``) have as batch size the dimensions that they share.
             params: parameters of the value network, taken as constants; by default its own.
             target_params: parameters for the next values; by default ``params``.
