@@ -59,11 +59,11 @@ class ValueNetwork:
         self.chunk_size = chunk_size
         self.num_chunks = num_chunks
         self.chunk_dim = chunk_dim
-        self.vmap_randomness = _default_randomness(module)
+        self._chosen_randomness: str | None = None
 
     def calling(self, module: Any) -> "ValueNetwork":
         """Another with the same settings, for another ``module``."""
-        return ValueNetwork(
+        other = ValueNetwork(
             module,
             skip_existing=self.skip_existing,
             deactivate_vmap=self.deactivate_vmap,
@@ -71,6 +71,17 @@ class ValueNetwork:
             num_chunks=self.num_chunks,
             chunk_dim=self.chunk_dim,
         )
+        other._chosen_randomness = self._chosen_randomness
+        return other
+
+    @property
+    def vmap_randomness(self) -> str:
+        """How the network draws under `torch.vmap`: as chosen; else anew for each observation if it draws at all."""
+        return _default_randomness(self.module) if self._chosen_randomness is None else self._chosen_randomness
+
+    @vmap_randomness.setter
+    def vmap_randomness(self, value: str) -> None:
+        self._chosen_randomness = value
 
     @property
     def in_keys(self) -> list[NestedKey]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fusedrl import losses
+from fusedrl.estimators import modules
 from fusedrl.estimators.shifted import shifted_values
 from fusedrl.estimators.steps import standardize
 from helpers_estimators import HYPERPARAMETERS, assert_close, critic, every_estimator, policy, rollout
@@ -320,6 +321,33 @@ def test_dropout_draws_differently_for_each_observation_unless_told():
     assert torch.equal(td["state_value"], td["next", "state_value"])
     with pytest.raises(ValueError, match="'sometimes'"):
         e.set_vmap_randomness("sometimes")
+
+
+def test_another_network_is_called_as_the_estimator_was_told():
+    e = estimator("GAE", value_network=critic())
+    e.set_vmap_randomness("same")
+    e.value_network = critic()
+    assert e.vmap_randomness == "same"
+
+
+def test_another_network_draws_as_its_own_modules_do_unless_told():
+    e = estimator("GAE", value_network=critic())
+    e.value_network = critic(module=nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 1).double()))
+    assert e.vmap_randomness == "different"
+
+
+def test_a_random_module_made_known_after_the_estimator_was_built_is_one(monkeypatch):
+    class Noise(nn.Module):
+        def forward(self, x):
+            return x + torch.randn_like(x)
+
+    monkeypatch.setattr(modules, "_random_modules", list(modules._random_modules))
+    e = estimator("GAE", value_network=critic(module=nn.Sequential(nn.Linear(3, 1).double(), Noise())))
+    with pytest.raises(RuntimeError, match="randomness"):
+        e(rollout())
+    modules.add_random_module(Noise)
+    td = e(rollout())
+    assert td["advantage"].isfinite().all()
 
 
 @every_estimator
