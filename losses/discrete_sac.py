@@ -135,8 +135,8 @@ class DiscreteSACLoss(SoftActorCriticLoss):
             scalar_output_mode=scalar_output_mode,
         )
         self.skip_done_states = skip_done_states  # a public attribute in TorchRL; here nothing reads it
-        self.action_space = find_action_space("one_hot" if action_space is None else action_space)
-        if self.action_space.name not in ("one_hot", "categorical"):
+        self._actions = find_action_space("one_hot" if action_space is None else action_space)
+        if self.action_space not in ("one_hot", "categorical"):
             raise ValueError(
                 f"action_space is {action_space!r}: the policy chooses one of the actions, which 'one-hot' and "
                 "'categorical' can write"
@@ -150,6 +150,11 @@ class DiscreteSACLoss(SoftActorCriticLoss):
             alpha_init, min_alpha, max_alpha, fixed=fixed_alpha, target_entropy=check_target_entropy(target_entropy)
         )
         self.out_keys = self._names_of_output()
+
+    @property
+    def action_space(self) -> str:
+        """How actions are written: ``one_hot`` or ``categorical``."""
+        return self._actions.name
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -171,7 +176,7 @@ class DiscreteSACLoss(SoftActorCriticLoss):
             next_value = expected_soft_value(next_values.amin(0), next_log_prob, alpha)
             value_target = self._value_target(tensordict, next_value)
 
-        value = self.action_space.value(values, action.expand(self.num_qvalue_nets, *action.shape))
+        value = self._actions.value(values, action.expand(self.num_qvalue_nets, *action.shape))
         entropy = self._only_valid(categorical_entropy(log_prob), tensordict)  # NaN where no action is allowed
         losses = {
             "loss_actor": -expected_soft_value(constant_values.amin(0), log_prob, alpha),

@@ -74,6 +74,12 @@ def test_an_action_means_the_same_in_every_form(form):
     torch.testing.assert_close(run(other, data)[0].to_dict(), expected.to_dict(), **CLOSE)
 
 
+@pytest.mark.parametrize(("space", "name"), [("categorical", "categorical"), ("one-hot", "one_hot"), (None, "one_hot")])
+def test_the_action_space_is_a_string(space, name):
+    loss, _ = prepared(action_space=space)
+    assert loss.action_space == name
+
+
 @pytest.mark.parametrize("distribution", [D.Categorical, D.OneHotCategorical])
 def test_the_policy_can_draw_actions_in_either_form(distribution):
     loss, data = prepared()
