@@ -29,7 +29,7 @@ from .action_value_problem import (
 from .backend import fastest_backend, resolve_backend
 from .dispatch import as_input, backend_modules, called, constant, number_or_tensor
 from .dtypes import compute_dtype
-from .function import aliases, apply, signed
+from .function import aliases, apply, gradients_of_inputs, signed
 
 _COMPOSITIONS: dict[str, Any] = {"torch": vectorized, "reference": reference}
 # The modules of the others have a `target`, `ensemble`, `ensemble_backward`, `policy` and `policy_backward`.
@@ -82,9 +82,10 @@ def ensemble(problem: Regression, backend: str | None) -> Sequence[Tensor]:
     """
     check_regression(problem)
     name = resolve_backend(backend, problem.values)
+    problem = Regression(problem.values, *_constants(problem[1:]))
     composition = _composition(name)
     if composition is not None:
-        return composition.regression(Regression(problem.values, *_constants(problem[1:])))
+        return composition.regression(problem)
     if torch.is_grad_enabled() and problem.values.requires_grad:
         return apply(_Ensemble, name, *problem)[:2]
     return called(_ensemble_operator, _ensemble, name, False, *_constants(problem))
@@ -97,9 +98,10 @@ def policy(problem: Improvement, backend: str | None) -> Sequence[Tensor]:
     """
     check_improvement(problem)
     name = resolve_backend(backend, problem.values)
+    problem = Improvement(*problem[:2], *_constants(problem[2:]))
     composition = _composition(name)
     if composition is not None:
-        return composition.improvement(Improvement(*problem[:2], *_constants(problem[2:])))
+        return composition.improvement(problem)
     if torch.is_grad_enabled() and (problem.values.requires_grad or problem.log_prob.requires_grad):
         return apply(_Policy, name, *problem)[:2]
     return called(_policy_operator, _policy, name, False, *_policy_arguments(_constants(problem)))
@@ -143,11 +145,11 @@ class _Ensemble(torch.autograd.Function):
             found = None
         elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # To be differentiated again: the same gradient, composed of what autograd knows.
-            loss = reference.regression(Regression(values, *_constants(constants)))[0]
+            loss = reference.regression(Regression(values, *constants))[0]
             (found,) = torch.autograd.grad(loss, values, grad, create_graph=True)
         else:
             found = called(_ensemble_backward_operator, _ensemble_backward, ctx.name, values, *constants, kept, grad)
-        return None, found, *[None] * 7
+        return gradients_of_inputs(ctx, [found])
 
 
 @signed
@@ -177,15 +179,14 @@ class _Policy(torch.autograd.Function):
         elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # To be differentiated again: the same gradients, composed of what autograd knows.
             values, log_prob = aliases((values, log_prob))
-            loss = reference.improvement(Improvement(values, log_prob, *_constants(problem[2:])))[0]
+            loss = reference.improvement(Improvement(values, log_prob, *problem[2:]))[0]
             inputs = [x for x, need in zip((values, log_prob), needs, strict=True) if need]
             found = torch.autograd.grad(loss, inputs, grad, create_graph=True)
         else:
             found = called(
                 _policy_backward_operator, _policy_backward, ctx.name, *_policy_arguments(problem), kept, grad, needs
             )
-        results = iter(found)
-        return (None, *(next(results) if need else None for need in needs), *[None] * 4)
+        return gradients_of_inputs(ctx, found)
 
 
 def _constants(fields: Sequence[Any]) -> list[Any]:

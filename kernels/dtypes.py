@@ -26,3 +26,10 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` in ``dtype``: a call of `to` costs as much as an addition even if there is nothing to do."""
     return x if x.dtype == dtype else x.to(dtype)
+
+
+def as_scalar(x: float | Tensor, dtype: torch.dtype, device: torch.device) -> float | Tensor:
+    """A number as it is; a 0-d tensor in the dtype and on the device that is computed in."""
+    if not isinstance(x, Tensor) or (x.dtype == dtype and x.device == device):
+        return x
+    return x.to(device, dtype, non_blocking=True)

@@ -16,8 +16,8 @@ def forward(log_prob: Tensor, constants: PPOConstants, keep: bool) -> list[Tenso
     old_log_prob, advantage, proximal_log_prob, mask, weights, low, high, max_ratio, normalize, reduction = constants
     _, precise = dtypes(log_prob, constants)
     found = outputs(log_prob, constants, keep)
-    loss, *logged = found[:6]
-    slope = found[6] if keep else None
+    loss, *logged = found
+    slope = logged.pop() if keep else None
     of_samples, of_batch = (loss, None) if reduction == "none" else (None, loss)
     tensors = walked((log_prob, old_log_prob, advantage, proximal_log_prob, mask, weights, of_samples, slope))
     scalars = [scalar(x, log_prob) for x in (low, high, max_ratio)]

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dtypes import cast
+from .dtypes import as_scalar, cast
 from .ppo_problem import SMALLEST_STD, PPOConstants, dtypes
-from .samples import as_scalar
 from .samples_reference import with_slope
 from .samples_vectorized import factors, mean, padding_and_count, selected
 

@@ -45,21 +45,24 @@ def forward(log_prob: Tensor, constants: PPOConstants, keep: bool) -> list[Tenso
         std = mean(deviation.square(), mask).sqrt().clamp_min(SMALLEST_STD)
         size = size + (deviation.abs() + size.max()) / std
     term = ratio * size * factors(mask, weights, constants.reduction)
-    low, high = (torch.as_tensor(x, dtype=exact.dtype, device=exact.device) for x in wanted[5:7])
+    low, high = (
+        torch.as_tensor(x, dtype=exact.dtype, device=exact.device) for x in (wanted.clip_low, wanted.clip_high)
+    )
     ends = (proximal_ratio - (1 - low), proximal_ratio - (1 + high))
     near = undecided(ends[0], ratio, precise) | undecided(ends[1], ratio, precise)
     whole = error.max()
+    _, _, _, _, greatest_ratio, mean_ratio, *_ = expected
     scales = [
         term if constants.reduction == "none" else term.sum(),
         whole,
         share_scale(near, mask, dtype),
         whole,
-        whole * expected[4],
-        whole * expected[5],
+        whole * greatest_ratio,
+        whole * mean_ratio,
         term,
     ]
     compared = list(found)
     if keep:
-        compared[6] = torch.where(near, expected[6].to(found[6].dtype), found[6])
+        compared[-1] = torch.where(near, expected[-1].to(found[-1].dtype), found[-1])
     compare_all(_NAMES[: len(found)], name, compared, expected, scales[: len(found)])
     return found

@@ -43,7 +43,7 @@ class Recognition:
         for is_form_of, found in of_kinds.forms.get(setting, ()):
             if is_form_of(*tensors):
                 return tensors, found
-        if _repeats(tensors):  # which no form is of
+        if _repeats(tensors):  # the forms are of distinct tensors, and the setting says which of them come twice
             setting, distinct = _without_repetitions(setting, tensors)
             for is_form_of, found in of_kinds.forms.get(setting, ()):
                 if is_form_of(*distinct):

@@ -115,13 +115,6 @@ def check_samples(name: str, x: Tensor, others: dict[str, Tensor | None], mask: 
 # --- dtype and layout ---------------------------------------------------------------------------------------------
 
 
-def as_scalar(x: float | Tensor, dtype: torch.dtype, device: torch.device) -> float | Tensor:
-    """A number as it is; a 0-d tensor in the dtype and on the device that is computed in."""
-    if not isinstance(x, Tensor) or (x.dtype == dtype and x.device == device):
-        return x
-    return x.to(device, dtype, non_blocking=True)
-
-
 def laid_out_like(y: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """``y`` in ``dtype``, with the strides of ``torch.empty_like(x)``, which is what the compiler is told."""
     if x.is_contiguous() and y.is_contiguous():

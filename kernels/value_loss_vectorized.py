@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from .distances import distance
-from .dtypes import cast
-from .samples import as_scalar
+from .dtypes import as_scalar, cast
 from .samples_reference import with_slope
 from .samples_vectorized import factors, mean, padding_and_count, selected
 from .value_loss_problem import ValueConstants, dtypes, smallest_variance

@@ -8,21 +8,18 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .dispatch import as_input
+from .dtypes import as_scalar
 from .returns import reward_to_go
-from .samples import as_scalar
 from .vtrace_problem import VTrace
 
 
 def composed(problem: VTrace, time_dim: int, backend: str) -> tuple[Tensor, Tensor]:
     """Advantage and value target, differentiable in all that is a tensor, γ and the thresholds included."""
     dtype, compute = problem.dtype, problem.compute_dtype
-    log_pi, log_mu, value, next_value, reward, gamma, rho_thresh, c_thresh, done, terminated = problem
+    _, _, value, next_value, reward, gamma, rho_thresh, c_thresh, done, terminated = problem
     terminated = done if terminated is None else terminated
     ends = done | terminated
-    log_weight = log_pi.to(problem.log_weight_dtype)
-    if log_mu is not None:
-        log_weight = log_weight - log_mu
-    log_weight, value, next_value, reward = (x.to(compute) for x in (log_weight, value, next_value, reward))
+    log_weight, value, next_value, reward = (x.to(compute) for x in (problem.log_weight(), value, next_value, reward))
     gamma = as_scalar(as_input(gamma, reward), compute, reward.device)
 
     rho = _clipped(log_weight, rho_thresh)

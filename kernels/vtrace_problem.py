@@ -41,6 +41,11 @@ class VTrace(NamedTuple):
         """The dtype of log π − log μ, float32 at least: the difference keeps none of their leading digits."""
         return torch.promote_types(result_dtype(self.log_pi, self.log_mu), torch.float32)
 
+    def log_weight(self) -> Tensor:
+        """log π − log μ, in `log_weight_dtype`."""
+        log_pi = self.log_pi.to(self.log_weight_dtype)
+        return log_pi if self.log_mu is None else log_pi - self.log_mu
+
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype that is computed in."""

@@ -27,13 +27,10 @@ def backward(
 
 def solve(problem: VTrace, time_dim: int) -> tuple[Tensor, Tensor]:
     """The loop in the precision that the kernel computes in: float64 for float64, otherwise float32."""
-    log_pi, log_mu, value, next_value, reward, gamma, rho, c, done, terminated = problem
-    log_weight = log_pi.to(problem.log_weight_dtype)
-    if log_mu is not None:
-        log_weight = log_weight - log_mu
+    _, _, value, next_value, reward, gamma, rho, c, done, terminated = problem
     gamma, log_weight, value, next_value, reward, rho, c = (
         x.to(problem.compute_dtype) if isinstance(x, torch.Tensor) else x
-        for x in (gamma, log_weight, value, next_value, reward, rho, c)
+        for x in (gamma, problem.log_weight(), value, next_value, reward, rho, c)
     )
     terminated = done if terminated is None else terminated
     return reference.vtrace(gamma, log_weight, value, next_value, reward, done, terminated, rho, c, time_dim=time_dim)
