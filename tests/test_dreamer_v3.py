@@ -208,6 +208,13 @@ def test_quantile_is_that_of_the_elements_that_count(q):
     torch.testing.assert_close(quantile(torch.where(mask, x, torch.nan), q, mask), torch.quantile(x[mask], q))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_quantile_of_more_elements_than_float32_counts_is_among_them(masked):
+    x = torch.cat([torch.zeros(2**24 + 3), torch.ones(1)])  # float32 takes the position of the last for the next one
+    mask = torch.ones_like(x, dtype=torch.bool) if masked else None
+    assert quantile(x, 1.0, mask) == 1
+
+
 def test_returns_that_are_not_finite_do_not_stay_in_their_range():
     loss = actor_loss(return_normalization_rate=0.5)
     loss.retnorm.update(torch.linspace(0, 100, 101))

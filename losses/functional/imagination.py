@@ -154,9 +154,10 @@ def quantile(x: Tensor, q: float, mask: Tensor | None = None) -> Tensor:
         x = torch.where(mask, x, torch.inf)
     ascending = x.flatten().sort().values
     count = x.numel() if mask is None else mask.sum()
-    position = (q * ascending.new_ones(()) * (count - 1)).clamp_min(0)
+    # float32 doesn't tell the positions beyond 2²⁴ apart.
+    position = (q * ascending.new_ones((), dtype=torch.float64) * (count - 1)).clamp(0, x.numel() - 1)
     below, above = (ascending.take(at.long()) for at in (position.floor(), position.ceil()))
-    return torch.lerp(below, above, position.frac())
+    return torch.lerp(below, above, position.frac().to(x.dtype))
 
 
 def wide(x: Tensor) -> Tensor:
