@@ -94,6 +94,15 @@ def test_a_certain_state_has_the_cost_itself():
     assert cost.item() == pytest.approx(1 - math.exp(-1), rel=1e-12)
 
 
+def test_autocast_does_not_round_the_cost():
+    root = torch.randn(5, 3, 3)
+    mean, covariance, weights = torch.randn(5, 3), root @ root.mT, 1.7891 * torch.eye(3)
+    expected = saturating_cost(mean, covariance, None, weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = saturating_cost(mean, covariance, None, weights)
+    assert torch.equal(found, expected)
+
+
 def test_the_expectation_is_that_of_the_cost():
     data = beliefs((2,))
     mean, covariance = data["observation", "mean"], data["observation", "var"]
