@@ -186,4 +186,6 @@ class DDPGLoss(DeterministicPolicyLoss):
         if not x.numel():
             return x.sum()
         mask = self._mask(tensordict, x)
-        return (x if mask is None else torch.where(mask, x, -torch.inf)).amax()
+        if mask is None:
+            return x.amax()
+        return torch.where(mask.any(), torch.where(mask, x, -torch.inf).amax(), 0)

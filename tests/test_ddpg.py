@@ -284,6 +284,9 @@ def test_nothing_waits_for_the_device(monkeypatch):
     assert_no_host_sync(make(delay_actor=True), data, monkeypatch)
 
 
-def test_of_no_samples_at_all_the_greatest_value_is_zero():
-    out = make()(transitions((0, 5)))
+@pytest.mark.parametrize("batch", [(0, 5), (3, 5)], ids=["empty", "padding alone"])
+def test_of_no_samples_at_all_the_greatest_value_is_zero(batch):
+    data = transitions(batch)
+    data["collector", "mask"] = torch.zeros(batch, dtype=torch.bool)
+    out = make()(data)
     assert out["pred_value_max"] == out["target_value_max"] == 0
