@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from tensordict import NestedKey
 from torch import Tensor, nn
 
 from .base import LossModule
@@ -128,15 +129,25 @@ def continuous_target_entropy(target_entropy: str | float | Tensor, action_spec:
     if target_entropy != "auto":
         return check_target_entropy(target_entropy)
     spec: Any = getattr(actor_network, "spec", None) if action_spec is None else action_spec
-    if spec is None:
-        raise RuntimeError(
-            "target_entropy is 'auto', but nothing says how many dimensions the action has: give a number as "
-            "target_entropy, or an action_spec"
-        )
-    if not hasattr(spec, "keys"):
+    if spec is not None and not hasattr(spec, "keys"):
         return -float(math.prod(spec.shape))
-    shapes = [spec[key].shape[len(spec.shape) :] for key in actor_network.dist_sample_keys]
-    return -float(sum(math.prod(shape) for shape in shapes))
+    keys = list(actor_network.dist_sample_keys)
+    leaves = [None if spec is None else _leaf(spec, key) for key in keys]
+    unknown = [repr(key) for key, leaf in zip(keys, leaves, strict=True) if leaf is None]
+    if unknown:
+        raise RuntimeError(
+            f"target_entropy is 'auto', but nothing says how many dimensions {', '.join(unknown)} has: give a number "
+            "as target_entropy, or an action_spec"
+        )
+    return -float(sum(math.prod(leaf.shape[len(spec.shape) :]) for leaf in leaves))
+
+
+def _leaf(spec: Any, key: NestedKey) -> Any:
+    """The spec at ``key``; None if there is none."""
+    try:
+        return spec[key]
+    except KeyError:
+        return None
 
 
 def check_target_entropy(target_entropy: Any) -> float | Tensor:

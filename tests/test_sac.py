@@ -313,9 +313,28 @@ def test_the_dimensions_of_all_heads_count():
     assert SACLoss(two_headed_actor(), two_headed_qvalue(), action_spec=specs).target_entropy.item() == -2
 
 
-def test_an_action_of_unknown_shape_has_no_automatic_target_entropy():
-    with pytest.raises(RuntimeError, match="target_entropy is 'auto', but nothing says how many dimensions"):
-        SACLoss(stochastic_actor(), qvalue_network())
+@pytest.mark.parametrize("where", ["argument", "actor"])
+@pytest.mark.parametrize(
+    "spec", [None, Specs((), action=None), Specs((), other=Spec(2))], ids=["none", "empty", "other"]
+)
+def test_an_action_of_unknown_shape_has_no_automatic_target_entropy(spec, where):
+    actor = stochastic_actor()
+    if where == "actor":
+        actor.spec = spec
+    with pytest.raises(
+        RuntimeError, match="target_entropy is 'auto', but nothing says how many dimensions 'action' has"
+    ):
+        SACLoss(actor, qvalue_network(), action_spec=spec if where == "argument" else None)
+
+
+def test_an_actor_of_torchrl_without_a_spec_has_no_automatic_target_entropy():
+    modules = pytest.importorskip("torchrl.modules")
+    actor = modules.ProbabilisticActor(
+        stochastic_actor()[0], in_keys=["loc", "scale"], distribution_class=modules.IndependentNormal
+    )
+    with pytest.raises(RuntimeError, match="nothing says how many dimensions 'action' has"):
+        SACLoss(actor, qvalue_network())
+    assert SACLoss(actor, qvalue_network(), action_spec=Spec(2)).target_entropy.item() == -2
 
 
 # --- accidental broadcasting ------------------------------------------------------------------------------------
