@@ -170,6 +170,7 @@ def _read(inputs, outputs, scalars, at, K: tl.constexpr, KIND: tl.constexpr, ADJ
     """All that some steps need from memory, loaded before anything is computed, so that one wait serves all loads."""
     reward, value, next_value, done, terminated, y, grad_y, grad_target = inputs
     _, _, grad_gamma, grad_lmbda, _, _, _ = outputs
+    _, gamma_tensor, _, lmbda_tensor = scalars
     scalar_gradients: tl.constexpr = ADJOINT and (grad_gamma is not None or grad_lmbda is not None)
     nothing = at[1]  # in the place of what isn't needed, since a tuple of a function has no None in Triton 3.6
     return (
@@ -181,8 +182,8 @@ def _read(inputs, outputs, scalars, at, K: tl.constexpr, KIND: tl.constexpr, ADJ
         load(y, at, K, 1) if scalar_gradients else nothing,
         nothing if grad_y is None else load(grad_y, at, K),
         nothing if grad_target is None else load(grad_target, at, K),
-        load(scalars[1], at, K) if _is_per_step(scalars[1]) else nothing,
-        load(scalars[3], at, K) if _is_per_step(scalars[3]) else nothing,
+        load(gamma_tensor, at, K) if _is_per_step(gamma_tensor) else nothing,
+        load(lmbda_tensor, at, K) if _is_per_step(lmbda_tensor) else nothing,
     )
 
 
@@ -192,8 +193,10 @@ def _prologue(
 ):
     """c and d of some steps, and what the epilogue will need of their inputs."""
     reward, v, next_v, done, terminated, y_next, g_y, g_target, gamma, lmbda = read
-    gamma = gamma.to(DTYPE) if _is_per_step(scalars[1]) else scalars[0]
-    lmbda = lmbda.to(DTYPE) if _is_per_step(scalars[3]) else scalars[2]
+    _, _, _, done_tensor, terminated_tensor, _, grad_y, grad_target = inputs
+    gamma_number, gamma_tensor, lmbda_number, lmbda_tensor = scalars
+    gamma = gamma.to(DTYPE) if _is_per_step(gamma_tensor) else gamma_number
+    lmbda = lmbda.to(DTYPE) if _is_per_step(lmbda_tensor) else lmbda_number
     v = v.to(DTYPE)
     next_v = next_v.to(DTYPE)
     trace = y_next.to(DTYPE)
@@ -201,13 +204,13 @@ def _prologue(
 
     cut = done != 0
     terminal = cut
-    if inputs[4] is not None:
+    if terminated_tensor is not None:
         terminal = terminated != 0
         cut = cut | terminal
 
     if KIND == _SCAN:
         c = gamma + tl.zeros_like(inside(at, K)).to(DTYPE)  # of the shape of the mask, which is that of the tile
-        if inputs[3] is not None:
+        if done_tensor is not None:
             c = tl.where(cut, 0.0, c)
             trace = tl.where(cut, 0.0, trace)
     else:
@@ -220,11 +223,11 @@ def _prologue(
     if ADJOINT:
         if KIND != _SCAN:
             next_v = tl.where(terminal, 0.0, next_v)
-        if inputs[6] is None:
+        if grad_y is None:
             d = g_target
         else:
             d = g_y.to(DTYPE)
-            if inputs[7] is not None:
+            if grad_target is not None:
                 d += g_target
     else:
         d = reward.to(DTYPE)
@@ -240,6 +243,7 @@ def _prologue(
 @triton.jit
 def _epilogue(inputs, outputs, at, K: tl.constexpr, o, kept, KIND: tl.constexpr, ADJOINT: tl.constexpr):
     """Stores what follows from y_t (recurrence) or from ∂L/∂d_t (adjoint); ∂L/∂c_t is ∂L/∂d_t · y_{t+1}."""
+    _, _, _, _, _, _, _, grad_target = inputs
     y, target, grad_gamma, grad_lmbda, grad_reward, grad_value, grad_next_value = outputs
     c, v, next_v, g_target, trace, gamma, lmbda, terminal = kept
     if not ADJOINT:
@@ -250,7 +254,7 @@ def _epilogue(inputs, outputs, at, K: tl.constexpr, o, kept, KIND: tl.constexpr,
         if grad_reward is not None:
             store(grad_reward, at, K, o)
         if grad_value is not None:
-            if inputs[7] is not None:
+            if grad_target is not None:
                 store(grad_value, at, K, g_target - o)
             else:
                 store(grad_value, at, K, -o)
@@ -300,12 +304,14 @@ def _advance(c, d, x, ADJOINT: tl.constexpr):
 @triton.jit
 def _ends(read, inputs, at):
     """1 where a trajectory ends; nothing of what came before passes such a step, be it NaN."""
-    if inputs[3] is None:
+    _, _, _, done_tensor, terminated_tensor, _, _, _ = inputs
+    _, _, _, done, terminated, _, _, _, _, _ = read
+    if done_tensor is None:
         ends = at[2] & (at[1] < 0)  # nowhere
     else:
-        ends = read[3] != 0
-        if inputs[4] is not None:
-            ends = ends | (read[4] != 0)
+        ends = done != 0
+        if terminated_tensor is not None:
+            ends = ends | (terminated != 0)
     return ends.to(tl.int32)
 
 

@@ -212,11 +212,12 @@ def _load_before(tensor, at, K: tl.constexpr):
 @triton.jit
 def _weights(log_pi, log_mu, has_log_mu: tl.constexpr, scalars, DTYPE: tl.constexpr):
     """log w, ρ and c. A NaN is carried on, which a minimum would not do."""
+    _, log_rho_thresh, log_c_thresh = scalars
     log_weight = log_pi.to(DTYPE)
     if has_log_mu:
         log_weight -= log_mu.to(DTYPE)
-    rho = tl.exp(tl.where(log_weight > scalars[1], scalars[1], log_weight))
-    c = tl.exp(tl.where(log_weight > scalars[2], scalars[2], log_weight))
+    rho = tl.exp(tl.where(log_weight > log_rho_thresh, log_rho_thresh, log_weight))
+    c = tl.exp(tl.where(log_weight > log_c_thresh, log_c_thresh, log_weight))
     return log_weight, rho, c
 
 
@@ -234,7 +235,9 @@ def _masks(done, terminated, has_terminated: tl.constexpr):
 @triton.jit
 def _ends(read, inputs):
     """1 where a trajectory ends."""
-    ends, _ = _masks(read[5], read[6], inputs[6] is not None)
+    _, _, _, _, _, _, terminated_tensor, _, _, _ = inputs
+    _, _, _, _, _, done, terminated, _, _, _, _, _, _, _, _, _ = read
+    ends, _ = _masks(done, terminated, terminated_tensor is not None)
     return ends.to(tl.int32)
 
 
@@ -242,17 +245,18 @@ def _ends(read, inputs):
 def _prologue(read, inputs, scalars, ADJOINT: tl.constexpr, DTYPE: tl.constexpr):
     """c, d and e of some steps."""
     log_pi, log_mu, v, next_v, r, done, terminated, _, _, g_advantage, g_target, _, _, _, _, _ = read
-    gamma = scalars[0]
-    _, rho, c = _weights(log_pi, log_mu, inputs[1] is not None, scalars, DTYPE)
-    ends, terminal = _masks(done, terminated, inputs[6] is not None)
+    _, log_mu_tensor, _, _, _, _, terminated_tensor, _, grad_advantage, grad_target = inputs
+    gamma, _, _ = scalars
+    _, rho, c = _weights(log_pi, log_mu, log_mu_tensor is not None, scalars, DTYPE)
+    ends, terminal = _masks(done, terminated, terminated_tensor is not None)
     zero = tl.zeros_like(rho)
     c = tl.where(ends, 0.0, gamma * c)
     if ADJOINT:
         d = zero
         e = zero
-        if inputs[9] is not None:
+        if grad_target is not None:
             d = g_target.to(DTYPE)
-        if inputs[8] is not None:
+        if grad_advantage is not None:
             e = tl.where(ends, 0.0, gamma * rho * g_advantage.to(DTYPE))
     else:
         bootstrap = tl.where(terminal, 0.0, next_v.to(DTYPE))
@@ -266,11 +270,29 @@ def _epilogue(
     read, inputs, outputs, scalars, at, K: tl.constexpr, o, entered, ADJOINT: tl.constexpr, DTYPE: tl.constexpr
 ):
     """Stores what follows from the value target less v (recurrence) or from the gradient of it (adjoint)."""
-    log_pi, log_mu, v, next_v, r, done, terminated, v_after, target_after, g_advantage, g_target, _, _, _, _, _ = read
+    (
+        log_pi,
+        log_mu,
+        v,
+        next_v,
+        r,
+        done,
+        terminated,
+        v_after,
+        target_after,
+        g_advantage,
+        g_target,
+        log_pi_before,
+        log_mu_before,
+        done_before,
+        terminated_before,
+        g_before,
+    ) = read
+    _, log_mu_tensor, _, _, _, _, terminated_tensor, _, grad_advantage, grad_target = inputs
     advantage, target, grad_log_pi, grad_log_mu, grad_value, grad_next_value, grad_reward = outputs
-    gamma = scalars[0]
-    log_weight, rho, c = _weights(log_pi, log_mu, inputs[1] is not None, scalars, DTYPE)
-    ends, terminal = _masks(done, terminated, inputs[6] is not None)
+    gamma, log_rho_thresh, log_c_thresh = scalars
+    log_weight, rho, c = _weights(log_pi, log_mu, log_mu_tensor is not None, scalars, DTYPE)
+    ends, terminal = _masks(done, terminated, terminated_tensor is not None)
     ends = ends | (at[1] == at[4] - 1 - K)
     bootstrap = tl.where(terminal, 0.0, next_v.to(DTYPE))
     v = v.to(DTYPE)
@@ -285,16 +307,16 @@ def _epilogue(
         along_rho = o * (rest + gamma * bootstrap)
         at_end = o
         following = tl.where(ends, bootstrap, target_after.to(DTYPE))
-        if inputs[9] is not None:
+        if grad_target is not None:
             direct = g_target.to(DTYPE)
-        if inputs[8] is not None:
+        if grad_advantage is not None:
             g = g_advantage.to(DTYPE)
             total += g
             along_rho += g * (rest + gamma * following)
             at_end = tl.where(ends, total, o)
-            _, rho_before, _ = _weights(read[11], read[12], inputs[1] is not None, scalars, DTYPE)
-            ended, _ = _masks(read[13], read[14], inputs[6] is not None)
-            direct += tl.where(ended, 0.0, gamma * rho_before * read[15].to(DTYPE))
+            _, rho_before, _ = _weights(log_pi_before, log_mu_before, log_mu_tensor is not None, scalars, DTYPE)
+            ended, _ = _masks(done_before, terminated_before, terminated_tensor is not None)
+            direct += tl.where(ended, 0.0, gamma * rho_before * g_before.to(DTYPE))
         if grad_reward is not None:
             store(grad_reward, at, K, rho * total)
         if grad_value is not None:
@@ -303,8 +325,8 @@ def _epilogue(
             store(grad_next_value, at, K, tl.where(terminal, 0.0, gamma * rho * at_end))
         if grad_log_pi is not None or grad_log_mu is not None:
             along_c = tl.where(ends, 0.0, gamma * o * (target_after.to(DTYPE) - v_after.to(DTYPE)))
-            slope = tl.where(log_weight > scalars[1], 0.0, rho * along_rho)
-            slope += tl.where(log_weight > scalars[2], 0.0, c * along_c)
+            slope = tl.where(log_weight > log_rho_thresh, 0.0, rho * along_rho)
+            slope += tl.where(log_weight > log_c_thresh, 0.0, c * along_c)
             if grad_log_pi is not None:
                 store(grad_log_pi, at, K, slope)
             if grad_log_mu is not None:
