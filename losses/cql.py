@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 
 from ..estimators.heads import PolicyDistribution, log_prob
 from .functional.conservative import conservative_gap
-from .functional.deterministic import ensemble_distance, largest_squared_error
 from .functional.soft_actor_critic import soft_value, temperature_loss
 from .policy import draw
 from .soft_actor_critic import QNetworks, SoftActorCriticLoss
@@ -186,18 +186,20 @@ class CQLLoss(SoftActorCriticLoss):
         values = self._ensemble_values(data, tensordict)
         gaps = self._conservative_gaps(data, next_data, policy, values, tensordict)
 
+        loss_qvalue, priority = self._ensemble_loss(values, value_target, tensordict)
+        reduced = partial(self._reduce_loss, tensordict=tensordict)
         losses = {
-            "loss_actor": -soft_value(policy_value, log_prob, alpha),
-            "loss_actor_bc": alpha * log_prob - data_log_prob,
-            "loss_qvalue": ensemble_distance(values, value_target, self.loss_function),
-            "loss_cql": self._weighted(gaps).sum(0),
-            "loss_alpha": temperature_loss(-log_prob, self.log_alpha, self.target_entropy),
+            "loss_actor": reduced(-soft_value(policy_value, log_prob, alpha)),
+            "loss_actor_bc": reduced(alpha * log_prob - data_log_prob),
+            "loss_qvalue": loss_qvalue,
+            "loss_cql": reduced(self._weighted(gaps).sum(0)),
+            "loss_alpha": reduced(temperature_loss(-log_prob, self.log_alpha, self.target_entropy)),
         }
         if self.with_lagrange:
-            losses["loss_alpha_prime"] = -self._multiplier() * (gaps.detach() - self.target_action_gap).mean(0)
-        losses = {name: self._reduce_loss(loss, tensordict) for name, loss in losses.items()}
+            above = (gaps.detach() - self.target_action_gap).mean(0)
+            losses["loss_alpha_prime"] = reduced(-self._multiplier() * above)
         result = self._result(losses, alpha, self._metric(-log_prob, tensordict))
-        self._write_priority(tensordict, largest_squared_error(values, value_target))
+        self._write_priority(tensordict, priority)
         return result
 
     def _next_value(self, next_data: TensorDictBase, alpha: Tensor, tensordict: TensorDictBase) -> Tensor:

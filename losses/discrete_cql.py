@@ -9,7 +9,6 @@ from torch import nn
 
 from .dqn import DQNLoss
 from .functional.conservative import conservative_gap
-from .utils import distance_loss
 
 
 class DiscreteCQLLoss(DQNLoss):
@@ -86,15 +85,12 @@ class DiscreteCQLLoss(DQNLoss):
         action_value, next_action_value, _ = self._action_values(tensordict, "actions")
         value = self._actions.value(action_value, self._taken_action(tensordict))
         target = self._value_target(tensordict, self._actions.greedy_value(next_action_value, None))
-        td_error = (value.detach() - target).square()
+        loss, td_error = self._ensemble_loss(value.unsqueeze(0), target, tensordict)
         losses = {
-            "loss_qvalue": distance_loss(value, target, self.loss_function) / 2,
-            "loss_cql": conservative_gap(action_value, value),
+            "loss_qvalue": loss / 2,
+            "loss_cql": self._reduce_loss(conservative_gap(action_value, value), tensordict),
         }
         metrics = {"td_error": td_error, "pred_value": action_value.mean(-1), "target_value": target}
-        result = TensorDict(
-            {name: self._reduce_loss(loss, tensordict) for name, loss in losses.items()}
-            | {name: self._metric(x, tensordict) for name, x in metrics.items()}
-        )
+        result = TensorDict(losses | {name: self._metric(x, tensordict) for name, x in metrics.items()})
         self._write_priority(tensordict, td_error.unsqueeze(-1))
         return result

@@ -10,7 +10,6 @@ from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
 from torch import Tensor
 
 from .action_space import find_action_space
-from .functional.deterministic import ensemble_distance
 from .functional.soft_actor_critic import categorical_entropy, expected_soft_value, temperature_loss
 from .soft_actor_critic import QNetworks, SoftActorCriticLoss
 from .temperature import check_target_entropy
@@ -178,14 +177,16 @@ class DiscreteSACLoss(SoftActorCriticLoss):
 
         value = self._actions.value(values, action.expand(self.num_qvalue_nets, *action.shape))
         entropy = self._only_valid(categorical_entropy(log_prob), tensordict)  # NaN where no action is allowed
+        loss_qvalue, priority = self._ensemble_loss(value, value_target, tensordict, priority="abs")
+        of_policy = -expected_soft_value(constant_values.amin(0), log_prob, alpha)
+        of_alpha = temperature_loss(entropy, self.log_alpha, self.target_entropy)
         losses = {
-            "loss_actor": -expected_soft_value(constant_values.amin(0), log_prob, alpha),
-            "loss_qvalue": ensemble_distance(value, value_target, self.loss_function),
-            "loss_alpha": temperature_loss(entropy, self.log_alpha, self.target_entropy),
+            "loss_actor": self._reduce_loss(of_policy, tensordict),
+            "loss_qvalue": loss_qvalue,
+            "loss_alpha": self._reduce_loss(of_alpha, tensordict),
         }
-        losses = {name: self._reduce_loss(loss, tensordict) for name, loss in losses.items()}
         result = self._result(losses, alpha, self._metric(entropy, tensordict))
-        self._write_priority(tensordict, (value - value_target).abs().amax(0))
+        self._write_priority(tensordict, priority)
         return result
 
     def _log_probs(self, data: TensorDictBase, tensordict: TensorDictBase) -> Tensor:

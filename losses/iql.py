@@ -10,7 +10,6 @@ from torch import Tensor
 from ..estimators.calls import distribution
 from ..estimators.modules import check_distribution
 from .action_value import ActionValueLoss
-from .functional.deterministic import clipped_double_q
 from .functional.offline import advantage_weighted_objective, expectile_loss
 from .policy import ActionHeads
 from .reduction import check_scalar_output_mode
@@ -142,7 +141,7 @@ class IQLLoss(ActionValueLoss):
         value = self._value(data, tensordict)
         with torch.no_grad():
             next_value = self._value(following, tensordict)
-            advantage_bound = clipped_double_q(self._ensemble_values(data, tensordict, target=True))
+            advantage_bound = self._ensemble_values(data, tensordict, target=True).amin(0)
         advantage = advantage_bound - value
         value_target = self._target(tensordict, next_value.unsqueeze(0)).value_target
         loss, priority = self._ensemble_loss(self._ensemble_values(data, tensordict), value_target, tensordict)

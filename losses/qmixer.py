@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .action_space import find_action_space
 from .action_value import ActionValueLoss
-from .utils import check_distance, distance_loss
+from .utils import check_distance
 
 
 class QMixerLoss(ActionValueLoss):
@@ -110,8 +110,8 @@ class QMixerLoss(ActionValueLoss):
         value = self._team_value(tensordict, data, action)
         with torch.no_grad():
             target = self._value_target(tensordict, self._team_value(tensordict, next_data))
-        loss = self._reduce_loss(distance_loss(value, target, self.loss_function), tensordict)
-        self._write_priority(tensordict, (value.detach() - target).square().unsqueeze(-1))
+        loss, priority = self._ensemble_loss(value.unsqueeze(0), target, tensordict)
+        self._write_priority(tensordict, priority.unsqueeze(-1))
         return TensorDict({"loss": loss})
 
     def _team_value(self, tensordict: TensorDictBase, data: TensorDictBase, action: Tensor | None = None) -> Tensor:

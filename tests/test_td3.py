@@ -5,12 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fusedrl.losses.functional.deterministic import (
-    clipped_double_q,
-    ensemble_distance,
-    largest_squared_error,
-    smoothed_action,
-)
+from fusedrl.losses.functional.deterministic import smoothed_action
 from fusedrl.losses.td3 import TD3Loss
 from helpers_q import (
     ACTION,
@@ -50,18 +45,6 @@ def test_noise_is_clipped_before_the_action_is():
     action, noise = torch.tensor([[0.9, 0.1], [-0.5, 0.1]]), torch.tensor([[0.05, 9.0], [-9.0, -9.0]])
     expected = torch.tensor([[0.95, 0.2], [-0.8, 0.0]])
     torch.testing.assert_close(smoothed_action(action, noise, 0.3, low, high), expected)
-
-
-def test_the_ensemble_has_one_target_and_each_its_own_distance():
-    values, target = torch.tensor([[1.0, 5.0], [3.0, 2.0]]), torch.tensor([2.0, 2.0])
-    assert clipped_double_q(values).tolist() == [1, 2]
-    assert ensemble_distance(values, target, "l1").tolist() == [2, 3]
-    assert largest_squared_error(values, target).tolist() == [1, 9]
-
-
-def test_a_target_of_another_shape_is_refused():
-    with pytest.raises(RuntimeError):
-        ensemble_distance(torch.zeros(2, 3), torch.zeros(3, 1), "l2")
 
 
 def test_the_losses_are_the_equations():

@@ -5,7 +5,7 @@ An objective is what the papers maximise, one value per sample; a loss is its ne
 =======================  ==================================================================
 ``policy_gradient``      REINFORCE, A2C, the PPO family
 ``q_learning``           DQN: values of discrete actions
-``deterministic``        DDPG, TD3
+``deterministic``        TD3, TD3+BC
 ``soft_actor_critic``    SAC, its discrete form, REDQ, CrossQ
 ``quantiles``            TQC
 ``conservative``         CQL
@@ -21,14 +21,7 @@ An objective is what the papers maximise, one value per sample; a loss is its ne
 
 from .categorical_kl import balanced_divergence, categorical_kl_balanced, categorical_kl_terms, divergence_terms
 from .conservative import conservative_gap
-from .deterministic import (
-    clipped_double_q,
-    cloning_error,
-    ensemble_distance,
-    largest_squared_error,
-    smoothed_action,
-    value_weight,
-)
+from .deterministic import cloning_error, smoothed_action, value_weight
 from .discrete_regression import symexp, symexp_bins, symlog, two_hot_cross_entropy, two_hot_decode, two_hot_encode
 from .exploration import distillation_error
 from .imagination import discount_weight, discounted_sum, gaussian_kl, over_features, quantile, step_divergence, wide
@@ -66,7 +59,6 @@ __all__ = [
     "classification_loss",
     "clip_fraction",
     "clip_ppo_objective",
-    "clipped_double_q",
     "cloning_error",
     "conservative_gap",
     "discount_weight",
@@ -75,7 +67,6 @@ __all__ = [
     "distillation_error",
     "divergence_terms",
     "effective_sample_size",
-    "ensemble_distance",
     "expected_soft_value",
     "expectile_loss",
     "explained_variance",
@@ -86,7 +77,6 @@ __all__ = [
     "greedy_value",
     "kl_penalty_objective",
     "largest_ratio",
-    "largest_squared_error",
     "masked_mean",
     "mean_atom_distance",
     "normalize_advantage",

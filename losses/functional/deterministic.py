@@ -1,13 +1,9 @@
-"""DDPG, TD3 and TD3+BC: actor-critic learning with a deterministic policy.
-
-An ensemble's values have the shape ``[N, *B]``, one row for each of its N networks; all else has the shape ``[*B]``.
-"""
+"""TD3 and TD3+BC: actor-critic learning with a deterministic policy."""
 
 import torch
 from torch import Tensor
 
 from ...kernels.dispatch import as_input
-from ..utils import distance_loss
 
 
 def smoothed_action(action: Tensor, noise: Tensor, noise_clip: float, low: Tensor, high: Tensor) -> Tensor:
@@ -34,57 +30,6 @@ def smoothed_action(action: Tensor, noise: Tensor, noise_clip: float, low: Tenso
     """
     noise_clip = as_input(noise_clip, noise)
     return (action + noise.clamp(-noise_clip, noise_clip)).clamp(low, high)
-
-
-def clipped_double_q(values: Tensor) -> Tensor:
-    """Least value of the ensemble, min_i Q_i, against the overestimation of a maximised estimate.
-
-    Args:
-        values: Q_i, shape ``[N, *B]``.
-
-    Returns:
-        Shape ``[*B]``.
-
-    See Fujimoto et al. 2018 (arXiv:1802.09477), section 4.2.
-
-    """
-    return values.amin(0)
-
-
-def ensemble_distance(values: Tensor, value_target: Tensor, loss_function: str) -> Tensor:
-    """Distance of all networks to their common target, Σ_i d(Q_i, y).
-
-    Args:
-        values: Q_i, shape ``[N, *B]``.
-        value_target: y, shape ``[*B]``.
-        loss_function: d, see `fusedrl.losses.utils.distance_loss`.
-
-    Returns:
-        Shape ``[*B]``.
-
-    Raises:
-        RuntimeError: the shapes don't agree.
-
-    Examples:
-        >>> ensemble_distance(torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.zeros(2), "l2")
-        tensor([10.,  0.])
-
-    """
-    return distance_loss(values, value_target.expand(len(values), *value_target.shape), loss_function).sum(0)
-
-
-def largest_squared_error(values: Tensor, value_target: Tensor) -> Tensor:
-    """Priority of a sample, max_i (Q_i − y)², without gradient.
-
-    Args:
-        values: Q_i, shape ``[N, *B]``.
-        value_target: y, shape ``[*B]``.
-
-    Returns:
-        Shape ``[*B]``.
-
-    """
-    return (values.detach() - value_target).square().amax(0)
 
 
 def cloning_error(action: Tensor, data_action: Tensor, batch_ndim: int) -> Tensor:
