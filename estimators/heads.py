@@ -220,8 +220,9 @@ def diagonal_gaussian(dist: Any) -> DiagonalGaussian | None:
     torchrl.modules      ``IndependentNormal``, ``TanhNormal``, if the last dimension alone is that of the action
     ===================  =========================================================================================
 
-    Types must be exact, since a subclass may have methods of its own. So does a distribution that is told to validate
-    its arguments, and a transform with a cache, which remembers what it drew.
+    Others get None, for they may do more than the formulas that are used in their place: a subclass, whose methods may
+    be its own; a distribution that is told to validate its arguments; one of a transform with a cache, which returns
+    what it remembers to have drawn.
     """
     kind = type(dist)
     if kind is Deferred:
