@@ -132,7 +132,7 @@ def continuous_target_entropy(target_entropy: str | float | Tensor, action_spec:
     if spec is not None and not hasattr(spec, "keys"):
         return -float(math.prod(spec.shape))
     keys = list(actor_network.dist_sample_keys)
-    leaves = [None if spec is None else _leaf(spec, key) for key in keys]
+    leaves: list[Any] = [None if spec is None else _leaf(spec, key) for key in keys]
     unknown = [repr(key) for key, leaf in zip(keys, leaves, strict=True) if leaf is None]
     if unknown:
         raise RuntimeError(
