@@ -49,9 +49,9 @@ def solver(
             ctx.mark_non_differentiable(*found[1:])
             if slope_of is None and not torch.compiler.is_compiling():
                 ctx.save_for_backward(x, found[-1], *constants[:tensors])
-                # Copied: a coefficient may be scheduled, in place, between forward and backward.
-                ctx.others = [y.clone() if isinstance(y, Tensor) else y for y in constants[tensors:]]
-                ctx.gathered = type(constants)
+                # Not saved, since a coefficient may be scheduled, in place, before the gradient is asked for.
+                ctx.gathered, ctx.others = type(constants), constants[tensors:]
+                ctx.versions = [_version(y) for y in ctx.others]
             else:
                 ctx.save_for_backward(x, found[-1])
             return tuple(found)
@@ -64,6 +64,11 @@ def solver(
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 # To be differentiated again: the same gradient, composed of what autograd knows.
                 if slope_of is None:
+                    if ctx.versions != [_version(y) for y in ctx.others]:
+                        raise RuntimeError(
+                            "a coefficient was changed in place after the loss was computed: a gradient that is to be "
+                            "differentiated in turn can't be made of what it was"
+                        )
                     loss = compose(x, ctx.gathered(*samples, *ctx.others))[0]
                     return torch.autograd.grad(loss, x, grad, create_graph=True)[0], None, None
                 slope = slope_of(x, slope)
@@ -80,6 +85,11 @@ def solver(
         return run(name, False, x, constants)
 
     return solve
+
+
+def _version(x: Any) -> int | None:
+    """How often ``x`` was written in place, if anybody counts."""
+    return x._version if isinstance(x, Tensor) and not x.is_inference() else None
 
 
 def _goes_beyond_the_slope(constants: Any) -> bool:
