@@ -23,7 +23,7 @@ from .categorical_problem import (
     flat_transition,
     new_gradient,
 )
-from .dispatch import backend_modules, called, number_or_tensor, runs_plainly
+from .dispatch import backend_modules, called, number_or_tensor, runs_plainly, told_of_gradients
 from .dtypes import compute_dtype
 from .function import apply, signed
 
@@ -49,6 +49,7 @@ def loss(transition: Transition, bellman: Bellman, backend: str | None) -> Tenso
     """
     check_transition(transition, bellman)
     name = resolve_backend(backend, transition.log_prob)
+    transition = told_of_gradients(transition)
     constants = _constants((*transition[1:], *bellman))
     differentiated = torch.is_grad_enabled() and transition.log_prob.requires_grad
     # Forward-mode tangents don't show in requires_grad. _Loss has no rule for them and says so.

@@ -7,7 +7,7 @@ implementation is called without it, which saves the dispatcher's microseconds.
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from .recognition import Recognition
+
+Fields = TypeVar("Fields", bound=tuple)
 
 # What the modules of the backends are called, after the family of operations.
 _SUFFIXES = {"triton": "launch", "torch": "vectorized", "reference": "reference", "verify": "verify"}
@@ -113,6 +115,18 @@ def constant(x: Any) -> Any:
     if isinstance(x, Tensor) and (x.requires_grad or forward_ad._current_level >= 0):
         return x.detach()
     return x
+
+
+def told_of_gradients(fields: Fields) -> Fields:
+    """The same ``fields``, whose tensors say whether they require a gradient.
+
+    In compiled code the very tensor that `torch.func` differentiates with respect to doesn't; what is computed of it
+    does.
+    """
+    if not (torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()):
+        return fields
+    viewed = [x.view_as(x) if isinstance(x, Tensor) else x for x in fields]
+    return type(fields)(viewed) if type(fields) is tuple else type(fields)(*viewed)
 
 
 def number_or_tensor(x: float | Tensor | None, like: Tensor | None = None) -> tuple[float | None, Tensor | None]:

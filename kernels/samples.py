@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from .backend import resolve_backend
 from .checks import check_agrees
+from .dispatch import told_of_gradients
 from .dtypes import cast
 from .function import apply
 
@@ -76,6 +77,7 @@ def solver(
 
     def solve(x: Tensor, constants: Any, backend: str | None) -> Sequence[Tensor]:
         name = resolve_backend(backend, x)
+        (x,), constants = told_of_gradients((x,)), told_of_gradients(constants)
         if name == "reference" or _goes_beyond_the_slope(constants) or not x.numel():
             return compose(x, constants)
         if name == "torch":

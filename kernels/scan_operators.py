@@ -23,6 +23,7 @@ from .dispatch import (
     requires_grad,
     runs_plainly,
     tensors_among,
+    told_of_gradients,
 )
 from .function import gradients_of_inputs, needs_of, plain_apply, signed
 from .recognition import Recognition
@@ -49,7 +50,8 @@ def solve(
     Raises what `checked` and `resolve_backend` raise, before anything is computed; ``names`` are for `checked`.
     """
     name = resolve_backend(backend, problem.reward)
-    problem, dim, tensors, requires, plainly = _recognised_or_checked(with_one_mask(problem), time_dim, names)
+    problem = told_of_gradients(with_one_mask(problem))
+    problem, dim, tensors, requires, plainly = _recognised_or_checked(problem, time_dim, names)
     # Forward-mode tangents don't show in requires_grad. _Solve has no rule for them and says so.
     if not (requires and torch.is_grad_enabled()) and forward_ad._current_level < 0:
         return _solved(problem, name, dim) if plainly else _forward(name, dim, problem)

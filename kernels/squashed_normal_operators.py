@@ -16,7 +16,7 @@ from . import squashed_normal_reference as reference
 from . import squashed_normal_vectorized as vectorized
 from .backend import resolve_backend
 from .checks import check_agrees, check_broadcasts
-from .dispatch import backend_modules, called, constant, number_or_tensor
+from .dispatch import backend_modules, called, constant, number_or_tensor, told_of_gradients
 from .dtypes import cast, result_dtype
 from .function import aliases, apply, autograd_inside, gradients_of_inputs, signed
 from .squashed_normal_problem import Bounds, Squash
@@ -51,6 +51,7 @@ def log_prob(
     composition = _composition(name)
     if composition is not None:
         return cast(composition.log_prob(loc, scale, action, interval), result_dtype(loc, scale, action))
+    loc, scale, action = told_of_gradients((loc, scale, action))
     if torch.is_grad_enabled() and (loc.requires_grad or scale.requires_grad or action.requires_grad):
         return apply(_LogProb, name, loc, scale, action, interval)
     return _LogProb.forward(name, loc, scale, action, interval)
@@ -71,6 +72,7 @@ def sample(
         action, found = composition.sample(loc, scale, noise, interval)
         dtype = result_dtype(loc, scale, noise)
         return cast(action, dtype), cast(found, dtype)
+    loc, scale = told_of_gradients((loc, scale))
     if torch.is_grad_enabled() and (loc.requires_grad or scale.requires_grad):
         return apply(_Sample, name, loc, scale, noise, interval)
     return _Sample.forward(name, loc, scale, noise, interval)

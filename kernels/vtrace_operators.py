@@ -18,6 +18,7 @@ from .dispatch import (
     requires_grad,
     runs_plainly,
     tensors_among,
+    told_of_gradients,
 )
 from .function import aliases, gradients_of_inputs, needs_of, plain_apply, signed
 from .recognition import Recognition
@@ -52,7 +53,8 @@ def solve(
     """
     name = resolve_backend(backend, problem.reward)
     check_thresholds(problem.rho, problem.c)
-    problem, dim, how = _recognised_or_checked(with_one_mask(problem), time_dim, name, names)
+    problem = told_of_gradients(with_one_mask(problem))
+    problem, dim, how = _recognised_or_checked(problem, time_dim, name, names)
     if how is None:
         return composed(problem, dim, name)
     tensors, differentiated, plainly = how
