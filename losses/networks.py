@@ -93,6 +93,7 @@ class FunctionalModule(TensorDictModuleBase):
             compare_against: parameters that are trained by another network: here they get no gradient.
 
         Raises:
+            TypeError: ``module`` is no module, nor several.
             RuntimeError: what would be copied isn't initialised (lazy modules): all of an ensemble or of a network
                 with a target, and what is in ``compare_against``. Or a parameter can't be exchanged for another.
 
@@ -100,6 +101,8 @@ class FunctionalModule(TensorDictModuleBase):
         several = isinstance(module, list | tuple)
         modules: list[nn.Module] = list(module) if several else [module]  # type: ignore[arg-type, list-item]
         for m in modules:
+            if not isinstance(m, nn.Module):
+                raise TypeError(f"{type(self).__name__} needs a module as {module_name}, but it is {m!r}")
             refuse_aliases(m)
         members = [TensorDict.from_module(m, as_module=True) for m in modules]
         everywhere = [{id(x) for x in params.values(True, True)} for params in members]

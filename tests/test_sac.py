@@ -337,6 +337,11 @@ def test_an_actor_of_torchrl_without_a_spec_has_no_automatic_target_entropy():
     assert SACLoss(actor, qvalue_network(), action_spec=Spec(2)).target_entropy.item() == -2
 
 
+def test_a_network_that_is_not_there_is_named():
+    with pytest.raises(TypeError, match="SACLoss needs a module as qvalue_network, but it is None"):
+        SACLoss(stochastic_actor(), None, target_entropy=-2.0)
+
+
 # --- accidental broadcasting ------------------------------------------------------------------------------------
 
 
