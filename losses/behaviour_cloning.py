@@ -1,6 +1,6 @@
 """Behaviour cloning."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -90,6 +90,11 @@ class BCLoss(SupervisedLoss):
         self.loss_function = _distance(loss_function)
         self.convert_to_functional(actor_network, "actor_network")
         self.out_keys = ["loss_bc"]
+
+    def _find_in_keys(self) -> Iterator[NestedKey]:
+        yield from super()._find_in_keys()
+        if self.tensor_keys.pad_mask is not None:
+            yield self.tensor_keys.pad_mask
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

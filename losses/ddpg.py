@@ -1,6 +1,6 @@
 """Deep deterministic policy gradient, and what TD3 shares with it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -146,6 +146,11 @@ class DDPGLoss(DeterministicPolicyLoss):
         self.out_keys = [
             "loss_actor", "loss_value", "pred_value", "target_value", "pred_value_max", "target_value_max",
         ]  # fmt: skip
+
+    def _find_in_keys(self) -> Iterator[NestedKey]:
+        yield from super()._find_in_keys()
+        if self.use_prioritized_weights is not False:  # of all losses TorchRL's DDPG alone has them among its in_keys
+            yield from self._keys("priority_weight")
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

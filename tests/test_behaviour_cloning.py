@@ -111,6 +111,8 @@ def test_a_pad_mask_and_padded_steps_both_leave_out():
     loss.set_keys(pad_mask="pad")
     data["pad"], data["collector", "mask"] = torch.tensor([0, 1, 0, 1]), torch.tensor([True, True, False, False])
     assert (loss(data)["loss_bc"] != 0).tolist() == [True, False, False, False]
+    found = loss(observation=data["observation"], action=data["action"], pad=data["pad"])
+    assert (found != 0).tolist() == [True, False, True, False]
 
 
 def test_a_pad_mask_of_elements_does_not_fit_a_likelihood():

@@ -211,8 +211,11 @@ def test_a_cast_keeps_the_discount_and_computes(dtype):
     assert all(x.isfinite().all() for x in out.values())
 
 
-def test_tensors_can_be_passed_instead_of_a_tensordict():
+@pytest.mark.parametrize("weighted", [False, True])
+def test_tensors_can_be_passed_instead_of_a_tensordict(weighted):
     loss, data = make(), transitions()
+    if weighted:
+        data["priority_weight"] = torch.rand(*data.shape, 1, **DOUBLE)
     tensors = {k if isinstance(k, str) else "_".join(k): v for k, v in data.items(True, True)}
     out = loss(data)
     for name, x in zip(loss.out_keys, loss(**tensors), strict=True):
