@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .dtypes import cast, compute_dtype, result_dtype
 
@@ -42,20 +43,35 @@ class Squash(NamedTuple):
 _LAST_STEP = {dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.float32, torch.float64)}
 
 
-def keep_within(y: Tensor, limit: float) -> Tensor:
-    """``y``, which is tanh x or is to be inverted, within ±``limit``; ``y`` itself is overwritten.
-
-    Autograd doesn't see it, so that it takes the slope of tanh and of its inverse at the value that is kept, which is
-    small but not zero.
-    """
+def tanh_within(x: Tensor, limit: float) -> Tensor:
+    """tanh x, within ±``limit``. Its slope is that of tanh at the value that is kept, which is small but not zero."""
+    if limit < 1 and is_transformed():
+        # tanh (x + s) for s = 0, by the addition theorem, as if x were where tanh x is the value that is kept.
+        y, step = x.detach().tanh().clamp(-limit, limit), _no_step(x).tanh()
+        return (y + step) / (1 + y * step)
+    y = x.tanh()
     if limit < 1:
-        # `Tensor.data`, which is quicker, is refused by transforms of torch.func.
-        if torch._C._are_functorch_transforms_active():
-            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(y):
-                y.copy_(y.clamp(-limit, limit))
-        else:
-            y.data.clamp_(-limit, limit)
+        y.data.clamp_(-limit, limit)
     return y
+
+
+def keep_within(y: Tensor, limit: float) -> Tensor:
+    """``y``, which may be overwritten, within ±``limit``. Its slope stays one, for what follows has its own."""
+    if limit < 1:
+        if is_transformed():
+            return y.detach().clamp(-limit, limit) + _no_step(y)
+        y.data.clamp_(-limit, limit)
+    return y
+
+
+def is_transformed() -> bool:
+    """Whether `Tensor.data`, the quickest way past autograd, is refused or leaves out a derivative."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _no_step(x: Tensor) -> Tensor:
+    """0 with the slope of x, and without it where x is infinite."""
+    return torch.where(x.isinf(), 0, x - x.detach())
 
 
 def wide(*tensors: Tensor) -> list[Tensor]:

@@ -8,7 +8,7 @@ import math
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from .squashed_normal_problem import LOG_SQRT_2PI, SOFTPLUS_THRESHOLD, Squash, keep_within, wide
+from .squashed_normal_problem import LOG_SQRT_2PI, SOFTPLUS_THRESHOLD, Squash, keep_within, tanh_within, wide
 
 
 def log_prob(loc: Tensor, scale: Tensor, action: Tensor, squash: Squash | None) -> Tensor:
@@ -30,7 +30,7 @@ def sample(loc: Tensor, scale: Tensor, noise: Tensor, squash: Squash | None) -> 
     if squash is None:
         return x, _log_normal(noise, scale).sum(-1)
     center, half = squash.center_and_half()
-    action = center + half * keep_within(x.tanh(), limit)
+    action = center + half * tanh_within(x, limit)
     return action, (_log_normal(noise, scale) - _log_slope(x, half)).sum(-1)
 
 

@@ -12,10 +12,17 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.functional import softplus
 
-from .squashed_normal_problem import LOG_SQRT_2PI, SOFTPLUS_THRESHOLD, Squash, keep_within, wide
+from .squashed_normal_problem import (
+    LOG_SQRT_2PI,
+    SOFTPLUS_THRESHOLD,
+    Squash,
+    is_transformed,
+    keep_within,
+    tanh_within,
+    wide,
+)
 
 
 def log_prob(loc: Tensor, scale: Tensor, action: Tensor, squash: Squash | None) -> Tensor:
@@ -29,7 +36,7 @@ def log_prob(loc: Tensor, scale: Tensor, action: Tensor, squash: Squash | None) 
     if isinstance(half, Tensor) or half != 1 or center != 0:
         y = keep_within((action - center) / half, limit)
     else:
-        differentiated = action.requires_grad or forward_ad._current_level >= 0
+        differentiated = action.requires_grad or is_transformed()
         y = keep_within(action.clone(), limit) if differentiated else action.clamp(-limit, limit)
     x = y.atanh()
     terms, constant = _squashed_terms(scale, half, x)
@@ -45,7 +52,7 @@ def sample(loc: Tensor, scale: Tensor, noise: Tensor, squash: Squash | None) -> 
     loc, scale, noise = wide(loc, scale, noise)
     center, half = squash.center_and_half()
     x = torch.addcmul(loc, scale, noise)
-    action = keep_within(x.tanh(), limit)
+    action = tanh_within(x, limit)
     if isinstance(half, Tensor):
         action = torch.addcmul(center, half, action)
     elif half != 1 or center != 0:

@@ -12,6 +12,8 @@ from fusedrl.kernels.backend import fastest_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import distributions as D
+from torch.autograd import forward_ad
+from torch.func import grad, jacfwd, jacrev
 from torch.utils._python_dispatch import TorchDispatchMode
 
 BACKENDS = ["torch", "triton", "reference"]
@@ -459,6 +461,91 @@ def test_forward_mode_goes_through_the_composition(any_backend, device) -> None:
     _, found = torch.func.jvp(call, tuple(inputs), tangents)
     gradients = torch.autograd.functional.jvp(call, tuple(inputs), tangents)[1]
     torch.testing.assert_close(found, gradients, rtol=1e-10, atol=1e-12)
+
+
+def totals(backend, device):
+    """By name, a sum of what is computed from x, some of which lies past the margin, and x."""
+    loc, scale, x = problem((4, 2), device=device)
+    x[0] = torch.tensor([30.0, -2.5])
+    options = {"margin": 0.1, "backend": backend}
+
+    def of_draw(x: torch.Tensor) -> torch.Tensor:
+        action, log_prob = normal_sample(x, scale, loc, squash=(-1.0, 2.0), **options)
+        return action.square().sum() + log_prob.square().sum()
+
+    def of_action(squash):
+        return lambda a: normal_log_prob(loc, scale, a, squash=squash, **options).square().sum()
+
+    action = x.clamp(-1.5, 1.5)
+    return {"draw": (of_draw, x), "action": (of_action((-1.1, 1.2)), action), "±1": (of_action((-1.0, 1.0)), action)}
+
+
+REPEATED = {
+    "grad(grad)": lambda f: grad(lambda x: grad(f)(x).sum()),
+    "jacrev(jacrev)": lambda f: lambda x: jacrev(jacrev(f))(x).sum((0, 1)),
+    "jacrev(grad)": lambda f: lambda x: jacrev(grad(f))(x).sum((0, 1)),
+    "jacfwd(jacrev)": lambda f: lambda x: jacfwd(jacrev(f))(x).sum((0, 1)),
+    "jacrev(jacfwd)": lambda f: lambda x: jacrev(jacfwd(f))(x).sum((0, 1)),
+    "jacfwd(jacfwd)": lambda f: lambda x: jacfwd(jacfwd(f))(x).sum((0, 1)),
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("case", ["draw", "action", "±1"])
+@pytest.mark.parametrize("repeated", REPEATED)
+def test_transforms_differentiate_twice_as_autograd_does(device, backend, repeated, case) -> None:
+    """At the margin as well, where the slope is that of the value that is kept, in forward mode too."""
+    total, x = totals(backend, device)[case]
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(total(leaf), leaf, create_graph=True)
+    (expected,) = torch.autograd.grad(gradient.sum(), leaf)
+    torch.testing.assert_close(REPEATED[repeated](total)(x), expected, rtol=1e-9, atol=1e-12)
+    for once in (grad, jacfwd):
+        torch.testing.assert_close(once(total)(x), gradient.detach(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", ["draw", "action", "±1"])
+def test_a_forward_gradient_is_that_of_the_value_that_is_kept(any_backend, device, case) -> None:
+    """Without torch.func, too."""
+    total, x = totals(any_backend, device)[case]
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(total(leaf), leaf)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(total(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+    torch.testing.assert_close(found, gradient.sum(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("squash", [(-1.0, 1.0), (-1.1, 1.2)])
+def test_an_action_past_the_margin_has_its_gradient_within_vmap(device, backend, squash) -> None:
+    """A batched action doesn't say that its gradient is wanted."""
+    loc, scale, action = leaves(problem((4, 2), device=device))
+
+    def log_prob(*x: torch.Tensor) -> torch.Tensor:
+        return normal_log_prob(*x, squash=squash, margin=0.1, backend=backend)
+
+    assert (action.abs() > 1).any()
+    (expected,) = torch.autograd.grad(log_prob(loc, scale, action).sum(), action)
+    (found,) = torch.autograd.grad(torch.vmap(log_prob)(loc, scale, action).sum(), action)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("case", ["draw", "action", "±1"])
+def test_a_transform_within_compiled_code_gives_the_same_gradient(device, backend, case) -> None:
+    torch._dynamo.reset()
+    total, x = totals(backend, device)[case]
+    found = torch.compile(grad(total), fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(found, grad(total)(x), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_transforms_see_an_infinite_x_at_the_margin(device, backend) -> None:
+    loc = torch.tensor([[math.inf, -math.inf, 0.0]], device=device)
+    noise, scale = torch.zeros_like(loc), torch.ones_like(loc)
+    found = torch.vmap(lambda x: normal_sample(x, scale[0], noise[0], squash=(-1.0, 1.0), backend=backend)[0])(loc)
+    expected, _ = normal_sample(loc, scale, noise, squash=(-1.0, 1.0), backend=backend)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 # --- compiled, counted, watched ------------------------------------------------------------------------------------
