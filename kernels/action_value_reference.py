@@ -10,6 +10,7 @@ from .action_value_problem import SQUARE, Bootstrap, Improvement, Regression
 from .checks import MEAN, NONE
 from .distances import DISTANCES
 from .dtypes import compute_dtype
+from .samples_reference import reduced
 
 
 def bootstrap(problem: Bootstrap) -> tuple[Tensor, Tensor]:
@@ -54,20 +55,12 @@ def improvement(problem: Improvement) -> tuple[Tensor, Tensor]:
 
 
 def _reduce(x: Tensor, reduction: str, mask: Tensor | None, weights: Tensor | None) -> Tensor:
-    """Σ m·w·x / Σ m·w, 0 where all of m·w is 0; the numerator; or its terms."""
+    """`reduced`, of the members of each sample too; the mean of no samples at all is NaN, as PyTorch's."""
     if mask is None and weights is None:
         return x if reduction == NONE else x.mean() if reduction == MEAN else x.sum()
-    coefficient = torch.ones_like(x) if weights is None else weights.to(x.dtype).expand_as(x)
-    if mask is not None:
-        # Both selected: what stands at a masked sample would come through a product as 0 · NaN.
-        x, coefficient = torch.where(mask, x, 0), torch.where(mask, coefficient, 0)
-    terms = coefficient * x
-    if reduction == NONE:
-        return terms
-    if reduction != MEAN:
-        return terms.sum()
-    count = coefficient.sum()
-    return terms.sum() / torch.where(count == 0, 1, count)
+    mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.expand_as(x)
+    weights = None if weights is None else weights.to(x.dtype).expand_as(x)
+    return reduced(x, mask, weights, reduction)
 
 
 def _scalar(x: float | Tensor, dtype: torch.dtype) -> float | Tensor:

@@ -18,7 +18,8 @@ def mean(x: Tensor, mask: Tensor) -> Tensor:
 def reduced(loss: Tensor, mask: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
     """Σ m w l / Σ m w (0 where m w = 0 for all), Σ m w l, or m w l."""
     counted = mask.to(loss.dtype) if weights is None else torch.where(mask, weights, 0)
-    loss = torch.where(mask, loss * counted, 0)
+    # Selected first: what stands at a masked sample would come through a product as 0 · NaN.
+    loss = torch.where(mask, loss, 0) * counted
     if reduction == "none":
         return loss
     if reduction == "sum":

@@ -93,9 +93,7 @@ class ActionValueLoss(LossModule):
         """
         current_keys, next_keys = self._read_by(current), self._read_by(following)
         self._get(tensordict, "reward")
-        terminated = tensordict.get(*self._keys("terminated"), None)
-        if terminated is None:
-            terminated = self._get(tensordict, "done")
+        terminated = self._terminated(tensordict)
         data = self._inputs(tensordict, current_keys, current)
         next_data = self._inputs(tensordict, next_keys, following, "next")
         if next_data.batch_size != tensordict.batch_size:

@@ -227,8 +227,7 @@ class DreamerV3ModelLoss(FullPrecisionBuffers, ModelLoss):
 
     def _ends(self, tensordict: TensorDictBase) -> Tensor:
         """Whether the episode ends with each step, by termination if that is known."""
-        terminated = tensordict.get(*self._keys("terminated"), None)
-        return (self._get(tensordict, "done") if terminated is None else terminated) != 0
+        return self._terminated(tensordict) != 0
 
     def _continues(self, data: TensorDictBase, ends: Tensor) -> Tensor:
         prediction = self._get(data, "continue_pred")
