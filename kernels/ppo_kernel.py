@@ -109,10 +109,15 @@ def clip_ppo_kernel(
             adv = read(advantage, i, samples, valid, DTYPE)
             log_weight = current - old
             proximal_log_weight = log_weight
+            log_quotient = 0.0  # log r/p
             if proximal_log_prob is not None:
-                proximal_log_weight = current - read(proximal_log_prob, i, samples, valid, DTYPE)
+                proximal = read(proximal_log_prob, i, samples, valid, DTYPE)
+                proximal_log_weight = current - proximal
+                log_quotient = proximal - old
             if CAPPED:
-                log_weight = log_weight - tl.maximum(log_weight - largest, 0.0)
+                excess = tl.maximum(log_weight - largest, 0.0)
+                log_weight -= excess
+                log_quotient -= excess
             if NORMALIZE:
                 adv = tl.where(valid, (adv - shift) * scale, 0.0)
             ratio = tl.exp(log_weight)
@@ -122,7 +127,7 @@ def clip_ppo_kernel(
             inside = (proximal_ratio >= low) & (proximal_ratio <= high)
             clipped = tl.where(proximal_ratio < low, low, tl.where(proximal_ratio > high, high, proximal_ratio))
             if CAPPED or proximal_log_prob is not None:
-                clipped = clipped * tl.exp(log_weight - proximal_log_weight)
+                clipped = clipped * tl.exp(log_quotient)
             gain = tl.minimum(ratio * adv, clipped * adv, propagate_nan=tl.PropagateNan.ALL)
             # Selected, not multiplied: where no gradient passes the gain may be infinite.
             steepness = tl.where((clipped * adv < ratio * adv) & (inside == 0), 0.0, gain)

@@ -8,7 +8,9 @@ With the samples that count (mask m), importance weights w and, where they are g
     L     = −min(r Â, clip(p, 1 − ε_low, 1 + ε_high) · (r/p) Â),     reduced: Σ m w L / Σ m w, Σ m w L, or m w L
 
 where r/p holds no gradient, so that ∂L/∂log π_θ is L itself, or 0 where the clipped term is the smaller one and p lies
-outside of the range.
+outside of the range. log r − log p would be −∞ + ∞ of an impossible action, and so it is computed as
+
+    log r/p = log π_prox − log π_old             less the excess
 """
 
 from typing import Any, NamedTuple

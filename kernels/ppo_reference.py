@@ -21,11 +21,14 @@ def compose(log_prob: Tensor, constants: PPOConstants) -> list[Tensor]:
 
     log_weight = read(log_prob) - read(constants.old_log_prob)
     proximal_log_weight = log_weight
+    log_quotient = torch.zeros_like(log_weight)  # log r/p
     if constants.proximal_log_prob is not None:
         proximal_log_weight = read(log_prob) - read(constants.proximal_log_prob)
+        log_quotient = read(constants.proximal_log_prob) - read(constants.old_log_prob)
     if constants.max_ratio is not None:
         largest = torch.as_tensor(constants.max_ratio, dtype=precise, device=log_prob.device).log()
-        log_weight = log_weight - (log_weight.detach() - largest).clamp_min(0)
+        excess = (log_weight.detach() - largest).clamp_min(0)
+        log_weight, log_quotient = log_weight - excess, log_quotient - excess
     low, high = (
         torch.as_tensor(x, dtype=torch.float64, device=log_prob.device)
         for x in (constants.clip_low, constants.clip_high)
@@ -37,9 +40,7 @@ def compose(log_prob: Tensor, constants: PPOConstants) -> list[Tensor]:
         advantage = normalized(advantage, mask)
     weight, proximal_weight = log_weight.detach().exp(), proximal_log_weight.detach().exp()
     inside = (proximal_weight >= low) & (proximal_weight <= high)
-    clipped_weight = proximal_weight.clamp(low, high)
-    if proximal_log_weight is not log_weight:
-        clipped_weight = clipped_weight * (log_weight - proximal_log_weight).detach().exp()
+    clipped_weight = proximal_weight.clamp(low, high) * log_quotient.detach().exp()
     # min(r Â, clip(p) (r/p) Â) is the second one where p is past the end that Â pushes it to. It is selected before the
     # exponential, which may overflow: its gradient would be 0 · ∞.
     is_clipped = torch.where(advantage > 0, proximal_weight > high, proximal_weight < low)

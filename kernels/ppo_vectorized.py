@@ -44,8 +44,11 @@ def compose(log_prob: Tensor, constants: PPOConstants) -> list[Tensor]:
         gain = _negative_advantage(cast(advantage, precise), padding, count, normalize, divisor)
         lost = clipped * gain > step * gain
         log_clipped = clipped.log1p_()
-        if proximal_log_weight is not log_weight:
-            log_clipped.add_(log_weight - proximal_log_weight)
+        # And log r/p. What padding leaves here isn't selected: nothing is lost where the gain is 0.
+        if proximal_log_prob is not None:
+            log_clipped.add_(cast(proximal_log_prob, precise) - cast(old_log_prob, precise))
+        if excess is not None:
+            log_clipped.sub_(excess)
     # Selected before the exponential, which may overflow: its gradient would be 0 · ∞.
     loss = torch.where(lost, log_clipped, log_weight).exp() * gain
     if weights is not None:

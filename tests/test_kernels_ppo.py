@@ -448,6 +448,27 @@ def test_an_impossible_action_counts_as_a_ratio_of_zero(any_backend, device, sma
     assert found.loss.isfinite()
 
 
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize(("ratio_of_constants", "max_ratio"), [(None, 1.4), (0.5, None), (0.5, 1.4)])
+def test_an_impossible_action_is_clipped_around_the_proximal_policy_too(
+    any_backend, device, ratio_of_constants, max_ratio, reduction
+) -> None:
+    """r/p is π_prox/π_old where r and p are 0: a gain of min(0, 0.8 · r/p · A), of which no gradient comes."""
+    log_prob = torch.tensor([-INF, -INF, -INF, 0.0], dtype=torch.float64, device=device, requires_grad=True)
+    old = torch.full_like(log_prob, -0.7, requires_grad=False)
+    advantage = torch.tensor([1.0, -1.0, 0.0, 0.0], dtype=torch.float64, device=device)
+    proximal = None if ratio_of_constants is None else old + math.log(ratio_of_constants)
+    found = clip_ppo_loss(
+        log_prob, old, advantage, 0.2, 0.2,
+        proximal_log_prob=proximal, max_ratio=max_ratio, reduction=reduction, backend=any_backend,
+    )  # fmt: skip
+    losses = [0.0, 0.8 * (ratio_of_constants or 1), 0.0, 0.0]
+    expected = losses if reduction == "none" else sum(losses)
+    assert found.loss.tolist() == pytest.approx(expected)
+    (gradient,) = torch.autograd.grad(found.loss.sum(), log_prob)
+    assert gradient.tolist() == [0.0] * 4
+
+
 def test_inputs_are_not_written(any_backend, device) -> None:
     arguments = problem(full=True, device=device)
     before = {k: x.detach().clone() for k, x in arguments.items() if isinstance(x, torch.Tensor)}
