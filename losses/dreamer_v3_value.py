@@ -217,7 +217,7 @@ class DreamerV3ValueLoss(FullPrecisionBuffers, DreamerLoss):
 
     def _per_step(self, x: Tensor, key: NestedKey, data: TensorDictBase) -> Tensor:
         """``x``, shape ``[*B, 1]`` or ``[*B]``, as the latter."""
-        if x.shape not in (data.shape, (*data.shape, 1)):
+        if x.shape != data.shape and x.shape != (*data.shape, 1):
             raise RuntimeError(
                 f"{type(self).__name__}: {key!r} has shape {tuple(x.shape)}, but there must be one for each of the "
                 f"steps, which have the batch size {tuple(data.shape)}"
