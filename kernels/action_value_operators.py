@@ -27,7 +27,7 @@ from .action_value_problem import (
     count_is_unknown,
 )
 from .backend import fastest_backend, resolve_backend
-from .dispatch import as_input, backend_modules, called, constant, number_or_tensor, told_of_gradients
+from .dispatch import as_input, backend_modules, called, constant, in_transform, number_or_tensor
 from .dtypes import compute_dtype
 from .function import aliases, apply, gradients_of_inputs, signed
 
@@ -86,7 +86,6 @@ def ensemble(problem: Regression, backend: str | None) -> Sequence[Tensor]:
     composition = _composition(name)
     if composition is not None:
         return composition.regression(problem)
-    problem = told_of_gradients(problem)
     if torch.is_grad_enabled() and problem.values.requires_grad:
         return apply(_Ensemble, name, *problem)[:2]
     return called(_ensemble_operator, _ensemble, name, False, *_constants(problem))
@@ -103,7 +102,6 @@ def policy(problem: Improvement, backend: str | None) -> Sequence[Tensor]:
     composition = _composition(name)
     if composition is not None:
         return composition.improvement(problem)
-    problem = told_of_gradients(problem)
     if torch.is_grad_enabled() and (problem.values.requires_grad or problem.log_prob.requires_grad):
         return apply(_Policy, name, *problem)[:2]
     return called(_policy_operator, _policy, name, False, *_policy_arguments(_constants(problem)))
@@ -113,6 +111,8 @@ def _composition(name: str) -> Any:
     """The module whose functions autograd sees through, or None."""
     if forward_ad._current_level >= 0:
         return reference  # forward-mode tangents need operations that autograd knows
+    if in_transform() and name not in _COMPOSITIONS:
+        return vectorized  # of which torch.vmap and derivatives of every order know what to do
     return _COMPOSITIONS.get(name)
 
 

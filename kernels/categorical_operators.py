@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import categorical_batching
 from .backend import resolve_backend
 from .categorical_problem import (
     Bellman,
@@ -23,7 +24,7 @@ from .categorical_problem import (
     flat_transition,
     new_gradient,
 )
-from .dispatch import backend_modules, called, number_or_tensor, runs_plainly, told_of_gradients
+from .dispatch import backend_modules, called, in_transform, number_or_tensor, runs_plainly, wants_gradient
 from .dtypes import compute_dtype
 from .function import apply, signed
 
@@ -49,14 +50,23 @@ def loss(transition: Transition, bellman: Bellman, backend: str | None) -> Tenso
     """
     check_transition(transition, bellman)
     name = resolve_backend(backend, transition.log_prob)
-    transition = told_of_gradients(transition)
     constants = _constants((*transition[1:], *bellman))
-    differentiated = torch.is_grad_enabled() and transition.log_prob.requires_grad
+    if torch.compiler.is_compiling() and in_transform():
+        return _composed(name, transition.log_prob, *constants)
+    differentiated = torch.is_grad_enabled() and wants_gradient(transition.log_prob)
     # Forward-mode tangents don't show in requires_grad. _Loss has no rule for them and says so.
     if differentiated or forward_ad._current_level >= 0:
         function = _LossPlainly if runs_plainly(_loss_operator, (transition.log_prob, *constants)) else _Loss
         return apply(function, name, transition.log_prob, *constants)[0]
     return _forward(name, False, transition.log_prob.detach(), *constants)[0]
+
+
+def _composed(name: str, log_prob: Tensor, action: Tensor, *others: Any) -> Tensor:
+    """The loss, of what autograd knows: in compiled code no tensor says what a transform wants of it."""
+    projected = _forward(name, True, log_prob.detach(), action, *others)[1]
+    index = action.long()[..., None, None].expand(*projected.shape, 1)
+    taken = log_prob.gather(-1, index).squeeze(-1)
+    return -torch.where(projected == 0, 0, projected * taken).sum(-1).to(log_prob.dtype)
 
 
 def projection(prob: Tensor, bellman: Bellman, backend: str | None) -> Tensor:
@@ -79,6 +89,8 @@ def projection(prob: Tensor, bellman: Bellman, backend: str | None) -> Tensor:
 @signed
 class _Loss(torch.autograd.Function):
     """Inputs: backend, log_prob, then the other fields of `Transition` and those of `Bellman`, which are constants."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(name: str, log_prob: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
@@ -127,7 +139,7 @@ def _keep(ctx: Any, name: str, log_prob: Tensor, action: Tensor, projected: Tens
 
 
 def _constants(tensors: tuple[Any, ...]) -> list[Any]:
-    return [x.detach() if isinstance(x, Tensor) and x.requires_grad else x for x in tensors]
+    return [x.detach() if isinstance(x, Tensor) and wants_gradient(x) else x for x in tensors]
 
 
 def _forward(name: str, keep: bool, *fields: Any) -> list[Tensor]:
@@ -181,13 +193,19 @@ def _categorical_projection_fake(backend: str, prob: Tensor, *_: Any) -> Tensor:
     return prob.new_empty(prob.shape)
 
 
-for _name, _implementation, _fake in (
-    ("categorical_loss", _categorical_loss, _categorical_loss_fake),
-    ("categorical_loss_backward", _categorical_loss_backward, _categorical_loss_backward_fake),
-    ("categorical_projection", _categorical_projection, _categorical_projection_fake),
+for _name, _implementation, _fake, _mapped in (
+    ("categorical_loss", _categorical_loss, _categorical_loss_fake, categorical_batching.loss),
+    (
+        "categorical_loss_backward",
+        _categorical_loss_backward,
+        _categorical_loss_backward_fake,
+        categorical_batching.loss_backward,
+    ),
+    ("categorical_projection", _categorical_projection, _categorical_projection_fake, categorical_batching.projection),
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fusedrl::{_name}", _fake, lib=_library)
+    torch.library.register_vmap(f"fusedrl::{_name}", _mapped, lib=_library)
 
 # Bound once: an attribute of torch.ops is found anew in each call.
 _loss_operator = torch.ops.fusedrl.categorical_loss.default

@@ -7,7 +7,7 @@ implementation is called without it, which saves the dispatcher's microseconds.
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from functools import cache
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +15,6 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from .recognition import Recognition
-
-Fields = TypeVar("Fields", bound=tuple)
 
 # What the modules of the backends are called, after the family of operations.
 _SUFFIXES = {"triton": "launch", "torch": "vectorized", "reference": "reference", "verify": "verify"}
@@ -110,23 +108,27 @@ def numbers_and_tensors(scalars: Sequence[Any]) -> tuple[Sequence[Any], Sequence
     ]
 
 
+def wants_gradient(x: Tensor) -> bool:
+    """`Tensor.requires_grad`, also of a tensor over which `torch.vmap` maps: one that it shows says no."""
+    if torch.compiler.is_compiling():
+        return x.requires_grad
+    while not x.requires_grad:
+        if not _is_wrapped(x):
+            return False
+        x = torch._C._functorch.get_unwrapped(x)
+    return True
+
+
 def constant(x: Any) -> Any:
     """``x``, if it is a tensor without gradient of either mode."""
-    if isinstance(x, Tensor) and (x.requires_grad or forward_ad._current_level >= 0):
+    if isinstance(x, Tensor) and (forward_ad._current_level >= 0 or wants_gradient(x)):
         return x.detach()
     return x
 
 
-def told_of_gradients(fields: Fields) -> Fields:
-    """The same ``fields``, whose tensors say whether they require a gradient.
-
-    In compiled code the very tensor that `torch.func` differentiates with respect to doesn't; what is computed of it
-    does.
-    """
-    if not (torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()):
-        return fields
-    viewed = [x.view_as(x) if isinstance(x, Tensor) else x for x in fields]
-    return type(fields)(viewed) if type(fields) is tuple else type(fields)(*viewed)
+def in_transform() -> bool:
+    """Whether a transform of `torch.func` is active, in compiled code too."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def number_or_tensor(x: float | Tensor | None, like: Tensor | None = None) -> tuple[float | None, Tensor | None]:

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from .backend import resolve_backend
 from .checks import check_agrees
-from .dispatch import told_of_gradients
+from .dispatch import in_transform
 from .dtypes import cast
 from .function import apply
 
@@ -77,7 +77,6 @@ def solver(
 
     def solve(x: Tensor, constants: Any, backend: str | None) -> Sequence[Tensor]:
         name = resolve_backend(backend, x)
-        (x,), constants = told_of_gradients((x,)), told_of_gradients(constants)
         if name == "reference" or _goes_beyond_the_slope(constants) or not x.numel():
             return compose(x, constants)
         if name == "torch":
@@ -96,9 +95,7 @@ def _version(x: Any) -> int | None:
 
 def _goes_beyond_the_slope(constants: Any) -> bool:
     """Whether more is asked for than the gradient with respect to x: forward mode, torch.func, other gradients."""
-    if forward_ad._current_level >= 0:
-        return True
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if forward_ad._current_level >= 0 or in_transform():
         return True
     if torch.is_grad_enabled():
         for constant in constants:  # without a generator, which would take as long as an operation

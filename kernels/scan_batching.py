@@ -22,7 +22,7 @@ def recurrence_backward(info: Any, in_dims: Sequence[Any], *arguments: Any) -> t
     kind, backend, time_dim, *fields, y, grads, needs = arguments
     *dims, y_dim, grad_dims, _ = in_dims[3:]
     mapped = _mapped(info.batch_size, fields, dims, needs[:2])
-    y, *grads = (_first(info.batch_size, x, dim) for x, dim in zip((y, *grads), (y_dim, *grad_dims), strict=True))
+    y, *grads = (mapped_first(info.batch_size, x, dim) for x, dim in zip((y, *grads), (y_dim, *grad_dims), strict=True))
     found = torch.ops.fusedrl.recurrence_backward(kind, backend, time_dim + 1, *mapped, y, grads, needs)
     inputs = (1, 3, 4, 5, 6)  # γ, λ, reward, value, next value
     shapes = [_shape(fields[i], dims[i]) for i, need in zip(inputs, needs, strict=True) if need]
@@ -35,18 +35,18 @@ def _mapped(size: int, fields: Sequence[Any], dims: Sequence[Dim], differentiate
     A γ or λ that isn't mapped over broadcasts as it is, unless each of the mapped problems gives it a gradient.
     """
     scalars, steps = fields[:4], fields[4:]
-    found = [_first(size, x, dim) for x, dim in zip(steps, dims[4:], strict=True)]
+    found = [mapped_first(size, x, dim) for x, dim in zip(steps, dims[4:], strict=True)]
     rank = found[0].ndim
     for i, need in ((3, differentiated[1]), (1, differentiated[0])):
         x = scalars[i]
         if isinstance(x, Tensor) and (need or dims[i] is not None):
-            x = _first(size, x, dims[i])
+            x = mapped_first(size, x, dims[i])
             x = x.reshape(size, *(1,) * (rank - x.ndim), *x.shape[1:])  # what broadcasts is aligned at the end
         found = [scalars[i - 1], x, *found]
     return found
 
 
-def _first(size: int, x: Any, dim: Dim) -> Any:
+def mapped_first(size: int, x: Any, dim: Dim) -> Any:
     """``x`` with its mapped dimension first, expanded if it has none."""
     return x if not isinstance(x, Tensor) else x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 

@@ -17,13 +17,13 @@ from .backend import resolve_backend
 from .dispatch import (
     are_plain,
     backend_modules,
+    in_transform,
     is_unwatched,
     number_or_tensor,
     numbers_and_tensors,
-    requires_grad,
     runs_plainly,
     tensors_among,
-    told_of_gradients,
+    wants_gradient,
 )
 from .function import gradients_of_inputs, needs_of, plain_apply, signed
 from .recognition import Recognition
@@ -50,7 +50,7 @@ def solve(
     Raises what `checked` and `resolve_backend` raise, before anything is computed; ``names`` are for `checked`.
     """
     name = resolve_backend(backend, problem.reward)
-    problem = told_of_gradients(with_one_mask(problem))
+    problem = _seen_by_compiler(with_one_mask(problem))
     problem, dim, tensors, requires, plainly = _recognised_or_checked(problem, time_dim, names)
     # Forward-mode tangents don't show in requires_grad. _Solve has no rule for them and says so.
     if not (requires and torch.is_grad_enabled()) and forward_ad._current_level < 0:
@@ -58,6 +58,18 @@ def solve(
     if plainly:
         return _solve_plainly((name, dim, problem), *tensors)
     return _Solve.apply(name, dim, *problem)
+
+
+def _seen_by_compiler(problem: Recurrence) -> Recurrence:
+    """``problem``, whose tensors say whether they require a gradient.
+
+    In compiled code the very tensor that `torch.func` differentiates with respect to doesn't; what is computed of it
+    does. What `torch.vmap` maps over never does there, so that operators have a rule for autograd as well as `_Solve`.
+    """
+    if not (torch.compiler.is_compiling() and in_transform()):
+        return problem
+    kind, *fields = problem
+    return Recurrence(kind, *[x.view_as(x) if isinstance(x, Tensor) else x for x in fields])
 
 
 def _recognised_or_checked(
@@ -75,7 +87,7 @@ def _recognised_or_checked(
     given = problem
     problem, dim = checked(problem, time_dim, names)
     tensors = tuple(tensors_among(problem))
-    requires = any(map(requires_grad, tensors))
+    requires = any(map(wants_gradient, tensors))
     plainly = unwatched and are_plain(tensors)
     if plainly and problem is given:
         _checked_forms.remember(setting, problem, (dim, requires))
@@ -130,7 +142,7 @@ class _SolvePlainly(torch.autograd.Function):
 def _keep(ctx: Any, name: str, time_dim: int, problem: Recurrence, y: Tensor) -> None:
     """Save for backward what `_Solve` got, and what it found."""
     (gamma, lmbda), scalars = numbers_and_tensors(problem[1:3])
-    needs_y = any(x is not None and x.requires_grad for x in scalars)  # it enters only the gradients of γ and λ
+    needs_y = any(x is not None and wants_gradient(x) for x in scalars)  # it enters only the gradients of γ and λ
     ctx.settings = name, time_dim, problem.kind, gamma, lmbda
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*scalars, *problem[3:], y if needs_y else None)
@@ -148,7 +160,7 @@ def _gradients(
     lmbda = lmbda if lmbda_tensor is None else lmbda_tensor
     problem = Recurrence(kind, gamma, lmbda, *tensors)
     # A transform of torch.func enables gradients whether or not it goes on to differentiate this one.
-    again = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*saved, *grads))
+    again = torch.is_grad_enabled() and any(x is not None and wants_gradient(x) for x in (*saved, *grads))
     if again and not torch.compiler.is_compiling():
         return differentiable_backward(lambda inner: solve(inner, time_dim, name), time_dim, problem, grads, needs)
     return _backward(name, time_dim, problem, y, grads, needs)
@@ -236,3 +248,21 @@ torch.library.register_fake("fusedrl::recurrence", _recurrence_fake, lib=_librar
 torch.library.register_fake("fusedrl::recurrence_backward", _recurrence_backward_fake, lib=_library)
 torch.library.register_vmap("fusedrl::recurrence", scan_batching.recurrence, lib=_library)
 torch.library.register_vmap("fusedrl::recurrence_backward", scan_batching.recurrence_backward, lib=_library)
+
+
+# For compiled code in which `torch.vmap` maps over what is differentiated: see `_seen_by_compiler`.
+def _keep_of_operator(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    kind, name, time_dim, *fields = inputs
+    _keep(ctx, name, time_dim, _gathered(kind, fields), output[0])
+
+
+def _operator_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    needs = [ctx.needs_input_grad[i] for i in (4, 6, 7, 8, 9)]
+    found = iter(_gradients(ctx.settings, ctx.saved_tensors, grads, needs))
+    gamma, lmbda, *others = (next(found) if need else None for need in needs)
+    return None, None, None, None, gamma, None, lmbda, *others, None, None
+
+
+torch.library.register_autograd(
+    "fusedrl::recurrence", _operator_backward, setup_context=_keep_of_operator, lib=_library
+)

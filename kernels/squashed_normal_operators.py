@@ -16,7 +16,7 @@ from . import squashed_normal_reference as reference
 from . import squashed_normal_vectorized as vectorized
 from .backend import resolve_backend
 from .checks import check_agrees, check_broadcasts
-from .dispatch import backend_modules, called, constant, number_or_tensor, told_of_gradients
+from .dispatch import backend_modules, called, constant, in_transform, number_or_tensor
 from .dtypes import cast, result_dtype
 from .function import aliases, apply, autograd_inside, gradients_of_inputs, signed
 from .squashed_normal_problem import Bounds, Squash
@@ -51,7 +51,6 @@ def log_prob(
     composition = _composition(name)
     if composition is not None:
         return cast(composition.log_prob(loc, scale, action, interval), result_dtype(loc, scale, action))
-    loc, scale, action = told_of_gradients((loc, scale, action))
     if torch.is_grad_enabled() and (loc.requires_grad or scale.requires_grad or action.requires_grad):
         return apply(_LogProb, name, loc, scale, action, interval)
     return _LogProb.forward(name, loc, scale, action, interval)
@@ -72,7 +71,6 @@ def sample(
         action, found = composition.sample(loc, scale, noise, interval)
         dtype = result_dtype(loc, scale, noise)
         return cast(action, dtype), cast(found, dtype)
-    loc, scale = told_of_gradients((loc, scale))
     if torch.is_grad_enabled() and (loc.requires_grad or scale.requires_grad):
         return apply(_Sample, name, loc, scale, noise, interval)
     return _Sample.forward(name, loc, scale, noise, interval)
@@ -111,6 +109,8 @@ def _composition(name: str) -> Any:
     """The module whose functions autograd sees through, or None."""
     if forward_ad._current_level >= 0 and name not in _COMPOSITIONS:
         return reference  # forward-mode tangents need operations that autograd knows
+    if in_transform() and name not in _COMPOSITIONS:
+        return vectorized  # of which torch.vmap and derivatives of every order know what to do
     return _COMPOSITIONS.get(name)
 
 

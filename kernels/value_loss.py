@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import value_loss_operators
 from .checks import Scalar
+from .dispatch import constant
 from .value_loss_problem import ValueConstants, check
 
 
@@ -87,8 +88,7 @@ def value_loss(
     See Schulman et al. 2016 (arXiv:1506.02438) and the implementation of Dhariwal et al. 2017, OpenAI Baselines.
 
     """
-    if old_value is not None and old_value.requires_grad:
-        old_value = old_value.detach()
+    old_value = constant(old_value)
     constants = ValueConstants(
         value_target, old_value, mask, weights, clip, coefficient, loss_function, explained_variance, reduction
     )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .dispatch import as_input
+from .dispatch import as_input, wants_gradient
 from .dtypes import as_scalar
 from .returns import reward_to_go
 from .vtrace_problem import VTrace
@@ -48,7 +48,7 @@ def _clipped(log_weight: Tensor, threshold: Any) -> Tensor:
         is_clipped = log_weight > limit
         return torch.where(is_clipped, threshold, torch.where(is_clipped, limit, log_weight).exp())
     log_threshold = math.log(threshold) if threshold > 0 else -math.inf
-    if not log_weight.requires_grad and forward_ad._current_level < 0:
+    if not wants_gradient(log_weight) and forward_ad._current_level < 0:
         return log_weight.clamp_max(log_threshold).exp()
     return log_weight.masked_fill(log_weight > log_threshold, log_threshold).exp()
 

@@ -12,13 +12,13 @@ from .backend import resolve_backend
 from .dispatch import (
     are_plain,
     backend_modules,
+    in_transform,
     is_unwatched,
     number_or_tensor,
     numbers_and_tensors,
     requires_grad,
     runs_plainly,
     tensors_among,
-    told_of_gradients,
 )
 from .function import aliases, gradients_of_inputs, needs_of, plain_apply, signed
 from .recognition import Recognition
@@ -53,8 +53,7 @@ def solve(
     """
     name = resolve_backend(backend, problem.reward)
     check_thresholds(problem.rho, problem.c)
-    problem = told_of_gradients(with_one_mask(problem))
-    problem, dim, how = _recognised_or_checked(problem, time_dim, name, names)
+    problem, dim, how = _recognised_or_checked(with_one_mask(problem), time_dim, name, names)
     if how is None:
         return composed(problem, dim, name)
     tensors, differentiated, plainly = how
@@ -104,8 +103,8 @@ def _is_fused(problem: VTrace, backend: str) -> bool:
     """Whether the backend solves all of it."""
     if forward_ad._current_level >= 0 or backend not in _FUSED:
         return False
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return False  # which know the recurrence and what is around it
+    if in_transform():
+        return False  # which knows the recurrence and what is around it
     return backend != "triton" or problem.suits_kernel(differentiated=torch.is_grad_enabled())
 
 
