@@ -126,7 +126,7 @@ class ValueEstimatorBase(KeyedEstimator):
         )
         device = device_of(value_network) if device is None else device
         if gamma is None and type(self).forward is ValueEstimatorBase.forward:
-            raise TypeError(f"{type(self).__name__} needs gamma, the discount")
+            raise TypeError(f"{type(self).__name__} needs gamma, or a forward of its own")
         if gamma is not None:
             self.register_buffer("gamma", as_hyperparameter(gamma, device))
         given = {"advantage": advantage_key, "value_target": value_target_key, "value": value_key}

@@ -1,8 +1,11 @@
 """Estimators whose advantage is a TD return minus the value: TD(0), TD(1), TD(λ)."""
 
+from typing import Any
+
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from ..kernels.checks import Scalar
 from .base import ValueEstimatorBase
 from .functional import td0_return_estimate, vec_td1_return_estimate, vec_td_lambda_return_estimate
 from .registry import ValueEstimators, register_value_estimator
@@ -25,6 +28,9 @@ class TD0Estimator(ValueEstimatorBase):
     """
 
     needs_done = False
+
+    def __init__(self, *, gamma: Scalar, **kwargs: Any) -> None:
+        super().__init__(gamma=gamma, **kwargs)
 
     def one_step(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
         """Reward, terminated and the discount γ (or γⁿ of n-step data): all that the estimate asks of a step.
@@ -55,6 +61,9 @@ class TD1Estimator(ValueEstimatorBase):
     See Sutton & Barto 2018, Reinforcement learning, section 12.1.
 
     """
+
+    def __init__(self, *, gamma: Scalar, **kwargs: Any) -> None:
+        super().__init__(gamma=gamma, **kwargs)
 
     def _value_target(self, steps: Steps, next_value: Tensor, time_dim: int) -> Tensor:
         return vec_td1_return_estimate(

@@ -31,14 +31,15 @@ class LambdaEstimatorBase(ValueEstimatorBase):
     """Base of the estimators with a trace decay λ.
 
     Args:
+        gamma: discount γ, see `ValueEstimatorBase`.
         lmbda: trace decay λ, a number or a tensor that broadcasts to the reward; kept as γ is.
         vectorized: False is backend ``"reference"``.
         kwargs: the arguments of `ValueEstimatorBase`.
 
     """
 
-    def __init__(self, *, lmbda: Scalar, vectorized: bool | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, *, gamma: Scalar, lmbda: Scalar, vectorized: bool | None = None, **kwargs: Any) -> None:
+        super().__init__(gamma=gamma, **kwargs)
         self.register_buffer("lmbda", as_hyperparameter(lmbda, self.gamma.device))
         self._vectorized: bool | None = None
         self.vectorized = vectorized

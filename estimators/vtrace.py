@@ -36,6 +36,7 @@ class VTrace(BothValuesEstimatorBase):
     weights are constants.
 
     Args:
+        gamma: discount γ, see `ValueEstimatorBase`.
         actor_network: π, a ``ProbabilisticTensorDictSequential``; its action can have several heads. The names of
             action and log-probability are its own, unless `set_keys` says otherwise (``action``,
             ``sample_log_prob``; a list for several heads).
@@ -81,13 +82,14 @@ class VTrace(BothValuesEstimatorBase):
     def __init__(
         self,
         *,
+        gamma: Scalar,
         actor_network: Any,
         rho_thresh: Scalar = 1.0,
         c_thresh: Scalar = 1.0,
         average_adv: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(gamma=gamma, **kwargs)
         check_distribution(actor_network, "VTrace")
         check_thresholds(rho_thresh, c_thresh)
         for name, threshold in (("rho_thresh", rho_thresh), ("c_thresh", c_thresh)):
