@@ -132,7 +132,7 @@ class _Entries:
 def _plain_modules(networks: Iterable[Any]) -> list[Any] | None:
     """The networks that ``networks`` are sequences of, if `_asked` can ask all of them; else None.
 
-    Entries that one of them writes below a key that another might read as a whole are beyond it, too.
+    An entry that one of them writes whole and another reads a part of, or the other way round, is beyond it, too.
     """
     modules: list[Any] = []
     for network in networks:
@@ -143,8 +143,17 @@ def _plain_modules(networks: Iterable[Any]) -> list[Any] | None:
         if inner is None:
             return None
         modules += inner
-    nested = len(modules) > 1 and any(isinstance(key, tuple) for module in modules for key in module.out_keys)
-    return None if nested else modules
+    return None if len(modules) > 1 and _share_a_part(modules) else modules
+
+
+def _share_a_part(modules: list[Any]) -> bool:
+    """Whether one of ``modules`` may write below an entry that another reads, or read below one that another writes."""
+    written: set[NestedKey] = set()
+    for module in modules:
+        if any(isinstance(key, tuple) and key[0] in written for key in module.in_keys):
+            return True
+        written.update(module.out_keys)
+    return any(isinstance(key, tuple) for key in written)
 
 
 def _is_log_softmax(network: Any) -> bool:
