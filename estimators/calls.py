@@ -180,9 +180,20 @@ def _is_plain_policy(policy: Any) -> bool:
         and not policy.return_composite
         and interaction_type() is not None  # else the policy's own decides what is drawn on the way
         and _calls_in_turn(policy)
-        and isinstance(next(reversed(policy.module)), ProbabilisticTensorDictModule)
+        and isinstance(last := policy.module[-1], ProbabilisticTensorDictModule)
+        and _has_methods_of(ProbabilisticTensorDictModule, last, "get_dist")
         and not skip_existing()
     )
+
+
+def _has_methods_of(kind: type, network: Any, *names: str) -> bool:
+    """Whether the methods ``names`` of ``network`` are those of the class ``kind``: neither overridden nor patched."""
+    of_another = type(network) is not kind
+    own = network.__dict__
+    for name in names:
+        if name in own or (of_another and getattr(type(network), name, None) is not getattr(kind, name)):
+            return False
+    return True
 
 
 def _is_watched(network: nn.Module) -> bool:

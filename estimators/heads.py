@@ -143,7 +143,8 @@ def built(dist: PolicyDistribution) -> Distribution:
 def distribution_of(module: ProbabilisticTensorDictModule, entries: Any) -> PolicyDistribution:
     """``module.get_dist(entries)``, deferred if it is a ``TanhNormal`` or an ``IndependentNormal`` of TorchRL.
 
-    That goes for those of loc and scale alone, of one shape and dtype, and the bounds of the actions.
+    That goes for those of loc and scale alone, of one shape and dtype, and the bounds of the actions. The ``get_dist``
+    of ``module`` must be that of its class `ProbabilisticTensorDictModule`.
     """
     gaussian = _gaussian_of(module, entries)
     return module.get_dist(entries) if gaussian is None else Deferred(gaussian, module)
@@ -155,7 +156,6 @@ def _gaussian_of(module: ProbabilisticTensorDictModule, entries: Any) -> Diagona
     if (
         defaults is None
         or not is_of_torchrl(kind, kind.__name__, _DISTRIBUTIONS)
-        or type(module).get_dist is not ProbabilisticTensorDictModule.get_dist
         or tuple(module.dist_keys) not in _LOC_AND_SCALE
         or not module.distribution_kwargs.keys() <= defaults.keys()
         or torch.compiler.is_compiling()  # which builds it once, and doesn't wait

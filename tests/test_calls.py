@@ -76,3 +76,32 @@ def test_a_policy_is_trained_through_what_it_writes_whole_and_reads_below():
     assert_the_distribution_is_the_policys_own(policy, data)
     distribution(policy, data).mean.sum().backward()
     assert whole.module.weight.grad is not None
+
+
+# --- distributions that a policy makes in its own way -----------------------------------------------------------
+
+
+def gaussian_policy(kind=ProbabilisticTensorDictModule, distribution_class=diagonal_normal):
+    head = TensorDictModule(GaussianParameters(), ["observation"], ["loc", "scale"])
+    return ProbabilisticTensorDictSequential(
+        head, kind(["loc", "scale"], ["action"], distribution_class=distribution_class)
+    )
+
+
+class Tempered(ProbabilisticTensorDictModule):
+    """Reads an entry that isn't among its in_keys."""
+
+    def get_dist(self, tensordict):
+        return self.distribution_class(tensordict["loc"], tensordict["scale"] * tensordict["temperature"])
+
+
+def test_a_distribution_may_be_made_of_more_than_the_networks_say():
+    data = observations(temperature=torch.full((5, 1), 2.0, **DOUBLE))
+    assert_the_distribution_is_the_policys_own(gaussian_policy(Tempered), data)
+
+
+def test_a_distribution_may_be_made_by_what_was_put_in_the_place_of_get_dist():
+    policy = gaussian_policy()
+    last = policy.module[-1]
+    last.get_dist = lambda tensordict: last.distribution_class(2 * tensordict["loc"], tensordict["scale"])
+    assert_the_distribution_is_the_policys_own(policy, observations())
