@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
+from ..estimators.calls import _is_watched as is_watched
 from ..estimators.calls import is_plain
 
 MEMBERS_IN_TURN = 4
@@ -30,9 +32,10 @@ class Perceptron(NamedTuple):
     out_key: NestedKey
     layers: list["tuple[int, int | None] | Callable[[Tensor], Tensor]"]
     """Where an ensemble's tensors hold the weight and the bias of a linear layer; or an elementwise function."""
+    network: Any
     module: nn.Module
     children: list[Any]
-    """What the layers were found in: hooks and other layers may be put there later."""
+    """What the layers were found in, which may become another network later: see `_holds`."""
 
     @classmethod
     def of(cls, network: Any, params: TensorDictBase) -> "Perceptron | None":
@@ -49,20 +52,33 @@ class Perceptron(NamedTuple):
         if len(set(linear)) < len(linear):  # one layer, of which the ensemble's tensors hold one
             return None
         for name, layer in children.items():
-            if type(layer) is nn.Linear:
-                layers.append((places["module", name, "weight"], places.get(("module", name, "bias"))))
+            weight = places.get(("module", name, "weight"))  # a parametrized one is elsewhere
+            if type(layer) is nn.Linear and weight is not None:
+                layers.append((weight, places.get(("module", name, "bias"))))
             elif type(layer) in _ELEMENTWISE:
                 layers.append(layer)
             else:
                 return None
-        found = cls(network.in_keys, network.out_keys[0], layers, module, list(children.values()))
+        found = cls(list(network.in_keys), network.out_keys[0], layers, network, module, list(children.values()))
         return found if found._holds() else None
 
     def _holds(self) -> bool:
-        """Whether the network still has these layers, and nobody wants to be told when they are called."""
-        known = self.module, *self.children
-        return list(self.module._modules.values()) == self.children and not any(
-            m._forward_hooks or m._forward_pre_hooks for m in known
+        """Whether a call of the network still is one of these layers, and nobody wants to be told of it.
+
+        Layers may be exchanged, hooks and methods put in their place, at any time.
+        """
+        if list(self.module._modules.values()) != self.children:
+            return False
+        if torch.compiler.is_compiling():  # which guards what it finds in a network, and would guard this, too
+            return not any(m._forward_hooks or m._forward_pre_hooks for m in (self.module, *self.children))
+        network = self.network
+        return (
+            is_plain(network)
+            and network.module is self.module
+            and network.in_keys == self.in_keys
+            and network.out_keys[0] == self.out_key
+            and not _has_any_global_hook()
+            and not any(is_watched(m) or "forward" in m.__dict__ for m in (self.module, *self.children))
         )
 
     def __call__(self, data: TensorDictBase, tensors: Sequence[Tensor]) -> Tensor | None:

@@ -20,6 +20,7 @@ from .ensemble import Perceptron
 from .parameters import (
     Path,
     Slots,
+    children_of,
     delayed_copy,
     ensemble,
     fill,
@@ -35,7 +36,6 @@ from .parameters import (
     share,
     slots_of,
     stacked,
-    stateless,
     swapped_in,
     without,
     without_shared,
@@ -61,6 +61,8 @@ class FunctionalModule(TensorDictModuleBase):
         self._common: dict[str, dict[NestedKey, Entry]] = {}
         self._has_update_associated: dict[str, bool] = {}
         self._slots: dict[str, Slots] = {}
+        self._has_buffers: dict[str, bool] = {}
+        self._children: dict[str, list[tuple[dict[str, Any], str, nn.Module]]] = {}
         self._whole: dict[str, dict[Path, TensorDictParams]] = {}
         self._own_params: dict[str, TensorDictBase | None] = {}
         self._perceptrons: dict[str, Perceptron | None] = {}
@@ -80,14 +82,16 @@ class FunctionalModule(TensorDictModuleBase):
         """Take ``module`` apart: a network ``<name>``, its ``<name>_params`` and ``target_<name>_params``.
 
         The network is ``module`` itself and ``<name>_params`` are its own parameters, not copies: training the loss
-        trains the module. The network of an ensemble is a copy of it without parameters. ``target_<name>_params`` are
-        never parameters of the loss.
+        trains the module. That of an ensemble is ``module`` too, or the first of several, but with its parameters it
+        is left alone: it has those of a member while that is asked. ``target_<name>_params`` are never parameters of
+        the loss.
 
         Args:
             module: the network, or several (a list or tuple) that become an ensemble.
             module_name: its name in the loss.
             expand_dim: make an ensemble of that many members, each drawn anew (see `ensemble`), stacked
-                along dimension 0 of the parameters; several that are given aren't drawn anew.
+                along dimension 0 of the parameters; several that are given aren't drawn anew. Each member has
+                parameters of its own, also where several that are given have some in common.
             create_target_params: keep ``target_<name>_params`` as a copy, in buffers, for an updater to move;
                 otherwise they are the current parameters, without gradient.
             compare_against: parameters that are trained by another network: here they get no gradient.
@@ -110,9 +114,9 @@ class FunctionalModule(TensorDictModuleBase):
         params, network = members[0], modules[0]
         self._shared[module_name] = self._found_elsewhere(params, shared)
         if several:
-            params, network = stacked(members, shared), stateless(network)
+            params = stacked(members, shared)
         elif expand_dim:
-            params, network = ensemble(params, expand_dim, shared), stateless(network)
+            params = ensemble(params, expand_dim, shared)
         else:
             params = without_shared(params, shared)
         self._common[module_name] = self._found_elsewhere(params, {id(x) for x in params.values(True, True)})
@@ -155,7 +159,8 @@ class FunctionalModule(TensorDictModuleBase):
     def _parameters_of(self, name: str, *, target: bool = False, detach: bool = False) -> Parameters:
         """The current parameters of the network ``name``, or those that the options say."""
         if target and name not in self._has_update_associated:  # a network without delay is its own target
-            target, detach = False, detach or torch.is_grad_enabled()
+            # Detached, too, if the network could assign to a buffer: as its own target it may not.
+            target, detach = False, detach or torch.is_grad_enabled() or self._has_buffers[name]
         params = getattr(self, f"target_{name}_params" if target else f"{name}_params")
         if torch.compiler.is_compiling():  # which follows what happens to a TensorDict, and not what happens to slots
             return params.detach() if detach else params
@@ -179,8 +184,10 @@ class FunctionalModule(TensorDictModuleBase):
             if isinstance(params, TensorDictBase):
                 return swapped_in(params, self._functional_networks[name], self._whole[name])
             return in_slots(self._slots[name], params)
-        slots = self._slots[name]
         parts = self._parts_of(name, params) if isinstance(params, TensorDictBase) else params
+        if any(modules.get(key) is not module for modules, key, module in self._children[name]):
+            self._find_slots(name)  # a layer was exchanged
+        slots = self._slots[name]
         if params is self._own_params[name] and all(
             slot.get(key) is x for (slot, key), x in zip(slots, parts, strict=True)
         ):
@@ -195,6 +202,8 @@ class FunctionalModule(TensorDictModuleBase):
         self._reads.clear()
         self._whole[name] = whole = held_whole(network)
         self._slots[name] = slots_of(network, params, whole)
+        self._has_buffers[name] = any(True for _ in network.buffers())
+        self._children[name] = children_of(network)
         own = hold(self._slots[name], params, whole)
         self._own_params[name] = params if own else None
         self._places[name] = []
@@ -272,7 +281,7 @@ class FunctionalModule(TensorDictModuleBase):
 
     def __getstate__(self) -> dict[str, Any]:
         # Slots and places are dicts of modules and TensorDicts, which know what of theirs can be pickled.
-        return {**self.__dict__, "_slots": {}, "_places": {}}
+        return {**self.__dict__, "_slots": {}, "_children": {}, "_places": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy is made of each tensor for itself, wherever it occurs.

@@ -6,8 +6,7 @@ whole.
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
@@ -15,29 +14,11 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 from torch.nn import Buffer
 
-M = TypeVar("M", bound=nn.Module)
-
 Path = tuple[str, ...]
 """Where in the parameters of a network something is."""
 
 Slots = list[tuple[dict[str, Any], str]]
 """Where a network keeps its parameters and buffers: a module's dict, and the name in it."""
-
-
-def stateless(module: M) -> M:
-    """A copy of ``module`` whose parameters and buffers have shapes but no data (device ``meta``)."""
-    memo: dict[int, Any] = {}
-    for x in (*module.parameters(), *module.buffers()):
-        empty = torch.empty_like(x, device="meta")
-        memo[id(x)] = nn.Parameter(empty, x.requires_grad) if isinstance(x, nn.Parameter) else empty
-    for part in module.modules():
-        if isinstance(part, TensorDictParams):  # whose copy would be one of the tensors, too
-            memo[id(part)] = TensorDictParams(part.apply(lambda x: memo[id(x)], device=None), no_convert=True)
-            continue
-        for x in vars(part).values():
-            if isinstance(x, Tensor) and not x.is_leaf:  # such as what weight_norm computes anew in each call
-                memo[id(x)] = torch.empty_like(x, device="meta", requires_grad=False)
-    return deepcopy(module, memo)
 
 
 def stacked(members: Sequence[TensorDictParams], shared: set[int]) -> TensorDictParams:
@@ -193,15 +174,28 @@ def _flat(parts: Iterable[Any]) -> Iterator[Tensor]:
 
 @contextmanager
 def in_slots(slots: Slots, parts: Sequence[Any]) -> Iterator[None]:
-    """Within the block ``parts`` are in the ``slots`` of a network; after it, however it ends, what was there."""
+    """Within the block ``parts`` are in the ``slots`` of a network; after it, however it ends, what was there.
+
+    What the network assigns to a buffer, such as a running mean computed anew, is written into the one of ``parts``.
+    """
     before = [slot[name] for slot, name in slots]
     try:
         for (slot, name), x in zip(slots, parts, strict=True):
             slot[name] = x
         yield
     finally:
-        for (slot, name), x in zip(slots, before, strict=True):
-            slot[name] = x
+        for (slot, name), x, own in zip(slots, parts, before, strict=True):
+            assigned = slot[name]
+            if assigned is not x and isinstance(x, Buffer) and assigned.shape == x.shape:
+                with torch.no_grad():
+                    x.copy_(assigned)
+            slot[name] = own
+
+
+def children_of(network: nn.Module) -> list[tuple[dict[str, Any], str, nn.Module]]:
+    """The places of all modules below ``network``, and the modules that are there."""
+    parents = network.modules()
+    return [(p._modules, name, m) for p in parents for name, m in p._modules.items() if m is not None]
 
 
 @contextmanager

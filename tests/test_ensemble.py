@@ -122,17 +122,77 @@ def add_layer(network):
     network.module.append(nn.Tanh())
 
 
+def add_backward_hook(network):
+    network.module[0].register_full_backward_hook(lambda *_: None)
+
+
+def patch_layer(network):
+    network.module[0].forward = lambda x: x
+
+
+def patch_network(network):
+    network.forward = lambda data: data
+
+
+def watch_network(network):
+    network.register_forward_hook(lambda *_: None)
+
+
+def exchange_module(network):
+    network.module = nn.Sequential(*layers())
+
+
+def read_another_entry(network):
+    network.in_keys = ["state"]
+
+
 def exchange_layer(network):
     network.module[1] = nn.Sigmoid()
 
 
-@pytest.mark.parametrize("change", [add_hook, add_layer, exchange_layer])
+CHANGES = [
+    add_hook,
+    add_layer,
+    exchange_layer,
+    add_backward_hook,
+    patch_layer,
+    patch_network,
+    watch_network,
+    exchange_module,
+    read_another_entry,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_network_that_became_another_is_asked_itself(change):
     members, params = members_of(NETWORKS["sequence"])
     perceptron, data = Perceptron.of(members[0], params), TensorDict({"observation": torch.randn(2, 4, **DOUBLE)}, [2])
     assert perceptron(data, parts_of(params, set())) is not None
     change(members[0])
     assert perceptron(data, parts_of(params, set())) is None
+
+
+def test_a_hook_for_all_modules_is_heard():
+    members, params = members_of(NETWORKS["sequence"])
+    perceptron, data = Perceptron.of(members[0], params), TensorDict({"observation": torch.randn(2, 4, **DOUBLE)}, [2])
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert perceptron(data, parts_of(params, set())) is None
+    finally:
+        handle.remove()
+    assert perceptron(data, parts_of(params, set())) is not None
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_layers_that_compute_their_weight_are_not_taken_for_others(norm):
+    def normed():
+        network = module(nn.Sequential(*layers()))
+        norm(network.module[0])
+        return network
+
+    members, params = members_of(normed)
+    assert Perceptron.of(members[0], params) is None
 
 
 def test_a_missing_input_is_left_to_the_network_to_complain_of():

@@ -260,10 +260,14 @@ def test_network_is_the_users_own_and_not_a_part_of_the_loss(network):
     assert [name for name in loss.state_dict() if not name.startswith("value_network_params.")] == ["coeff"]
 
 
-def test_network_of_an_ensemble_holds_no_data(network):
+def test_network_of_an_ensemble_is_left_alone(network, data):
+    before = deepcopy(network.state_dict())
     loss = ValueLoss(network, expand_dim=2)
-    assert all(p.is_meta for p in loss.value_network.parameters())
-    assert not any(p.is_meta for p in network.parameters())
+    assert loss.value_network is network
+    assert not {id(p) for p in loss.parameters()} & {id(p) for p in network.parameters()}
+    with loss._parameters_in("value_network"):
+        assert network.module[0].weight.shape == (2, 4, 3)
+    torch.testing.assert_close(dict(network.state_dict()), dict(before))
 
 
 @pytest.mark.parametrize("delay_value", [False, True])

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from fusedrl.losses import A2CLoss, ClipPPOLoss, DQNLoss, SoftUpdate
+from fusedrl.losses import A2CLoss, ClipPPOLoss, DiscreteSACLoss, DQNLoss, SoftUpdate
 from helpers_losses import DOUBLE, OBSERVATION, collect, discrete_actor
 from helpers_q import action_values, transitions
 from tensordict.nn import TensorDictModule, TensorDictSequential
@@ -109,3 +109,87 @@ def test_a_loss_goes_on_after_its_targets_were_in_the_network():
     torch.testing.assert_close(loss(data.clone())["loss"], wanted)
     assert network.module is loss.value_network.module
     assert all(a is b for a, b in zip(network.parameters(), loss.parameters(), strict=True))
+
+
+# --- networks that do more than their layers --------------------------------------------------------------------
+
+
+class Reaching(nn.Module):
+    """Computes with a function that holds the module itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(OBSERVATION, 3, **DOUBLE)
+        self.function = lambda x: self.layer(x)
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def test_members_of_a_network_whose_function_holds_it_differ_and_are_trained():
+    network = TensorDictModule(Reaching(), ["observation"], ["action_value"])
+    loss = DiscreteSACLoss(
+        discrete_actor(), network, action_space="categorical", num_actions=3, target_entropy=1.0, num_qvalue_nets=2
+    )
+    data = transitions((6,))
+    data["action"] = torch.randint(3, (6,))
+    loss(data)["loss_qvalue"].backward()
+    weight = loss.qvalue_network_params["module", "layer", "weight"]
+    assert not torch.equal(weight[0], weight[1])
+    assert (weight.grad.flatten(1).abs().sum(1) > 0).all()
+
+
+def test_the_network_of_an_ensemble_takes_the_users_mode():
+    network = TensorDictModule(nn.Linear(OBSERVATION, 3, **DOUBLE), ["observation"], ["action_value"])
+    loss = DiscreteSACLoss(
+        discrete_actor(), network, action_space="categorical", num_actions=3, target_entropy=1.0, num_qvalue_nets=2
+    )
+    network.eval()
+    assert not loss.qvalue_network.training
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_layer_that_is_exchanged_computes_with_the_losss_parameters():
+    value = action_values()
+    loss, data = DQNLoss(value, action_space="one-hot", delay_value=False), transitions((6,), "one-hot")
+    loss(data.clone())
+    layer = loss.value_network.module
+    exchanged = Doubled(layer.in_features, layer.out_features, **DOUBLE)
+    loss.value_network.module = exchanged
+    before = copy.deepcopy(exchanged.state_dict())
+    with loss._parameters_in("value_network"):
+        assert exchanged.weight is loss.value_network_params["module", "weight"]
+    loss(data.clone())["loss"].backward()
+    assert loss.value_network_params["module", "weight"].grad.any()
+    torch.testing.assert_close(dict(exchanged.state_dict()), dict(before))
+
+
+class Centred(nn.Module):
+    """Subtracts the mean of all that it has seen, of which it makes new tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(OBSERVATION, **DOUBLE))
+        self.register_buffer("seen", torch.zeros((), **DOUBLE))
+
+    def forward(self, x):
+        self.seen = self.seen + 1
+        self.mean = self.mean + (x.detach().mean(0) - self.mean) / self.seen
+        return x - self.mean
+
+
+def test_buffers_that_a_network_assigns_to_are_kept_by_the_loss():
+    layers = nn.Sequential(Centred(), nn.Linear(OBSERVATION, OBSERVATION, **DOUBLE))
+    trunk = TensorDictModule(layers, ["observation"], ["hidden"])
+    loss = A2CLoss(discrete_actor(reads="hidden", trunk=trunk), entropy_bonus=False, critic_coeff=None)
+    data = collect(discrete_actor())
+    data["advantage"] = torch.ones(*data.shape, 1, **DOUBLE)
+    for _ in range(3):
+        loss(data.clone())
+    kept = loss.actor_network_params["module", "0", "module", "0", "seen"]
+    assert kept == 3
+    assert loss.state_dict()["actor_network_params.module.0.module.0.seen"] == 3
