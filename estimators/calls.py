@@ -37,24 +37,38 @@ def call(network: Any, tensordict: TensorDictBase) -> TensorDictBase:
         return network(tensordict)
     if is_plain(network):
         return _call_module(network, tensordict)
-    if _is_plain_sequence(network):
-        for module in network.module:
-            tensordict = call(module, tensordict)
-        return tensordict
-    return network(tensordict)
+    modules = called_in_turn(network)
+    if modules is None:
+        return network(tensordict)
+    for module in modules:
+        tensordict = call(module, tensordict)
+    return tensordict
 
 
 def is_plain(network: Any) -> bool:
     """Whether a call of ``network`` is a call of its ``module`` on its in_keys, and nothing else."""
     return (
-        getattr(type(network), "forward", None) is TensorDictModule.forward
-        and "forward" not in network.__dict__
+        _has_methods_of(TensorDictModule, network, "forward", "__call__", "_call_module", "_write_to_tensordict")
         and not _is_watched(network)
         and network.inplace is True
         and network.method is None
         and network._kwargs is None
         and not (network.method_kwargs or network._get_kwargs or network.strict)
     )
+
+
+def called_in_turn(network: Any) -> list[Any] | None:
+    """The modules of a sequence ``network`` of which a call is a call of each of them, and nothing else; else None."""
+    if (
+        not _has_methods_of(TensorDictSequential, network, "forward", "__call__", "_run_module", "_module_iter")
+        or network.inplace not in (None, True)
+        or network.partial_tolerant
+        or network._select_before_return
+        or _is_watched(network)
+    ):
+        return None
+    modules = network.module
+    return [*modules] if isinstance(modules, nn.ModuleList) else None
 
 
 def written_by(network: Any, tensordict: TensorDictBase) -> Mapping[NestedKey, Tensor]:
@@ -93,14 +107,12 @@ def distribution(policy: Any, tensordict: TensorDictBase, *, write: bool = False
 
     With ``write``, what the policy's networks find is written into it.
     """
-    if not _is_plain_policy(policy):
+    last = _last_of(policy)
+    if last is None:
         return policy.get_dist(tensordict if write else tensordict.copy())
-    *makers, last = policy.module
     if write:
-        for maker in makers:
-            tensordict = call(maker, tensordict)
-        return distribution_of(last, tensordict)
-    found = written_in_turn(makers, tensordict)
+        return distribution_of(last, call(policy.det_part, tensordict))
+    found = written_in_turn([policy.det_part], tensordict)
     if all(key in found for key in last.in_keys):
         return distribution_of(last, found)
     tensordict = tensordict.copy()
@@ -111,9 +123,8 @@ def distribution(policy: Any, tensordict: TensorDictBase, *, write: bool = False
 
 def distribution_from_parameters(policy: Any, tensordict: TensorDictBase) -> PolicyDistribution:
     """``policy.build_dist_from_params(tensordict)``; see `distribution_of`."""
-    if not _is_plain_policy(policy):
-        return policy.build_dist_from_params(tensordict)
-    return distribution_of(policy.module[-1], tensordict)
+    last = _last_of(policy)
+    return policy.build_dist_from_params(tensordict) if last is None else distribution_of(last, tensordict)
 
 
 class _Entries:
@@ -139,10 +150,11 @@ def _plain_modules(networks: Iterable[Any]) -> list[Any] | None:
         if is_plain(network) or _is_log_softmax(network):
             modules.append(network)
             continue
-        inner = _plain_modules(network.module) if _is_plain_sequence(network) else None
-        if inner is None:
+        inner = called_in_turn(network)
+        plain = None if inner is None else _plain_modules(inner)
+        if plain is None:
             return None
-        modules += inner
+        modules += plain
     return None if len(modules) > 1 and _share_a_part(modules) else modules
 
 
@@ -150,10 +162,14 @@ def _share_a_part(modules: list[Any]) -> bool:
     """Whether one of ``modules`` may write below an entry that another reads, or read below one that another writes."""
     written: set[NestedKey] = set()
     for module in modules:
-        if any(isinstance(key, tuple) and key[0] in written for key in module.in_keys):
-            return True
-        written.update(module.out_keys)
-    return any(isinstance(key, tuple) for key in written)
+        for key in module.in_keys:
+            if isinstance(key, tuple) and key[0] in written:
+                return True
+        for key in module.out_keys:
+            if isinstance(key, tuple):
+                return True
+            written.add(key)
+    return False
 
 
 def _is_log_softmax(network: Any) -> bool:
@@ -170,20 +186,23 @@ def _log_softmax(*logits: Tensor) -> list[Tensor]:
     return [x.log_softmax(-2) for x in logits]
 
 
-def _is_plain_policy(policy: Any) -> bool:
-    """Whether its distribution is made by the last module of what the modules before it find, and nothing else."""
-    kind = type(policy)
-    return (
-        getattr(kind, "get_dist", None) is ProbabilisticTensorDictSequential.get_dist
-        and kind.get_dist_params is ProbabilisticTensorDictSequential.get_dist_params
-        and kind.build_dist_from_params is ProbabilisticTensorDictSequential.build_dist_from_params
-        and not policy.return_composite
-        and interaction_type() is not None  # else the policy's own decides what is drawn on the way
-        and _calls_in_turn(policy)
-        and isinstance(last := policy.module[-1], ProbabilisticTensorDictModule)
-        and _has_methods_of(ProbabilisticTensorDictModule, last, "get_dist")
-        and not skip_existing()
+def _last_of(policy: Any) -> ProbabilisticTensorDictModule | None:
+    """Its last module, if that makes the distribution of what ``det_part`` finds, and nothing else does; else None."""
+    if (
+        not _has_methods_of(
+            ProbabilisticTensorDictSequential, policy, "get_dist", "get_dist_params", "build_dist_from_params"
+        )
+        or policy.return_composite
+        or interaction_type() is None  # the policy's own decides what is drawn on the way
+        or skip_existing()
+    ):
+        return None
+    modules = policy.module
+    last = [*modules][-1] if isinstance(modules, nn.ModuleList) else None
+    plain = isinstance(last, ProbabilisticTensorDictModule) and _has_methods_of(
+        ProbabilisticTensorDictModule, last, "get_dist"
     )
+    return last if plain else None
 
 
 def _has_methods_of(kind: type, network: Any, *names: str) -> bool:
@@ -200,18 +219,6 @@ def _is_watched(network: nn.Module) -> bool:
     """Whether hooks run around the network's call, such as the one that selects its out_keys."""
     return bool(
         network._forward_hooks or network._forward_pre_hooks or network._backward_hooks or network._backward_pre_hooks
-    )
-
-
-def _is_plain_sequence(network: Any) -> bool:
-    return getattr(type(network), "forward", None) is TensorDictSequential.forward and _calls_in_turn(network)
-
-
-def _calls_in_turn(network: Any) -> bool:
-    return (
-        network.inplace in (None, True)
-        and not (network.partial_tolerant or network._select_before_return or _is_watched(network))
-        and isinstance(network.module, nn.ModuleList)
     )
 
 

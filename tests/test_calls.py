@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fusedrl.estimators.calls import call, distribution, written_by, written_in_turn
+from fusedrl.estimators.calls import call, distribution, distribution_from_parameters, written_by, written_in_turn
 from helpers_losses import DOUBLE, OBSERVATION, GaussianParameters, diagonal_normal
 from tensordict import TensorDict
 from tensordict.nn import (
@@ -101,7 +101,91 @@ def test_a_distribution_may_be_made_of_more_than_the_networks_say():
 
 
 def test_a_distribution_may_be_made_by_what_was_put_in_the_place_of_get_dist():
-    policy = gaussian_policy()
+    kind = pytest.importorskip("torchrl.modules").IndependentNormal  # which is deferred, and not asked of `last`
+    policy = gaussian_policy(distribution_class=kind)
     last = policy.module[-1]
     last.get_dist = lambda tensordict: last.distribution_class(2 * tensordict["loc"], tensordict["scale"])
+    assert_the_distribution_is_the_policys_own(policy, observations())
+
+
+# --- methods of their own ---------------------------------------------------------------------------------------
+
+
+def halved(tensordict):
+    return tensordict.set("action", tensordict["action"] / 2)
+
+
+class OwnCall(TensorDictModule):
+    def __call__(self, tensordict):
+        return halved(super().__call__(tensordict))
+
+
+class OwnModuleCall(TensorDictModule):
+    def _call_module(self, tensors, **kwargs):
+        return super()._call_module(tensors, **kwargs) / 2
+
+
+class OwnWriting(TensorDictModule):
+    def _write_to_tensordict(self, tensordict, tensors, *args, **kwargs):
+        return super()._write_to_tensordict(tensordict, [x / 2 for x in tensors], *args, **kwargs)
+
+
+class OwnSequenceCall(TensorDictSequential):
+    def __call__(self, tensordict):
+        return halved(super().__call__(tensordict))
+
+
+class OwnRun(TensorDictSequential):
+    def _run_module(self, module, tensordict, **kwargs):
+        return halved(super()._run_module(module, tensordict, **kwargs))
+
+
+@pytest.mark.parametrize("kind", [OwnCall, OwnModuleCall, OwnWriting])
+def test_a_module_with_a_method_of_its_own_is_called_itself(kind):
+    network = kind(nn.Linear(OBSERVATION, 2, **DOUBLE), ["observation"], ["action"])
+    assert_as_the_network_itself(network, observations())
+    assert_as_the_network_itself(TensorDictSequential(network), observations())
+
+
+@pytest.mark.parametrize("kind", [OwnSequenceCall, OwnRun])
+def test_a_sequence_with_a_method_of_its_own_is_called_itself(kind):
+    assert_as_the_network_itself(kind(linear()), observations())
+    assert_as_the_network_itself(TensorDictSequential(kind(linear())), observations())
+
+
+@pytest.mark.parametrize("make", [linear, lambda: TensorDictSequential(linear())], ids=["module", "sequence"])
+def test_what_was_put_in_the_place_of_a_networks_forward_is_called(make):
+    network = make()
+    forward = network.forward
+    network.forward = lambda tensordict: halved(forward(tensordict))
+    assert_as_the_network_itself(network, observations())
+
+
+@pytest.mark.parametrize("name", ["get_dist", "build_dist_from_params"])
+def test_what_was_put_in_the_place_of_a_policys_method_makes_its_distribution(name):
+    policy = gaussian_policy()
+    method = getattr(policy, name)
+
+    def wider(tensordict, *_):
+        dist = method(tensordict)
+        return diagonal_normal(dist.mean, 2 * dist.stddev)
+
+    setattr(policy, name, wider)
+    data = observations()
+    assert_the_distribution_is_the_policys_own(policy, data)
+    data = policy.get_dist_params(data)
+    found, wanted = distribution_from_parameters(policy, data), policy.build_dist_from_params(data)
+    torch.testing.assert_close(found.stddev, wanted.stddev)
+
+
+class OwnParameters(ProbabilisticTensorDictSequential):
+    @property
+    def det_part(self):
+        return TensorDictSequential(super().det_part, TensorDictModule(lambda x: x / 2, ["loc"], ["loc"]))
+
+
+def test_a_policy_is_asked_for_the_networks_that_make_its_parameters():
+    policy = gaussian_policy()
+    assert_the_distribution_is_the_policys_own(OwnParameters(*policy.module), observations())
+    policy[0] = TensorDictModule(GaussianParameters(), ["observation"], ["loc", "scale"])  # `det_part` keeps the first
     assert_the_distribution_is_the_policys_own(policy, observations())
