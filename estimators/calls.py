@@ -18,6 +18,7 @@ from tensordict.nn import (
 )
 from tensordict.nn.probabilistic import interaction_type
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .heads import PolicyDistribution, distribution_of
 from .modules import is_of_torchrl
@@ -216,9 +217,13 @@ def _has_methods_of(kind: type, network: Any, *names: str) -> bool:
 
 
 def _is_watched(network: nn.Module) -> bool:
-    """Whether hooks run around the network's call, such as the one that selects its out_keys."""
+    """Whether hooks run around the network's call, such as the one that selects its out_keys, or those of all calls."""
     return bool(
-        network._forward_hooks or network._forward_pre_hooks or network._backward_hooks or network._backward_pre_hooks
+        network._forward_hooks
+        or network._forward_pre_hooks
+        or network._backward_hooks
+        or network._backward_pre_hooks
+        or _has_any_global_hook()
     )
 
 

@@ -189,3 +189,18 @@ def test_a_policy_is_asked_for_the_networks_that_make_its_parameters():
     assert_the_distribution_is_the_policys_own(OwnParameters(*policy.module), observations())
     policy[0] = TensorDictModule(GaussianParameters(), ["observation"], ["loc", "scale"])  # `det_part` keeps the first
     assert_the_distribution_is_the_policys_own(policy, observations())
+
+
+# --- whoever looks on -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [linear, lambda: TensorDictSequential(linear())], ids=["module", "sequence"])
+def test_hooks_of_all_modules_run(make):
+    def hook(module, _, out):
+        return halved(out) if isinstance(module, TensorDictModule) else None
+
+    handle = nn.modules.module.register_module_forward_hook(hook)
+    try:
+        assert_as_the_network_itself(make(), observations())
+    finally:
+        handle.remove()
