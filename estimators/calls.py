@@ -50,7 +50,7 @@ def is_plain(network: Any) -> bool:
     """Whether a call of ``network`` is a call of its ``module`` on its in_keys, and nothing else."""
     return (
         _has_methods_of(TensorDictModule, network, "forward", "__call__", "_call_module", "_write_to_tensordict")
-        and not _is_watched(network)
+        and not is_watched(network)
         and network.inplace is True
         and network.method is None
         and network._kwargs is None
@@ -65,7 +65,7 @@ def called_in_turn(network: Any) -> list[Any] | None:
         or network.inplace not in (None, True)
         or network.partial_tolerant
         or network._select_before_return
-        or _is_watched(network)
+        or is_watched(network)
     ):
         return None
     modules = network.module
@@ -178,7 +178,7 @@ def _is_log_softmax(network: Any) -> bool:
     return (
         is_of_torchrl(type(network), "DistributionalDQNnet", "modules.tensordict_module.common")
         and "forward" not in network.__dict__
-        and not _is_watched(network)
+        and not is_watched(network)
     )
 
 
@@ -216,7 +216,7 @@ def _has_methods_of(kind: type, network: Any, *names: str) -> bool:
     return True
 
 
-def _is_watched(network: nn.Module) -> bool:
+def is_watched(network: nn.Module) -> bool:
     """Whether hooks run around the network's call, such as the one that selects its out_keys, or those of all calls."""
     return bool(
         network._forward_hooks

@@ -7,7 +7,7 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
 
-from ..estimators.calls import written_in_turn
+from ..estimators.calls import called_in_turn, is_watched, written_in_turn
 from .action_space import find_action_space
 from .action_value import ActionValueLoss
 from .networks import Parameters
@@ -55,7 +55,6 @@ class QLearningLoss(ActionValueLoss):
             writer = TensorDictModule(value_network, ["observation"], [self.tensor_keys.action_value])
             value_network = TensorDictSequential(writer)
         self.convert_to_functional(value_network, "value_network", create_target_params=delay_value)
-        self._choice_is_last = _ends_with_choice(value_network, self.tensor_keys.action_value)
         self.out_keys = ["loss"]
 
     @property
@@ -63,26 +62,16 @@ class QLearningLoss(ActionValueLoss):
         """How actions are written: ``one_hot``, ``mult_one_hot``, ``binary`` or ``categorical``."""
         return self._actions.name
 
-    def set_keys(self, **keys: NestedKey | list[NestedKey] | None) -> None:
-        """Rename entries; None gives an entry its default name back. The value estimator follows.
-
-        Raises:
-            ValueError: the loss has no entry of that name.
-
-        """
-        super().set_keys(**keys)
-        self._choice_is_last = _ends_with_choice(self.value_network, self.tensor_keys.action_value)
-
     def _call(self, name: str, data: TensorDictBase, key: NestedKey, params: Parameters) -> Tensor:
         """What the network says at ``key``, without the module at its end that only chooses an action.
 
         The loss chooses by itself; that module would take the exponential of every atom of every action, and more.
         """
-        if not self._choice_is_last:
+        makers = _without_choice(getattr(self, name), key)
+        if makers is None:
             return super()._call(name, data, key, params)
         with self._with_parameters(name, params):
-            *modules, _ = getattr(self, name).module
-            return written_in_turn(modules, data)[key]
+            return written_in_turn(makers, data)[key]
 
     def _action_values(self, tensordict: TensorDictBase, *dimensions: str) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the network says of s_t, the target network of s_{t+1}, and, if it chooses a*, the network of s_{t+1}.
@@ -111,20 +100,21 @@ class QLearningLoss(ActionValueLoss):
             return action_value, target, self._call("value_network", next_data, key, params)
 
 
-def _ends_with_choice(network: nn.Module, key: NestedKey) -> bool:
-    """Whether the last module does nothing but choose among values that one before it writes at ``key``.
+def _without_choice(network: nn.Module, key: NestedKey) -> list[nn.Module] | None:
+    """The modules of a sequence but for the last, if that only chooses among values that one of them writes at ``key``.
 
-    That is known of TorchRL's own modules, where no hook looks on and no action is masked.
+    That is known of TorchRL's own modules, where no hook looks on and no action is masked. Else None.
     """
-    if not isinstance(network, TensorDictSequential) or len(network.module) < 2:
-        return False
-    if type(network).forward is not TensorDictSequential.forward:  # it may do more than to call the modules in turn
-        return False
-    *makers, last = network.module
-    return (
+    modules = called_in_turn(network)
+    if modules is None or len(modules) < 2:
+        return None
+    *makers, last = modules
+    chooses = (
         type(last).__module__.startswith("torchrl.")
-        and not (last._forward_hooks or last._forward_pre_hooks)
+        and "forward" not in last.__dict__
+        and not is_watched(last)
         and getattr(last, "action_value_key", None) == key
         and getattr(last, "action_mask_key", None) is None
         and any(key in maker.out_keys for maker in makers)
     )
+    return makers if chooses else None

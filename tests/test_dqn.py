@@ -4,6 +4,7 @@ import pytest
 import torch
 from fusedrl.estimators import TDLambdaEstimator
 from fusedrl.losses import ValueEstimators
+from fusedrl.losses.discrete_cql import DiscreteCQLLoss
 from fusedrl.losses.dqn import DQNLoss
 from fusedrl.losses.targets import SoftUpdate
 from helpers_losses import DOUBLE, OBSERVATION
@@ -187,6 +188,30 @@ def test_a_last_module_that_only_chooses_an_action_is_left_out(
     without.value_network_params.data.update_(loss.value_network_params.data["module", "0"])
     without.target_value_network_params.data.update_(loss.target_value_network_params.data["module", "0"])
     torch.testing.assert_close(out["loss"], run(without, data)[0]["loss"], **CLOSE)
+
+
+def looked_on(network):
+    network.register_forward_pre_hook(lambda _, given: (given[0].copy().apply(lambda x: 2 * x),))
+
+
+def patched(network):
+    forward = network.forward
+    network.forward = lambda tensordict: forward(tensordict.apply(lambda x: 2 * x))
+
+
+@pytest.mark.parametrize("change", [looked_on, patched])
+@pytest.mark.parametrize("loss_class", [DQNLoss, DiscreteCQLLoss])
+def test_what_is_done_to_the_whole_network_is_done_before_it_chooses(loss_class, change):
+    modules = pytest.importorskip("torchrl.modules")
+    network = modules.QValueActor(action_values(), action_space="categorical")
+    loss = loss_class(network, action_space="categorical")
+    data = transitions(action="categorical")
+    doubled = data.clone()
+    for entries in (doubled, doubled["next"]):
+        entries["observation"] *= 2
+    wanted, _ = run(loss, doubled)
+    change(loss.value_network)
+    torch.testing.assert_close(run(loss, data)[0].to_dict(), wanted.to_dict(), **CLOSE)
 
 
 def random_loss(**options):
