@@ -95,6 +95,8 @@ class ACTLoss(SupervisedLoss):
         given.set("observation", self._get(given, "observation"))
         for key in keys_read(self.actor_network):
             if given.get(key, None) is None:
-                self._require_entries(tensordict, [key], "it is one of the in_keys of actor_network")
-                given.set(key, self._only_valid(tensordict.get(key), tensordict))
+                self._require_inputs(tensordict, [key], ["actor_network"], "it is one of the in_keys of actor_network")
+                x = tensordict.get(key, None)
+                if x is not None:  # the model may do without it
+                    given.set(key, self._only_valid(x, tensordict))
         return given

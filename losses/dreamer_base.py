@@ -57,7 +57,8 @@ class DreamerLoss(LossModule):
 
     def _value(self, states: TensorDictBase, *preferred: NestedKey) -> Tensor:
         """V of the ``states``, which are left as they are, or what is written at one of the ``preferred`` keys."""
-        self._require_entries(states, keys_read(self.value_model), "it is one of the in_keys of value_model")
+        inputs = keys_read(self.value_model)
+        self._require_inputs(states, inputs, ["value_model"], "it is one of the in_keys of value_model")
         written = self.value_model(states.copy())
         for key in (*preferred, self.tensor_keys.value):
             value = written.get(key, None)
@@ -94,7 +95,8 @@ class ModelLoss(DreamerLoss):
     def _modelled(self, tensordict: TensorDictBase) -> TensorDictBase:
         """A copy of the data with what the world model says of it, and the reward under another name."""
         self._require(tensordict, "reward", "pixels")
-        self._require_entries(tensordict, self._read_by_model(), "it is one of the in_keys of world_model")
+        inputs = self._read_by_model()
+        self._require_inputs(tensordict, inputs, ["world_model"], "it is one of the in_keys of world_model")
         data = self._without_padding(tensordict, *self.in_keys)
         data.rename_key_(*self._keys("reward"), *self._keys("true_reward"))
         return self.world_model(data)

@@ -116,7 +116,7 @@ def continuous_target_entropy(target_entropy: str | float | Tensor, action_spec:
         target_entropy: a number, or ``"auto"``.
         action_spec: has the ``shape`` of one action; or maps keys to such specs and has a ``shape`` of its own, the
             dimensions that they begin with and that don't belong to the action (as TorchRL's Composite has).
-            None: an attribute ``spec`` of the actor.
+            Those of a nested one count as well: the agents of a team. None: an attribute ``spec`` of the actor.
         actor_network: the policy, which says under which key its action is.
 
     Raises:
@@ -132,22 +132,24 @@ def continuous_target_entropy(target_entropy: str | float | Tensor, action_spec:
     if spec is not None and not hasattr(spec, "keys"):
         return -float(math.prod(spec.shape))
     keys = list(actor_network.dist_sample_keys)
-    leaves: list[Any] = [None if spec is None else _leaf(spec, key) for key in keys]
-    unknown = [repr(key) for key, leaf in zip(keys, leaves, strict=True) if leaf is None]
+    shapes = [None if spec is None else _shape_of_action(spec, key) for key in keys]
+    unknown = [repr(key) for key, shape in zip(keys, shapes, strict=True) if shape is None]
     if unknown:
         raise RuntimeError(
             f"target_entropy is 'auto', but nothing says how many dimensions {', '.join(unknown)} has: give a number "
             "as target_entropy, or an action_spec"
         )
-    return -float(sum(math.prod(leaf.shape[len(spec.shape) :]) for leaf in leaves))
+    return -float(sum(math.prod(shape) for shape in shapes if shape is not None))
 
 
-def _leaf(spec: Any, key: NestedKey) -> Any:
-    """The spec at ``key``; None if there is none."""
+def _shape_of_action(spec: Any, key: NestedKey) -> tuple[int, ...] | None:
+    """The dimensions of one action at ``key``, less those of the specs that it is in, such as a team's agents."""
     try:
-        return spec[key]
+        leaf = spec[key]
+        holder = spec if isinstance(key, str) or len(key) == 1 else spec[key[:-1]]
     except KeyError:
         return None
+    return None if leaf is None else tuple(leaf.shape[len(holder.shape) :])
 
 
 def check_target_entropy(target_entropy: Any) -> float | Tensor:

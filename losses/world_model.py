@@ -143,9 +143,12 @@ class WorldModelLoss(SupervisedLoss):
             key = self._keys(name)[0]
             if data.get(key, None) is not None:
                 data.rename_key_(key, self._true(name))
-        self._require_entries(data, keys_read(self.world_model), "the world model reads it")
-        for key in {*keys_read(self.world_model), *self._true_keys().values()}:
-            data.set(key, self._only_valid(data.get(key), tensordict))
+        inputs = keys_read(self.world_model)
+        self._require_inputs(data, inputs, ["world_model"], "the world model reads it")
+        for key in {*inputs, *self._true_keys().values()}:
+            x = data.get(key, None)
+            if x is not None:  # the model may do without some of its inputs
+                data.set(key, self._only_valid(x, tensordict))
         return data
 
     def _true_keys(self) -> dict[str, NestedKey]:

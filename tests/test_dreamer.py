@@ -24,7 +24,7 @@ from helpers_dreamer import (
 )
 from helpers_q import CLOSE, NoHostSync
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 
 GAMMA, LMBDA, HORIZON = 0.9, 0.8, 4
@@ -479,3 +479,24 @@ def test_the_value_is_neither_saved_nor_trained_with_the_policy():
     assert not {id(p) for p in loss.parameters()} & {id(p) for p in loss.value_model.parameters()}
     saved = {key for key in loss.state_dict() if not key.startswith(("actor_model.", "model_based_env."))}
     assert saved == {"_value_estimator.gamma", "_value_estimator.lmbda"}
+
+
+class WithNoise(nn.Module):
+    """A world model that draws its noise if it isn't given any."""
+
+    def __init__(self, recognition):
+        super().__init__()
+        self.recognition = recognition
+
+    def forward(self, state, belief, action, pixels, noise=None):
+        return self.recognition(state, belief, action, pixels)
+
+
+def test_a_world_model_may_do_without_some_of_its_inputs():
+    model, data = world_model(), sequences()
+    recognition = model[0][0]
+    expected = DreamerModelLoss(model)(data)[0]
+    reads = [*recognition.in_keys, "prior_noise"]
+    optional = TensorDictModule(WithNoise(recognition.module), reads, recognition.out_keys)
+    loss = DreamerModelLoss(TensorDictSequential(TensorDictSequential(optional, model[0][1]), model[1]))
+    torch.testing.assert_close(loss(data)[0].to_dict(), expected.to_dict(), **CLOSE)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fusedrl.losses.sac import SACLoss, own_share
+from fusedrl.losses.temperature import continuous_target_entropy
 from helpers_losses import OBSERVATION, squashed_normal
 from helpers_q import (
     CLOSE,
@@ -286,6 +287,18 @@ class Specs(dict):
     def __init__(self, shape, **leaves):
         super().__init__(leaves)
         self.shape = torch.Size(shape)
+
+
+def test_each_agent_of_a_team_has_its_own_target_entropy():
+    """Three agents with two dimensions each, in a nested spec whose own shape is that of the agents."""
+
+    class Actor:
+        dist_sample_keys = (("agents", "action"),)
+
+    specs = Specs(())
+    specs[("agents",)] = Specs((3,))
+    specs[("agents", "action")] = Spec(3, 2)
+    assert continuous_target_entropy("auto", specs, Actor()) == -2
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from fusedrl.losses.world_model import WorldModelLoss
 from helpers_imitation import LATENT, steps_of_a_world, world_model
 from helpers_losses import DOUBLE, OBSERVATION
 from helpers_q import CLOSE, assert_rejected
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 
 
@@ -87,3 +87,20 @@ def test_a_prediction_that_would_broadcast_is_refused():
 def test_what_does_not_exist_is_refused_when_the_loss_is_made(options, match):
     with pytest.raises(ValueError, match=match):
         WorldModelLoss(world_model(), **options)
+
+
+class WithNoise(nn.Module):
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def forward(self, latent, action, noise=None):
+        return self.step(latent, action)
+
+
+def test_a_world_model_may_do_without_some_of_its_inputs():
+    model, data = world_model(), steps_of_a_world()
+    expected = WorldModelLoss(model)(data.clone())
+    optional = TensorDictModule(WithNoise(model[1].module), ["latent", "action", "noise"], [("next", "latent")])
+    loss = WorldModelLoss(TensorDictSequential(model[0], optional, *list(model.module)[2:]))
+    torch.testing.assert_close(loss(data.clone()).to_dict(), expected.to_dict())
