@@ -13,10 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from ..estimators.calls import _is_watched as is_watched
-from ..estimators.calls import is_plain
+from ..estimators.calls import is_plain, is_watched
 
 MEMBERS_IN_TURN = 4
 """Up to so many members are asked one after the other outside of compiled code."""
@@ -77,7 +75,6 @@ class Perceptron(NamedTuple):
             and network.module is self.module
             and network.in_keys == self.in_keys
             and network.out_keys[0] == self.out_key
-            and not _has_any_global_hook()
             and not any(is_watched(m) or "forward" in m.__dict__ for m in (self.module, *self.children))
         )
 
