@@ -144,12 +144,18 @@ def continuous_target_entropy(target_entropy: str | float | Tensor, action_spec:
 
 def _shape_of_action(spec: Any, key: NestedKey) -> tuple[int, ...] | None:
     """The dimensions of one action at ``key``, less those of the specs that it is in, such as a team's agents."""
+    leaf, holder = _at(spec, key), None if isinstance(key, str) else _at(spec, key[:-1])
+    if leaf is None:
+        return None
+    return tuple(leaf.shape[len((spec if holder is None else holder).shape) :])
+
+
+def _at(spec: Any, key: NestedKey) -> Any:
+    """The spec at ``key``; None if there is none."""
     try:
-        leaf = spec[key]
-        holder = spec if isinstance(key, str) or len(key) == 1 else spec[key[:-1]]
+        return spec[key]
     except KeyError:
         return None
-    return None if leaf is None else tuple(leaf.shape[len(holder.shape) :])
 
 
 def check_target_entropy(target_entropy: Any) -> float | Tensor:
