@@ -48,7 +48,7 @@ def categorical_q_loss(
     Returns:
         The loss of each sample, shape ``[*B]``, dtype of ``log_prob``, differentiable twice with respect to
         ``log_prob`` and constant in everything else; and the priority of each sample, which is the loss detached.
-        Half precision is computed in float32.
+        Half precision is computed in float32, which is the result's if the reward isn't of half precision too.
 
     Raises:
         RuntimeError: shapes or devices differ, or there are less than 2 atoms.

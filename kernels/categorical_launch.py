@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .categorical_kernel import gradient_kernel, loss_kernel, projection_kernel
-from .categorical_problem import Bellman, Transition, new_gradient
+from .categorical_problem import Bellman, Transition, loss_dtype, new_gradient
 from .dtypes import compute_dtype
 from .launching import TRITON_DTYPE, Launch, Launcher, Plan, scalar, scalar_arguments, strided
 
@@ -47,7 +47,7 @@ def forward(transition: Transition, bellman: Bellman, keep: bool) -> list[Tensor
     """The loss ``[B]`` and, if it is to be kept, the projected distribution ``[B, atoms]``."""
     log_prob = transition.log_prob
     samples, atoms, _ = log_prob.shape
-    loss = log_prob.new_empty(samples)
+    loss = log_prob.new_empty(samples, dtype=loss_dtype(log_prob, bellman.reward))
     found = [loss]
     if keep:
         found.append(log_prob.new_empty(samples, atoms, dtype=compute_dtype(log_prob.dtype)))

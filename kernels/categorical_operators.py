@@ -22,6 +22,7 @@ from .categorical_problem import (
     flat,
     flat_bellman,
     flat_transition,
+    loss_dtype,
     new_gradient,
 )
 from .dispatch import backend_modules, called, in_transform, number_or_tensor, runs_plainly, wants_gradient
@@ -66,7 +67,7 @@ def _composed(name: str, log_prob: Tensor, action: Tensor, *others: Any) -> Tens
     projected = _forward(name, True, log_prob.detach(), action, *others)[1]
     index = action.long()[..., None, None].expand(*projected.shape, 1)
     taken = log_prob.gather(-1, index).squeeze(-1)
-    return -torch.where(projected == 0, 0, projected * taken).sum(-1).to(log_prob.dtype)
+    return -torch.where(projected == 0, 0, projected * taken).sum(-1).to(loss_dtype(log_prob, others[3]))
 
 
 def projection(prob: Tensor, bellman: Bellman, backend: str | None) -> Tensor:
@@ -162,10 +163,11 @@ def _categorical_loss(backend: str, keep: bool, *fields: Any) -> list[Tensor]:
     return found if len(batch) == 1 else [x.view(batch + x.shape[1:]) for x in found]
 
 
-def _categorical_loss_fake(backend: str, keep: bool, log_prob: Tensor, *_: Any) -> list[Tensor]:
+def _categorical_loss_fake(backend: str, keep: bool, log_prob: Tensor, *fields: Any) -> list[Tensor]:
     *batch, atoms = log_prob.shape[:-1]
     projected = [log_prob.new_empty(*batch, atoms, dtype=compute_dtype(log_prob.dtype))] if keep else []
-    return [log_prob.new_empty(batch), *projected]
+    reward = fields[4]  # behind the other three of the transition and the support
+    return [log_prob.new_empty(batch, dtype=loss_dtype(log_prob, reward)), *projected]
 
 
 def _categorical_loss_backward(

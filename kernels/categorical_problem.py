@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .checks import check_agrees, check_broadcasts
 
+_HALF = (torch.float16, torch.bfloat16)
 _INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -96,6 +97,12 @@ def flat_bellman(bellman: Bellman) -> Bellman:
 def flat(x: Any, trailing: int) -> Any:
     """``x`` with the dimensions before the ``trailing`` last ones made one."""
     return x if x is None or x.ndim == trailing + 1 else x.reshape(-1, *x.shape[x.ndim - trailing :])
+
+
+def loss_dtype(log_prob: Tensor, reward: Tensor) -> torch.dtype:
+    """That of the log-probabilities; float32, in which the loss is computed, if only they are of half precision."""
+    half = log_prob.dtype in _HALF and reward.is_floating_point() and reward.dtype not in _HALF
+    return torch.float32 if half else log_prob.dtype
 
 
 def new_gradient(log_prob: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from .categorical_problem import Bellman, Transition
+from .categorical_problem import Bellman, Transition, loss_dtype
 from .dtypes import compute_dtype
 from .function import autograd_inside
 
@@ -63,7 +63,7 @@ def forward(transition: Transition, bellman: Bellman, keep: bool) -> list[Tensor
     next_prob = transition.next_log_prob.gather(-1, best[:, None, None].expand(-1, len(support), 1)).double().exp()
     m = project(next_prob.squeeze(-1), bellman)
     loss = _loss(transition.log_prob.to(compute_dtype(dtype)), transition.action, m)
-    return [loss.to(dtype), *([m.to(compute_dtype(dtype))] if keep else [])]
+    return [loss.to(loss_dtype(transition.log_prob, bellman.reward)), *([m.to(compute_dtype(dtype))] if keep else [])]
 
 
 def backward(log_prob: Tensor, action: Tensor, projected: Tensor, grad: Tensor) -> Tensor:

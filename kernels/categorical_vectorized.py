@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .categorical_problem import Bellman, Transition, new_gradient
+from .categorical_problem import Bellman, Transition, loss_dtype, new_gradient
 from .dtypes import cast, compute_dtype
 
 # Elements of a tile's largest temporary: half a megabyte in float32.
@@ -32,7 +32,7 @@ def forward(transition: Transition, bellman: Bellman, keep: bool) -> list[Tensor
         next_prob = cast(_of_action(_part(target, tile), _part(best, tile)), dtype).exp_()
         _add_projection(m, next_prob, positions.of(tile))
         losses.append(_cross_entropy(m, _of_action(_part(log_prob, tile), _part(action, tile))))
-    loss = cast(_joined(losses).neg_(), log_prob.dtype)
+    loss = cast(_joined(losses).neg_(), loss_dtype(log_prob, bellman.reward))
     return [loss, projected] if keep else [loss]
 
 

@@ -423,3 +423,22 @@ def test_autocast_does_not_choose_another_action(backend, device):
     with torch.autocast(device.type, torch.bfloat16):
         found = categorical_q_loss(**arguments, backend=backend)
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("reward", [torch.float32, torch.float64, torch.int64, "half"])
+def test_a_loss_is_not_rounded_to_half_precision_where_only_the_networks_are(any_backend, device, half, reward) -> None:
+    """As under autocast, where priorities of 8 bits would be the same for many samples."""
+    arguments = problem((40,), 11, 3, dtype=half, device=device)
+    arguments["reward"] = arguments["reward"].to(half if reward == "half" else reward)
+    log_prob = arguments["log_prob"].detach().requires_grad_()
+    loss, priority = categorical_q_loss(**arguments | {"log_prob": log_prob}, backend=any_backend)
+    rounded = reward in ("half", torch.int64)
+    assert loss.dtype == priority.dtype == (half if rounded else torch.float32)
+    wide = {k: x.double() if isinstance(x, torch.Tensor) and x.dtype == half else x for k, x in arguments.items()}
+    if not rounded:
+        expected = categorical_q_loss(**wide, backend="reference")[0]
+        torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    (gradient,) = torch.autograd.grad(loss.sum(), log_prob)
+    assert gradient.dtype == half
+    assert gradient.any()
