@@ -8,7 +8,7 @@ to the modules inside where a network is nothing but them, and leave everything 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase, is_non_tensor
 from tensordict.nn import (
     ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
@@ -182,9 +182,9 @@ def _is_log_softmax(network: Any) -> bool:
     )
 
 
-def _log_softmax(*logits: Tensor) -> list[Tensor]:
+def _log_softmax(*logits: Tensor) -> tuple[Tensor, ...]:
     """Log-probabilities of logits ``[*B, atoms, actions]``."""
-    return [x.log_softmax(-2) for x in logits]
+    return tuple(x.log_softmax(-2) for x in logits)
 
 
 def _last_of(policy: Any) -> ProbabilisticTensorDictModule | None:
@@ -233,9 +233,17 @@ def _call_module(network: Any, tensordict: TensorDictBase) -> TensorDictBase:
     return tensordict
 
 
+def _value_of(x: Any) -> Any:
+    """An entry as a module takes it: of what is no tensor, the value."""
+    if not is_non_tensor(x):
+        return x
+    return x.tolist(as_linked_list=True) if isinstance(x, TensorDictBase) else x.data
+
+
 def _asked(network: Any, entries: "TensorDictBase | _Entries") -> dict[NestedKey, Tensor]:
     """What a ``network`` that is plain, or a log-softmax of TorchRL, says of its entries."""
-    tensors = [entries.get(key, None) for key in network.in_keys]
+    given = [entries.get(key, None) for key in network.in_keys]
+    tensors = [x if isinstance(x, Tensor) else _value_of(x) for x in given]
     module = _log_softmax if _is_log_softmax(network) else network.module
     try:
         found = module(*tensors)
@@ -248,8 +256,8 @@ def _asked(network: Any, entries: "TensorDictBase | _Entries") -> dict[NestedKey
     if isinstance(found, Tensor):
         found = (found,)
     elif isinstance(found, (dict, TensorDictBase)) and all(key in found for key in keys):
-        found = [found[key] for key in keys]
-    elif not isinstance(found, (tuple, list)):
+        found = tuple(found[key] for key in keys)
+    elif not isinstance(found, tuple):
         found = (found,)
     if len(found) != len(keys):
         raise RuntimeError(f"the network writes {keys}, but its module returned {len(found)} tensors")

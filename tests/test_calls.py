@@ -4,7 +4,7 @@ import pytest
 import torch
 from fusedrl.estimators.calls import call, distribution, distribution_from_parameters, written_by, written_in_turn
 from helpers_losses import DOUBLE, OBSERVATION, GaussianParameters, diagonal_normal
-from tensordict import TensorDict
+from tensordict import NonTensorData, NonTensorStack, TensorDict
 from tensordict.nn import (
     ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
@@ -76,6 +76,31 @@ def test_a_policy_is_trained_through_what_it_writes_whole_and_reads_below():
     assert_the_distribution_is_the_policys_own(policy, data)
     distribution(policy, data).mean.sum().backward()
     assert whole.module.weight.grad is not None
+
+
+# --- entries that are no tensors --------------------------------------------------------------------------------
+
+
+class OfTasks(nn.Linear):
+    """Values that depend on the name of the task, or on the task of each sample."""
+
+    def __init__(self):
+        super().__init__(OBSERVATION, 2, **DOUBLE)
+
+    def forward(self, x, tasks):
+        tasks = [tasks] * len(x) if isinstance(tasks, str) else tasks
+        factors = [[2.0 if task == "b" else 1.0] for task, _ in zip(tasks, x, strict=False)]
+        return torch.tensor(factors, **DOUBLE) * super().forward(x)
+
+
+@pytest.mark.parametrize("tasks", [NonTensorData("b", [5]), NonTensorStack(*"abbab")], ids=["one", "several"])
+def test_a_module_gets_the_value_of_an_entry_that_is_no_tensor(tasks):
+    network = TensorDictModule(OfTasks(), ["observation", "task"], ["action"])
+    data = observations(task=tasks)
+    assert_as_the_network_itself(network, data)
+    copying = TensorDictModule(lambda x: x, ["task"], ["copied"])
+    network = TensorDictSequential(copying, TensorDictModule(OfTasks(), ["observation", "copied"], ["action"]))
+    assert_as_the_network_itself(network, data)
 
 
 # --- distributions that a policy makes in its own way -----------------------------------------------------------
