@@ -8,7 +8,7 @@ following step (`shifted`, see `fusedrl.estimators.shifted`).
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase, is_leaf_nontensor
 from tensordict.nn import skip_existing
 from torch import Tensor
 
@@ -102,9 +102,10 @@ class ValueNetwork:
         chunked = self.chunk_size is not None or self.num_chunks is not None
         # Compiled code fails under vmap once a length is dynamic. One draw for both takes one call all the same.
         compiling = torch.compiler.is_compiling() and self.vmap_randomness != "same"
-        keys = list(data.keys(True, True))
+        keys = list(data.keys(True, True, is_leaf=is_leaf_nontensor))
         # Inputs that a network can do without, such as a first hidden state, may be there for one and not the other.
-        alike = bool(keys) and set(keys) == set(next_data.keys(True, True))
+        alike = bool(keys) and set(keys) == set(next_data.keys(True, True, is_leaf=is_leaf_nontensor))
+        alike = alike and all(isinstance(x.get(key), Tensor) for x in (data, next_data) for key in keys)
         if present or chunked or compiling or not alike or self.deactivate_vmap or params is not next_params:
             return (
                 self.value(data, value_key, params, **kwargs),

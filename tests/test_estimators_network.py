@@ -423,3 +423,16 @@ def test_parameters_that_are_given_are_left_as_they_are_whatever_the_network_hol
     build("TD0Estimator", value_network=network)(data, params=loss.critic_network_params, target_params=targets)
     assert all(map(torch.equal, targets.values(True, True), before))
     assert all(map(torch.equal, network.parameters(), own))
+
+
+@every_estimator
+def test_an_input_that_is_no_tensor_reaches_the_network(name):
+    scaled = TensorDictModule(
+        lambda obs, task: obs.sum(-1, keepdim=True) * (2 if task == "double" else 1), ["obs", "task"], ["state_value"]
+    )
+    data = rollout((2, 5))
+    for entries in (data, data["next"]):
+        entries.set_non_tensor("task", "double")
+    found = estimator(name, value_network=scaled)(data.clone())
+    wanted = estimator(name, value_network=scaled, deactivate_vmap=True)(data.clone())
+    assert_close(found["value_target"], wanted["value_target"])
