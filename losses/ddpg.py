@@ -4,11 +4,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, dispatch
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
+from tensordict.nn import TensorDictModule, dispatch, skip_existing
 from torch import Tensor
 
 from ..estimators.calls import call
+from ..estimators.modules import keys_read
 from .action_value import ActionValueLoss
 from .utils import check_distance
 
@@ -52,8 +53,12 @@ class DeterministicPolicyLoss(ActionValueLoss):
 
     def _with_action(self, data: TensorDictBase, *, target: bool = False) -> TensorDictBase:
         """``data`` with the policy's action in it: a shallow copy."""
+        data = data.copy()
+        if skip_existing():  # the action that was taken isn't the policy's
+            read = keys_read(self.actor_network)
+            data = data.exclude(*(key for key in self.actor_network.out_keys if unravel_key(key) not in read))
         with self._parameters_in("actor_network", target=target):
-            return call(self.actor_network, data.copy())
+            return call(self.actor_network, data)
 
 
 class DDPGLoss(DeterministicPolicyLoss):

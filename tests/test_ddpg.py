@@ -26,7 +26,7 @@ from helpers_q import (
     transitions,
 )
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule, TensorDictSequential
+from tensordict.nn import TensorDictModule, TensorDictSequential, set_skip_existing
 from torch import nn
 
 
@@ -128,6 +128,15 @@ def test_separate_losses_leave_a_common_trunk_to_the_policy():
         found = gradients(loss, run(loss, transitions())[0])
         assert found["loss_actor"][trunk].any()
         assert bool(found["loss_value"][trunk].any()) is not separate
+
+
+def test_the_action_that_was_taken_does_not_stand_in_for_the_policys_where_existing_entries_are_kept():
+    loss, data = make(), transitions()
+    wanted, _ = run(loss, data)
+    with set_skip_existing(True):
+        found, _ = run(loss, data)
+    torch.testing.assert_close(found.to_dict(), wanted.to_dict(), **CLOSE)
+    torch.testing.assert_close(gradients(loss, found), gradients(loss, wanted), **CLOSE)
 
 
 def test_targets_follow_an_updater():

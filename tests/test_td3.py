@@ -23,7 +23,7 @@ from helpers_q import (
     run,
     transitions,
 )
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, set_skip_existing
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +45,14 @@ def test_noise_is_clipped_before_the_action_is():
     action, noise = torch.tensor([[0.9, 0.1], [-0.5, 0.1]]), torch.tensor([[0.05, 9.0], [-9.0, -9.0]])
     expected = torch.tensor([[0.95, 0.2], [-0.8, 0.0]])
     torch.testing.assert_close(smoothed_action(action, noise, 0.3, low, high), expected)
+
+
+def test_the_action_that_was_taken_does_not_stand_in_for_the_policys_where_existing_entries_are_kept():
+    loss, data = make(), transitions()
+    wanted, _ = run(loss, data)
+    with set_skip_existing(True):
+        found, _ = run(loss, data)
+    torch.testing.assert_close(found.to_dict(), wanted.to_dict(), **CLOSE)
 
 
 def test_the_losses_are_the_equations():
