@@ -102,10 +102,16 @@ class ActionValueLoss(LossModule):
         terminal = terminated if terminated.dtype == torch.bool else terminated != 0
         if terminal.ndim != tensordict.ndim + 1 or terminal.shape[-1] != 1:
             terminal = any_right(terminal, tensordict.ndim).unsqueeze(-1)
+
+        def finite(x: Tensor) -> Tensor:
+            return torch.where(_beside(terminal, x), x.nan_to_num(0.0, 0.0, 0.0), x) if x.is_floating_point() else x
+
         for key in next_keys:
             x = next_data.get(key, None)
-            if x is not None and x.is_floating_point():
-                next_data.set(key, torch.where(_beside(terminal, x), x.nan_to_num(0.0, 0.0, 0.0), x))
+            if isinstance(x, Tensor):
+                next_data.set(key, finite(x))
+            elif isinstance(x, TensorDictBase):  # not `set` below it, which would change the input
+                next_data.set(key, x.apply(finite))
         data = self._padding_filled(data, tensordict, dict.fromkeys(current_keys))
         return data, self._padding_filled(next_data, tensordict, dict.fromkeys(next_keys))
 

@@ -139,6 +139,42 @@ def test_the_action_that_was_taken_does_not_stand_in_for_the_policys_where_exist
     torch.testing.assert_close(gradients(loss, found), gradients(loss, wanted), **CLOSE)
 
 
+class OfAgents(nn.Linear):
+    """Q of the observations of several agents, in a TensorDict of their own, and of an action."""
+
+    def __init__(self):
+        super().__init__(OBSERVATION + ACTION, 1, **DOUBLE)
+
+    def forward(self, agents, action):
+        return super().forward(torch.cat([agents["observation"].mean(-2), action], -1))
+
+
+def test_the_value_may_read_entries_as_one_tensordict():
+    value = TensorDictModule(OfAgents(), ["agents", "action"], ["state_action_value"])
+    loss, data = DDPGLoss(deterministic_actor(), value), transitions((6,))
+    for entries in (data, data["next"]):
+        entries["agents"] = TensorDict({"observation": torch.randn(6, 2, OBSERVATION, **DOUBLE)}, [6, 2])
+    data["next", "terminated"][0] = data["next", "done"][0] = True
+    wanted, _ = run(loss, data)
+    data["next", "agents", "observation"][0] = torch.nan
+    found, after = run(loss, data)
+    torch.testing.assert_close(found.to_dict(), wanted.to_dict(), **CLOSE)
+    assert after["next", "agents", "observation"][0].isnan().all()
+
+
+def test_the_value_may_read_what_is_no_tensor():
+    class Scaled(StateAction):
+        def forward(self, observation, action, task):
+            return {"b": 2.0}[task] * super().forward(observation, action)
+
+    value = TensorDictModule(Scaled(), ["observation", "action", "task"], ["state_action_value"])
+    data = transitions((6,))
+    for entries in (data, data["next"]):
+        entries.set_non_tensor("task", "b")
+    found, _ = run(DDPGLoss(deterministic_actor(), value), data)
+    assert all(x.isfinite().all() for x in found.values())
+
+
 def test_targets_follow_an_updater():
     loss = make(delay_actor=True)
     updater = SoftUpdate(loss, tau=0.5)
