@@ -8,7 +8,7 @@ following step (`shifted`, see `fusedrl.estimators.shifted`).
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, is_leaf_nontensor
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import skip_existing
 from torch import Tensor
 
@@ -102,10 +102,13 @@ class ValueNetwork:
         chunked = self.chunk_size is not None or self.num_chunks is not None
         # Compiled code fails under vmap once a length is dynamic. One draw for both takes one call all the same.
         compiling = torch.compiler.is_compiling() and self.vmap_randomness != "same"
-        keys = list(data.keys(True, True, is_leaf=is_leaf_nontensor))
+        keys = list(data.keys(True, True))
         # Inputs that a network can do without, such as a first hidden state, may be there for one and not the other.
-        alike = bool(keys) and set(keys) == set(next_data.keys(True, True, is_leaf=is_leaf_nontensor))
-        alike = alike and all(isinstance(x.get(key), Tensor) for x in (data, next_data) for key in keys)
+        alike = bool(keys) and set(keys) == set(next_data.keys(True, True))
+        # Only tensors are stacked: neither what the network reads as one TensorDict, nor what is no tensor.
+        inputs = (x.get(key, None) for x in (data, next_data) for key in self.in_keys)
+        alike = alike and all(x is None or isinstance(x, Tensor) for x in inputs)
+        alike = alike and not _keeps_statistics(self.module)
         if present or chunked or compiling or not alike or self.deactivate_vmap or params is not next_params:
             return (
                 self.value(data, value_key, params, **kwargs),
@@ -176,6 +179,13 @@ def check_positive(name: str, count: Any) -> None:
         raise TypeError(f"{name} must be an int, but is a {type(count).__name__}")
     if count < 1:
         raise ValueError(f"{name} must be at least 1, but is {count}")
+
+
+def _keeps_statistics(module: Any) -> bool:
+    """Whether layers such as batch normalisation average what they see, which they can't under `torch.vmap`."""
+    return isinstance(module, torch.nn.Module) and any(
+        layer.training and getattr(layer, "track_running_stats", False) for layer in module.modules()
+    )
 
 
 def _default_randomness(module: Any) -> str:

@@ -436,3 +436,37 @@ def test_an_input_that_is_no_tensor_reaches_the_network(name):
     found = estimator(name, value_network=scaled)(data.clone())
     wanted = estimator(name, value_network=scaled, deactivate_vmap=True)(data.clone())
     assert_close(found["value_target"], wanted["value_target"])
+
+
+@every_estimator
+def test_entries_that_the_network_reads_as_one_tensordict_reach_it_as_they_are(name):
+    def team_value(team):
+        return team["obs"].mean(team.batch_dims - 1).sum(-1, keepdim=True)
+
+    network = TensorDictModule(team_value, ["team"], ["state_value"])
+    data = rollout((2, 5))
+    for entries in (data, data["next"]):
+        entries["team"] = TensorDict({"obs": torch.randn(2, 5, 4, 3, dtype=torch.float64)}, [2, 5, 4])
+    found = estimator(name, value_network=network)(data.clone())
+    wanted = estimator(name, value_network=network, deactivate_vmap=True)(data.clone())
+    assert_close(found["value_target"], wanted["value_target"])
+
+
+class Normalised(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3, dtype=torch.float64)
+
+    def forward(self, obs):
+        return self.norm(obs.flatten(0, -2)).view(obs.shape).sum(-1, keepdim=True)
+
+
+@every_estimator
+def test_a_network_that_keeps_statistics_is_called_in_turn_while_it_trains(name):
+    network = TensorDictModule(Normalised(), ["obs"], ["state_value"])
+    data = rollout((2, 5))
+    found = estimator(name, value_network=network)(data.clone())
+    wanted = estimator(name, value_network=network, deactivate_vmap=True)(data.clone())
+    assert_close(found["value_target"], wanted["value_target"])
+    network.eval()
+    estimator(name, value_network=network)(data.clone())  # one call, under vmap
