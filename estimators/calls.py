@@ -255,6 +255,8 @@ def _asked(network: Any, entries: "TensorDictBase | _Entries") -> dict[NestedKey
     keys = network.out_keys
     if isinstance(found, Tensor):
         found = (found,)
+    elif found is None:
+        found = ()
     elif isinstance(found, (dict, TensorDictBase)) and all(key in found for key in keys):
         found = tuple(found[key] for key in keys)
     elif not isinstance(found, tuple):

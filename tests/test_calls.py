@@ -216,6 +216,13 @@ def test_a_policy_is_asked_for_the_networks_that_make_its_parameters():
     assert_the_distribution_is_the_policys_own(policy, observations())
 
 
+def test_a_module_may_write_nothing():
+    looking = TensorDictModule(lambda x: None, ["observation"], [])
+    assert_as_the_network_itself(TensorDictSequential(looking, linear()), observations())
+    with pytest.raises(RuntimeError, match=r"writes \['action'\], but its module returned 0 tensors"):
+        written_by(TensorDictModule(lambda x: None, ["observation"], ["action"]), observations())
+
+
 # --- whoever looks on -------------------------------------------------------------------------------------------
 
 
