@@ -81,6 +81,8 @@ def can_lack(network: Any, key: NestedKey) -> bool:
     That is: they have a ``forward`` of their own, as recurrent ones that start from zeros; or None is their default.
     """
     if isinstance(network, TensorDictSequential):
+        if network.partial_tolerant:  # leaves out the modules whose inputs aren't there
+            return True
         for module in network.module:
             if key in map(unravel_key, module.in_keys) and not can_lack(module, key):
                 return False

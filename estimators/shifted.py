@@ -15,7 +15,7 @@ shapes depend on ``budget`` alone.
 from collections.abc import Callable
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NonTensorData, TensorDict, TensorDictBase, is_leaf_nontensor
 from torch import Tensor
 
 
@@ -40,6 +40,9 @@ def shifted_values(
     Returns:
         value, next value (the network's shape) and a bool ``[*B, T, *B']`` that says which steps fitted.
 
+    Raises:
+        RuntimeError: an input is no tensor, and another at each step.
+
     """
     steps = truncated.shape[time_dim]
     if steps == 0:
@@ -61,8 +64,16 @@ def shifted_values(
     source = source.narrow(time_dim, 0, length)
 
     sequence = TensorDict({}, source.shape)
-    for key in data.keys(True, True):
-        sequence.set(key, _take(torch.cat([data.get(key), next_data.get(key)], time_dim), source, time_dim))
+    for key in data.keys(True, True, is_leaf=is_leaf_nontensor):
+        x = data.get(key)
+        if isinstance(x, Tensor):
+            sequence.set(key, _take(torch.cat([x, next_data.get(key)], time_dim), source, time_dim))
+        elif isinstance(x, NonTensorData):  # one for all steps
+            sequence.set_non_tensor(key, x.data)
+        else:
+            raise RuntimeError(
+                f"shifted=True can't move {key!r} from step to step, which is no tensor: use shifted=False"
+            )
     values = network(sequence)
     valid = slot + 1 < length
     value = _take(values, slot.clamp(max=length - 1), time_dim)

@@ -361,3 +361,12 @@ def test_compiled_with_several_heads_is_eager():
         return desynchronise_targets(DQNLoss(network, action_space="mult-one-hot", double_dqn=True))
 
     assert_compiles(make, transitions(action="one-hot"), backend="eager")
+
+
+def test_modules_of_a_tolerant_network_whose_inputs_are_absent_are_left_out():
+    value = action_values()
+    extra = TensorDictModule(nn.Identity(), ["extra"], ["action_value"])
+    tolerant = TensorDictSequential(value, extra, partial_tolerant=True)
+    data = transitions((6,), "one-hot")
+    losses = (DQNLoss(network, action_space="one-hot", delay_value=False) for network in (tolerant, value))
+    torch.testing.assert_close(*(loss(data.clone())["loss"] for loss in losses))

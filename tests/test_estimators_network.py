@@ -8,7 +8,7 @@ from fusedrl.estimators.shifted import shifted_values
 from fusedrl.estimators.steps import standardize
 from helpers_estimators import HYPERPARAMETERS, assert_close, critic, every_estimator, policy, rollout
 from helpers_estimators import estimator as build
-from tensordict import TensorDict
+from tensordict import NonTensorData, NonTensorStack, TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential, set_skip_existing
 from torch import nn
 
@@ -470,3 +470,23 @@ def test_a_network_that_keeps_statistics_is_called_in_turn_while_it_trains(name)
     assert_close(found["value_target"], wanted["value_target"])
     network.eval()
     estimator(name, value_network=network)(data.clone())  # one call, under vmap
+
+
+def with_tasks(tasks):
+    data = rollout((2, 5))
+    for entries in (data, data["next"]):
+        entries["task"] = tasks
+    return data
+
+
+def test_an_input_that_is_no_tensor_is_in_a_shifted_call_too():
+    scaled = TensorDictModule(
+        lambda obs, task: obs.sum(-1, keepdim=True) * (2 if task == "double" else 1), ["obs", "task"], ["state_value"]
+    )
+    data = with_tasks(NonTensorData("double", batch_size=[2, 5]))
+    doubled = TensorDictModule(lambda obs: obs.sum(-1, keepdim=True) * 2, ["obs"], ["state_value"])
+    found, wanted = (estimator("GAE", value_network=x, shifted=True)(data.clone()) for x in (scaled, doubled))
+    assert_close(found["value_target"], wanted["value_target"])
+    each = with_tasks(NonTensorStack(*[NonTensorStack(*"abcde") for _ in range(2)]))
+    with pytest.raises(RuntimeError, match="can't move 'task' from step to step"):
+        estimator("GAE", value_network=scaled, shifted=True)(each)
