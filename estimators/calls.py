@@ -8,6 +8,7 @@ to the modules inside where a network is nothing but them, and leave everything 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, is_non_tensor
 from tensordict.nn import (
     ProbabilisticTensorDictModule,
@@ -199,7 +200,7 @@ def _last_of(policy: Any) -> ProbabilisticTensorDictModule | None:
     ):
         return None
     modules = policy.module
-    last = [*modules][-1] if isinstance(modules, nn.ModuleList) else None
+    last = modules[-1] if isinstance(modules, nn.ModuleList) else None
     plain = isinstance(last, ProbabilisticTensorDictModule) and _has_methods_of(
         ProbabilisticTensorDictModule, last, "get_dist"
     )
@@ -208,12 +209,21 @@ def _last_of(policy: Any) -> ProbabilisticTensorDictModule | None:
 
 def _has_methods_of(kind: type, network: Any, *names: str) -> bool:
     """Whether the methods ``names`` of ``network`` are those of the class ``kind``: neither overridden nor patched."""
-    of_another = type(network) is not kind
-    own = network.__dict__
+    own, cls = network.__dict__, type(network)
     for name in names:
-        if name in own or (of_another and getattr(type(network), name, None) is not getattr(kind, name)):
+        if name in own:
             return False
-    return True
+    if cls is kind:
+        return True
+    inherits = None if torch.compiler.is_compiling() else _known_to_inherit.get((cls, names))
+    if inherits is None:
+        inherits = all(getattr(cls, name, None) is getattr(kind, name) for name in names)
+        if not torch.compiler.is_compiling():  # which would guard all that is known
+            _known_to_inherit[cls, names] = inherits
+    return inherits
+
+
+_known_to_inherit: dict[tuple[type, tuple[str, ...]], bool] = {}
 
 
 def is_watched(network: nn.Module) -> bool:
@@ -254,6 +264,8 @@ def _asked(network: Any, entries: "TensorDictBase | _Entries") -> dict[NestedKey
         raise
     keys = network.out_keys
     if isinstance(found, Tensor):
+        if len(keys) == 1 and keys[0] != "_":
+            return {keys[0]: found}
         found = (found,)
     elif found is None:
         found = ()

@@ -140,7 +140,8 @@ def _keep(ctx: Any, name: str, log_prob: Tensor, action: Tensor, projected: Tens
 
 
 def _constants(tensors: tuple[Any, ...]) -> list[Any]:
-    return [x.detach() if isinstance(x, Tensor) and wants_gradient(x) else x for x in tensors]
+    hidden = in_transform()  # whether a gradient is wanted of a tensor
+    return [x.detach() if isinstance(x, Tensor) and (hidden or x.requires_grad) else x for x in tensors]
 
 
 def _forward(name: str, keep: bool, *fields: Any) -> list[Tensor]:

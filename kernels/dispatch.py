@@ -121,7 +121,8 @@ def wants_gradient(x: Tensor) -> bool:
 
 def constant(x: Any) -> Any:
     """``x``, if it is a tensor without gradient of either mode."""
-    if isinstance(x, Tensor) and (forward_ad._current_level >= 0 or wants_gradient(x)):
+    # In a transform of torch.func a tensor may hide that a gradient is wanted of it, see `wants_gradient`.
+    if isinstance(x, Tensor) and (x.requires_grad or forward_ad._current_level >= 0 or in_transform()):
         return x.detach()
     return x
 

@@ -14,7 +14,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 
-from ..estimators.calls import is_plain, is_watched
+from ..estimators.calls import is_plain
 
 MEMBERS_IN_TURN = 4
 """Up to so many members are asked one after the other outside of compiled code."""
@@ -69,13 +69,22 @@ class Perceptron(NamedTuple):
             return False
         if torch.compiler.is_compiling():  # which guards what it finds in a network, and would guard this, too
             return not any(m._forward_hooks or m._forward_pre_hooks for m in (self.module, *self.children))
+        for layer in (self.module, *self.children):  # without a function for each, which would take longer
+            own = layer.__dict__
+            if (
+                own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+                or "forward" in own
+            ):
+                return False
         network = self.network
         return (
             is_plain(network)
             and network.module is self.module
             and network.in_keys == self.in_keys
             and network.out_keys[0] == self.out_key
-            and not any(is_watched(m) or "forward" in m.__dict__ for m in (self.module, *self.children))
         )
 
     def __call__(self, data: TensorDictBase, tensors: Sequence[Tensor]) -> Tensor | None:

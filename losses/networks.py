@@ -7,6 +7,7 @@ into it for the time of the call.
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from operator import is_
 from typing import Any, TypeAlias
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ..estimators.modules import VMAP_RANDOMNESS, is_random
 from .ensemble import Perceptron
 from .parameters import (
+    Children,
     Path,
     Slots,
     children_of,
@@ -47,6 +49,8 @@ Entry = tuple[str, NestedKey]
 Parameters: TypeAlias = TensorDictBase | Sequence[Any]
 """Parameters of a network: by their names, or in the order of `parts_of`."""
 
+_ABSENT = object()
+
 
 class FunctionalModule(TensorDictModuleBase):
     """A module that holds the parameters of its networks apart from the networks (`convert_to_functional`)."""
@@ -62,7 +66,7 @@ class FunctionalModule(TensorDictModuleBase):
         self._has_update_associated: dict[str, bool] = {}
         self._slots: dict[str, Slots] = {}
         self._has_buffers: dict[str, bool] = {}
-        self._children: dict[str, list[tuple[dict[str, Any], str, nn.Module]]] = {}
+        self._children: dict[str, Children] = {}
         self._whole: dict[str, dict[Path, TensorDictParams]] = {}
         self._own_params: dict[str, TensorDictBase | None] = {}
         self._perceptrons: dict[str, Perceptron | None] = {}
@@ -185,14 +189,13 @@ class FunctionalModule(TensorDictModuleBase):
                 return swapped_in(params, self._functional_networks[name], self._whole[name])
             return in_slots(self._slots[name], params)
         parts = self._parts_of(name, params) if isinstance(params, TensorDictBase) else params
-        if any(modules.get(key) is not module for modules, key, module in self._children[name]):
+        where, keys, modules = self._children[name]
+        if not all(map(is_, map(dict.get, where, keys), modules)):
             self._find_slots(name)  # a layer was exchanged
-        slots = self._slots[name]
-        if params is self._own_params[name] and all(
-            slot.get(key) is x for (slot, key), x in zip(slots, parts, strict=True)
-        ):
+        there = [slot.get(key, _ABSENT) for slot, key in self._slots[name]]
+        if params is self._own_params[name] and all(map(is_, there, parts)):
             return nullcontext()
-        if not all(key in slot for slot, key in slots):  # others were put into the network, some as buffers
+        if any(x is _ABSENT for x in there):  # others were put into the network, some as buffers
             self._find_slots(name)
         return in_slots(self._slots[name], parts)
 

@@ -18,6 +18,7 @@ Path = tuple[str, ...]
 """Where in the parameters of a network something is."""
 
 Slots = list[tuple[dict[str, Any], str]]
+Children = tuple[list[dict[str, Any]], list[str], list[nn.Module | None]]
 """Where a network keeps its parameters and buffers: a module's dict, and the name in it."""
 
 
@@ -192,10 +193,10 @@ def in_slots(slots: Slots, parts: Sequence[Any]) -> Iterator[None]:
             slot[name] = own
 
 
-def children_of(network: nn.Module) -> list[tuple[dict[str, Any], str, nn.Module]]:
+def children_of(network: nn.Module) -> Children:
     """The places of all modules below ``network``, and the modules that are there."""
-    parents = network.modules()
-    return [(p._modules, name, m) for p in parents for name, m in p._modules.items() if m is not None]
+    found = [(p._modules, name, m) for p in network.modules() for name, m in p._modules.items()]
+    return [x[0] for x in found], [x[1] for x in found], [x[2] for x in found]
 
 
 @contextmanager

@@ -68,6 +68,11 @@ class QLearningLoss(ActionValueLoss):
         The loss chooses by itself; that module would take the exponential of every atom of every action, and more.
         """
         makers = _without_choice(getattr(self, name), key)
+        return self._asked(makers, name, data, key, params)
+
+    def _asked(
+        self, makers: list[nn.Module] | None, name: str, data: TensorDictBase, key: NestedKey, params: Parameters
+    ) -> Tensor:
         if makers is None:
             return super()._call(name, data, key, params)
         with self._with_parameters(name, params):
@@ -86,7 +91,8 @@ class QLearningLoss(ActionValueLoss):
         self._require(tensordict, "action")
         data, next_data = self._transitions(tensordict, ["value_network"], ["value_network"])
         key, params = self.tensor_keys.action_value, self.value_network_params
-        action_value = self._call("value_network", data, key, params)
+        makers = _without_choice(self.value_network, key)
+        action_value = self._asked(makers, "value_network", data, key, params)
         reward, reward_key = self._get(tensordict, "reward"), self._keys("reward")[0]
         if (*action_value.shape[: -len(dimensions)], 1) != reward.shape:
             raise RuntimeError(
@@ -94,10 +100,11 @@ class QLearningLoss(ActionValueLoss):
                 f"shape {tuple(reward.shape)}: [*batch, {', '.join(dimensions)}] and [*batch, 1] are wanted"
             )
         with torch.no_grad():
-            target = self._call("value_network", next_data, key, self._parameters_of("value_network", target=True))
+            target_params = self._parameters_of("value_network", target=True)
+            target = self._asked(makers, "value_network", next_data, key, target_params)
             if not (self.double_dqn and self.delay_value):
                 return action_value, target, None
-            return action_value, target, self._call("value_network", next_data, key, params)
+            return action_value, target, self._asked(makers, "value_network", next_data, key, params)
 
 
 def _without_choice(network: nn.Module, key: NestedKey) -> list[nn.Module] | None:
