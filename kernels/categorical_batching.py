@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .scan_batching import Dim, mapped_first
+from .scan_batching import Dim, mapped_first, mapped_scalar
 
 
 def loss(info: Any, in_dims: Sequence[Dim], *arguments: Any) -> tuple[list[Tensor], list[Dim]]:
@@ -40,6 +40,5 @@ def _bellman(size: int, fields: Sequence[Any], dims: Sequence[Dim]) -> list[Any]
         raise RuntimeError("torch.vmap can't map over the support: all distributions of a call share it")
     reward, terminated = (mapped_first(size, x, dim) for x, dim in zip((reward, terminated), dims[1:3], strict=True))
     if dims[4] is not None:  # else it broadcasts as it is
-        gamma = mapped_first(size, gamma, dims[4])
-        gamma = gamma.reshape(size, *(1,) * (reward.ndim - gamma.ndim), *gamma.shape[1:])
+        gamma = mapped_scalar(size, gamma, dims[4], reward.ndim)
     return [support, reward, terminated, number, gamma]

@@ -65,8 +65,7 @@ def loss(transition: Transition, bellman: Bellman, backend: str | None) -> Tenso
 def _composed(name: str, log_prob: Tensor, action: Tensor, *others: Any) -> Tensor:
     """The loss, of what autograd knows: in compiled code no tensor says what a transform wants of it."""
     projected = _forward(name, True, log_prob.detach(), action, *others)[1]
-    index = action.long()[..., None, None].expand(*projected.shape, 1)
-    taken = log_prob.gather(-1, index).squeeze(-1)
+    taken = log_prob.gather(-1, _index_of_taken(action, projected)).squeeze(-1)
     return -torch.where(projected == 0, 0, projected * taken).sum(-1).to(loss_dtype(log_prob, others[3]))
 
 
@@ -110,9 +109,8 @@ class _Loss(torch.autograd.Function):
             found = None
         elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # To be differentiated again: the same gradient, composed of what autograd knows.
-            index = action.long()[..., None, None].expand(*projected.shape, 1)
             values = (-projected * grad[..., None]).to(log_prob.dtype)
-            found = torch.zeros_like(log_prob).scatter(-1, index, values[..., None])
+            found = torch.zeros_like(log_prob).scatter(-1, _index_of_taken(action, projected), values[..., None])
         else:
             inputs = ctx.name, log_prob, action, projected, grad
             found = called(_loss_backward_operator, _categorical_loss_backward, *inputs)
@@ -137,6 +135,11 @@ def _keep(ctx: Any, name: str, log_prob: Tensor, action: Tensor, projected: Tens
     ctx.mark_non_differentiable(projected)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(log_prob, action, projected)
+
+
+def _index_of_taken(action: Tensor, projected: Tensor) -> Tensor:
+    """Where the log-probabilities of the taken action are among those of all, shape ``[*B, atoms, 1]``."""
+    return action.long()[..., None, None].expand(*projected.shape, 1)
 
 
 def _constants(tensors: tuple[Any, ...]) -> list[Any]:

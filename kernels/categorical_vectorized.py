@@ -5,14 +5,13 @@ memory, and nothing of size [B, atoms, atoms] exists.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .categorical_problem import Bellman, Transition, loss_dtype, new_gradient
-from .dtypes import cast, compute_dtype
+from .dtypes import cast, compute_dtype, full_precision
 
 # Elements of a tile's largest temporary: half a megabyte in float32.
 _TILE = 1 << 17
@@ -90,17 +89,10 @@ def _greedy_action(log_prob: Tensor, support: Tensor) -> Tensor:
     best = []
     for tile in _tiles(samples, atoms * actions):
         prob = cast(_part(log_prob, tile), support.dtype).exp()
-        with _full_precision(prob):
+        with full_precision(prob):
             q = torch.bmm(support.expand(len(prob), 1, atoms), prob)
         best.append(q.argmax(-1, keepdim=True))
     return _joined(best)
-
-
-def _full_precision(like: Tensor) -> AbstractContextManager[Any]:
-    """A block without autocast, which would round the factors of a matrix product to half precision."""
-    device = like.device.type
-    rounds = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if rounds else nullcontext()
 
 
 def _add_projection(m: Tensor, prob: Tensor, positions: _Positions) -> None:

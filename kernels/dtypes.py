@@ -1,5 +1,8 @@
 """The dtype that backends compute in, and the one that their results have."""
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,3 +36,10 @@ def as_scalar(x: float | Tensor, dtype: torch.dtype, device: torch.device) -> fl
     if not isinstance(x, Tensor) or (x.dtype == dtype and x.device == device):
         return x
     return x.to(device, dtype, non_blocking=True)
+
+
+def full_precision(like: Tensor) -> AbstractContextManager[Any]:
+    """A block without autocast, which would round the factors of a matrix product to half precision."""
+    device = like.device.type
+    rounds = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if rounds else nullcontext()

@@ -40,8 +40,7 @@ def _mapped(size: int, fields: Sequence[Any], dims: Sequence[Dim], differentiate
     for i, need in ((3, differentiated[1]), (1, differentiated[0])):
         x = scalars[i]
         if isinstance(x, Tensor) and (need or dims[i] is not None):
-            x = mapped_first(size, x, dims[i])
-            x = x.reshape(size, *(1,) * (rank - x.ndim), *x.shape[1:])  # what broadcasts is aligned at the end
+            x = mapped_scalar(size, x, dims[i], rank)
         found = [scalars[i - 1], x, *found]
     return found
 
@@ -49,6 +48,12 @@ def _mapped(size: int, fields: Sequence[Any], dims: Sequence[Dim], differentiate
 def mapped_first(size: int, x: Any, dim: Dim) -> Any:
     """``x`` with its mapped dimension first, expanded if it has none."""
     return x if not isinstance(x, Tensor) else x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def mapped_scalar(size: int, x: Tensor, dim: Dim, rank: int) -> Tensor:
+    """`mapped_first`, of a γ or λ that broadcasts to ``rank`` dimensions: what broadcasts is aligned at the end."""
+    x = mapped_first(size, x, dim)
+    return x.reshape(size, *(1,) * (rank - x.ndim), *x.shape[1:])
 
 
 def _shape(x: Tensor, dim: Dim) -> list[int]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import scan_reference
+from .dispatch import in_transform
 from .function import aliases
 from .scan_problem import FIXED_DISCOUNT, GAE, SCAN, Recurrence
 
@@ -36,7 +37,7 @@ def differentiable_backward(
         outputs = scan_reference.solve(given, time_dim) if fixed else _composed(solve, time_dim, given)
         return [x for x, g in zip(outputs, grads, strict=True) if g is not None]
 
-    if torch._C._are_functorch_transforms_active():
+    if in_transform():
         return list(torch.func.vjp(used, *inputs)[1](arrived))
     inputs = aliases(inputs)
     found = torch.autograd.grad(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .dispatch import in_transform
 from .dtypes import cast, compute_dtype, result_dtype
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
@@ -66,7 +67,7 @@ def keep_within(y: Tensor, limit: float) -> Tensor:
 
 def is_transformed() -> bool:
     """Whether `Tensor.data`, the quickest way past autograd, is refused or leaves out a derivative."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return in_transform() or forward_ad._current_level >= 0
 
 
 def _no_step(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from tensordict.nn import (
     ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
     TensorDictModule,
+    set_skip_existing,
 )
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -258,3 +259,12 @@ def assert_padding_is_ignored(loss, data, *, random=False):
     for name in (name for name in wanted.keys() if name.startswith("loss")):  # noqa: SIM118  # a TensorDict is no dict
         torch.testing.assert_close(out[name], wanted[name], **CLOSE)
     torch.testing.assert_close(gradients(loss, out), gradients(loss, wanted), **CLOSE)
+
+
+def assert_existing_entries_are_not_kept(loss, data):
+    """Where modules skip what is there already, losses and gradients are those of where they don't."""
+    wanted, _ = run(loss, data)
+    with set_skip_existing(True):
+        found, _ = run(loss, data)
+    torch.testing.assert_close(found.to_dict(), wanted.to_dict(), **CLOSE)
+    torch.testing.assert_close(gradients(loss, found), gradients(loss, wanted), **CLOSE)

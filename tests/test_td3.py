@@ -12,6 +12,7 @@ from helpers_q import (
     CLOSE,
     DOUBLE,
     assert_compiles,
+    assert_existing_entries_are_not_kept,
     assert_no_host_sync,
     assert_padding_is_ignored,
     assert_rejected,
@@ -23,7 +24,7 @@ from helpers_q import (
     run,
     transitions,
 )
-from tensordict.nn import TensorDictModule, set_skip_existing
+from tensordict.nn import TensorDictModule
 
 
 @pytest.fixture(autouse=True)
@@ -48,11 +49,7 @@ def test_noise_is_clipped_before_the_action_is():
 
 
 def test_the_action_that_was_taken_does_not_stand_in_for_the_policys_where_existing_entries_are_kept():
-    loss, data = make(), transitions()
-    wanted, _ = run(loss, data)
-    with set_skip_existing(True):
-        found, _ = run(loss, data)
-    torch.testing.assert_close(found.to_dict(), wanted.to_dict(), **CLOSE)
+    assert_existing_entries_are_not_kept(make(), transitions())
 
 
 def test_the_losses_are_the_equations():

@@ -1,9 +1,9 @@
 """Model-based policy search with Gaussian beliefs about the state."""
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
+
+from ...kernels.dtypes import full_precision
 
 
 def saturating_cost(mean: Tensor, covariance: Tensor, target: Tensor | None, weights: Tensor | None) -> Tensor:
@@ -36,9 +36,7 @@ def saturating_cost(mean: Tensor, covariance: Tensor, target: Tensor | None, wei
     identity = torch.eye(m.shape[-1], dtype=dtype, device=m.device)
     w = identity if weights is None else weights.to(identity)
     distance = m if target is None else m - target.to(m)
-    # Autocast would round the factors of a matrix product.
-    has_autocast = torch.amp.is_autocast_available(m.device.type)
-    with torch.autocast(m.device.type, enabled=False) if has_autocast else nullcontext():
+    with full_precision(m):
         spread = identity + s @ w
         # Neither checks that it can be solved, which on a GPU would wait for it.
         solved = torch.linalg.solve_ex(spread, distance.unsqueeze(-1)).result
