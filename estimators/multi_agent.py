@@ -5,6 +5,7 @@ from typing import Any
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from ..kernels.checks import broadcasts
 from .gae import GAE
 from .registry import ValueEstimators, register_value_estimator
 from .steps import Steps, standardize
@@ -65,9 +66,7 @@ class MultiAgentGAE(GAE):
 
     def _of_team(self, x: Any, reward: Tensor, value: Tensor) -> Any:
         """``x`` for each agent, if it is the team's: γ and λ are if they broadcast to the team's ``reward``."""
-        if not isinstance(x, Tensor) or x.ndim == 0 or x.ndim > reward.ndim:
-            return x
-        if any(n not in (1, m) for n, m in zip(x.shape, reward.shape[-x.ndim :], strict=True)):
+        if not isinstance(x, Tensor) or x.ndim == 0 or not broadcasts(x.shape, reward.shape):
             return x
         return self._with_agents(x.expand_as(reward), value)
 

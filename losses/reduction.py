@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..kernels.checks import REDUCTIONS
+from ..kernels.checks import REDUCTIONS, broadcasts
 
 SCALAR_OUTPUT_MODES = (None, "exclude", "non_tensor")
 
@@ -39,7 +39,7 @@ def align(x: Tensor, loss: Tensor, name: str) -> Tensor:
     if x.ndim > loss.ndim and shape[-1] == 1:
         x = x.squeeze(-1)
     x = x.reshape(x.shape + (1,) * (loss.ndim - x.ndim))
-    if x.ndim != loss.ndim or any(n != 1 and n != m for n, m in zip(x.shape, loss.shape, strict=True)):
+    if not broadcasts(x.shape, loss.shape):
         raise RuntimeError(
             f"{name} has shape {tuple(shape)}, which does not fit a loss of shape {tuple(loss.shape)}: it must have "
             "one value per sample"
