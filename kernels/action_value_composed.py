@@ -16,8 +16,8 @@ class Composed(NamedTuple):
     module: Any
 
     def target(self, problem: Bootstrap) -> list[Tensor]:
-        """Value target and next value."""
-        return [x.contiguous() for x in self.module.bootstrap(problem)]
+        """Value target and next value, which may be an input: an operator gives a copy."""
+        return [x.clone(memory_format=torch.contiguous_format) for x in self.module.bootstrap(problem)]
 
     def ensemble(self, problem: Regression, keep: bool) -> list[Tensor]:
         """Loss and priority. Nothing is kept for the gradient."""

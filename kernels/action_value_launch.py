@@ -61,7 +61,7 @@ def _plan_target(result: torch.dtype, *arguments: Any) -> Plan:
             members,
         ],
         DTYPE=TRITON_DTYPE[dtype],
-        INDEX=_index(samples, *passed),
+        INDEX=_index(samples, *passed, strided(gamma) if isinstance(gamma, Tensor) and gamma.ndim else None),
         BLOCK=block(dtype),
         num_warps=_WARPS,
     )

@@ -18,6 +18,7 @@ from .checks import MEAN, NONE, REDUCTIONS
 
 L1, L2, SMOOTH_L1 = "l1", "l2", "smooth_l1"
 
+# Another one also needs a branch in `fusedrl.kernels.primitives.distance_and_slope`, and its kinks in `*_verify`.
 DISTANCES: dict[str, Callable[..., Tensor]] = {L1: F.l1_loss, L2: F.mse_loss, SMOOTH_L1: F.smooth_l1_loss}
 
 # What `torch.nn.functional` calls once it has compared shapes. They know a reduction by its index.
@@ -33,5 +34,7 @@ def distance(x: Tensor, y: Tensor, loss_function: str, reduction: str) -> Tensor
         return _mse_loss(x, y, _INDEX[reduction])
     if loss_function == SMOOTH_L1:
         return _smooth_l1_loss(x, y, _INDEX[reduction], _BETA)
+    if loss_function != L1:
+        return DISTANCES[loss_function](x, y, reduction=reduction)
     size = torch.sub(x, y).abs()
     return size if reduction == NONE else size.mean() if reduction == MEAN else size.sum()

@@ -1,4 +1,4 @@
-"""The dtype that backends compute in, and the one that their results have."""
+"""The dtype that backends compute in, and the dtype and the layout that their results have."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -29,6 +29,14 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` in ``dtype``: a call of `to` costs as much as an addition even if there is nothing to do."""
     return x if x.dtype == dtype else x.to(dtype)
+
+
+def laid_out_like(y: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``y`` in ``dtype``, with the strides of ``torch.empty_like(x)``, which is what the compiler is told."""
+    if x.is_contiguous() and y.is_contiguous():
+        return cast(y, dtype)
+    like = torch.empty_like(x, dtype=dtype)
+    return cast(y, dtype) if y.stride() == like.stride() else like.copy_(y)
 
 
 def as_scalar(x: float | Tensor, dtype: torch.dtype, device: torch.device) -> float | Tensor:

@@ -14,7 +14,6 @@ from torch.autograd import forward_ad
 from .backend import resolve_backend
 from .checks import check_agrees
 from .dispatch import in_transform
-from .dtypes import cast
 from .function import apply
 
 Run = Callable[..., list[Tensor]]
@@ -122,13 +121,6 @@ def check_samples(name: str, x: Tensor, others: dict[str, Tensor | None], mask: 
 
 
 # --- dtype and layout ---------------------------------------------------------------------------------------------
-
-
-def laid_out_like(y: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``y`` in ``dtype``, with the strides of ``torch.empty_like(x)``, which is what the compiler is told."""
-    if x.is_contiguous() and y.is_contiguous():
-        return cast(y, dtype)
-    return torch.empty_like(x, dtype=dtype).copy_(y)
 
 
 def new_outputs(

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dtypes import laid_out_like
 from .function import autograd_inside
-from .samples import laid_out_like
 
 
 def mean(x: Tensor, mask: Tensor) -> Tensor:

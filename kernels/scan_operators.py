@@ -25,6 +25,7 @@ from .dispatch import (
     tensors_among,
     wants_gradient,
 )
+from .dtypes import laid_out_like
 from .function import gradients_of_inputs, needs_of, plain_apply, signed
 from .recognition import Recognition
 from .scan_problem import Recurrence, checked, fit, with_one_mask
@@ -214,7 +215,10 @@ def _solved(problem: Recurrence, backend: str, time_dim: int) -> list[Tensor]:
 
 def _recurrence_backward(kind: str, backend: str, time_dim: int, *arguments: Any) -> list[Tensor]:
     *fields, y, grads, needs = arguments
-    return _solved_backward(_gathered(kind, fields), backend, time_dim, y, grads, needs)
+    problem = _gathered(kind, fields)
+    found = _solved_backward(problem, backend, time_dim, y, grads, needs)
+    wanted = [x for x, need in zip(problem[1:6], needs, strict=True) if need]
+    return [laid_out_like(g, x, x.dtype) for g, x in zip(found, wanted, strict=True)]
 
 
 def _solved_backward(

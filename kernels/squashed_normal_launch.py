@@ -105,8 +105,9 @@ def _launcher(kernel: Any) -> Launcher:
         # log π(a) is contiguous, and passed without a stride.
         names = kernel.arg_names[: len(tensors)]
         passed = [x if name == "log_prob" else strided(x) for name, x in zip(names, tensors, strict=True)]
-        matrices = [x for x in passed if isinstance(x, tuple) and len(x) == 3]
-        reach = max((rows + tile_rows) * x[1] + (columns + tile_columns) * x[2] for x in matrices)
+        ends = rows + tile_rows, columns + tile_columns
+        strides = [x[1:] for x in passed if isinstance(x, tuple)]  # of a gradient there is one
+        reach = max(sum(end * stride for end, stride in zip(ends, x, strict=False)) for x in strides)
         launch = Launch(
             kernel,
             triton.cdiv(rows, tile_rows),

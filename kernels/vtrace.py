@@ -59,7 +59,7 @@ def vtrace(
         TypeError: an argument is no real tensor.
         RuntimeError: shapes or devices differ, or the backend doesn't run here.
         IndexError: ``time_dim`` is out of range.
-        ValueError: a threshold is negative; the backend doesn't exist.
+        ValueError: a threshold is a negative number; the backend doesn't exist.
 
     Examples:
         >>> import torch

@@ -110,3 +110,17 @@ def test_nothing_waits_on_the_host(backend) -> None:
         inputs = [torch.tensor(0.9, requires_grad=True), *(torch.randn(3, 7).requires_grad_() for _ in range(3))]
         found = torch.autograd.grad(estimate(*inputs, backend=backend), inputs)
     assert [g.shape for g in found] == [x.shape for x in inputs]
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("transposed", range(4))
+def test_gradients_are_laid_out_as_the_compiler_was_told_whatever_the_others_are(backend, transposed, device):
+    shape = torch.Size([4, 6])
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.rand(shape, generator=generator).to(device) for _ in range(4)]
+    inputs[transposed] = inputs[transposed].t().contiguous().t()
+    inputs = [x.requires_grad_() for x in inputs]
+    expected = torch.autograd.grad(estimate(*inputs, backend=backend), inputs)
+    compiled = torch.compile(lambda *x: estimate(*x, backend=backend), fullgraph=True)
+    for gradient, found in zip(expected, torch.autograd.grad(compiled(*inputs), inputs), strict=True):
+        assert torch.allclose(gradient, found, rtol=1e-5, atol=1e-6)
