@@ -17,7 +17,7 @@ from ..kernels import EnsembleLoss, Target, ensemble_loss, value_target
 from .base import LossModule
 from .ensemble import MEMBERS_IN_TURN
 from .networks import Parameters
-from .parameters import parts_of
+from .parameters import not_recomputed, parts_of
 from .reduction import without_padding
 from .utils import ValueEstimators
 
@@ -89,10 +89,16 @@ class ActionValueLoss(LossModule):
 
         Raises:
             KeyError: an entry is missing, or all of done and terminated.
+            RuntimeError: the priority can't be written, since ``tensordict`` is locked.
 
         """
         current_keys, next_keys = self._read_by(current), self._read_by(following)
         self._get(tensordict, "reward")
+        if tensordict.is_locked and tensordict.get(self.tensor_keys.priority, None) is None:
+            raise RuntimeError(
+                f"{type(self).__name__} writes the entry {self.tensor_keys.priority!r}, which the locked TensorDict "
+                "doesn't have: unlock it, or set the entry before it is locked"
+            )
         terminated = self._terminated(tensordict)
         data = self._inputs(tensordict, current_keys, current)
         next_data = self._inputs(tensordict, next_keys, following, "next")
@@ -197,12 +203,14 @@ class ActionValueLoss(LossModule):
             each: Any = zip(*(x.unbind(0) for x in parts), strict=True)
             if isinstance(params, TensorDictBase):
                 each = params.unbind(0)
-            return torch.stack([self._call(name, data, key, one) for one in each])
+            with not_recomputed(name):
+                return torch.stack([self._call(name, data, key, one) for one in each])
 
         def member(*one: Any) -> Tensor:
             return self._call(name, data, key, one[0] if compiling else one)
 
-        return torch.vmap(member, randomness=self.vmap_randomness)(*([params] if compiling else parts))
+        with not_recomputed(name):
+            return torch.vmap(member, randomness=self.vmap_randomness)(*([params] if compiling else parts))
 
     def _ensemble_values(
         self,

@@ -320,14 +320,20 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
             if buffer is None:
                 self.register_coeff_buffer(name, value)
             else:
+                if isinstance(value, Tensor) and value.numel() != 1:
+                    raise ValueError(f"{name} must be a number, but has shape {tuple(value.shape)}")
                 with torch.no_grad():
                     # A number is written on the device: to copy it there would wait for all that the device has to do.
-                    buffer.copy_(value) if isinstance(value, Tensor) else buffer.fill_(value)
+                    buffer.copy_(value.reshape(())) if isinstance(value, Tensor) else buffer.fill_(value)
             return
         if name in ("value_estimator", "_value_estimator"):
             name = "_value_estimator"
             self._value_estimator_used = value is not None
         super().__setattr__(name, value)
+        unused = name == "gamma" and not self.__dict__.get("_value_estimator_used", True)
+        if unused and self._value_estimator is not None:
+            self._default_value_estimator()  # which takes its discount from the loss
+            self._value_estimator_used = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LossModule":
         """As of `torch.nn.Module`, but a coefficient keeps its dtype: 0.01 isn't a number of bfloat16."""

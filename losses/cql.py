@@ -40,8 +40,8 @@ class CQLLoss(SoftActorCriticLoss):
     ``loss_alpha_prime`` makes α' grow where the terms are above ξ.
 
     The losses are ``loss_actor``, ``loss_actor_bc``, ``loss_qvalue``, ``loss_cql``, ``loss_alpha``, and
-    ``loss_alpha_prime``. Also in the output: ``alpha``, and ``entropy``, the mean of −log π(a|s_t). The priority of a
-    sample, written to the input under ``td_error``, is the largest squared error of a Q network.
+    with a multiplier ``loss_alpha_prime``. Also in the output: ``alpha``, and ``entropy``, the mean of −log π(a|s_t).
+    The priority of a sample, written to the input under ``td_error``, is the largest squared error of a Q network.
 
     Args:
         actor_network: the policy π, a ``ProbabilisticTensorDictSequential`` whose action can be differentiated.
@@ -82,7 +82,11 @@ class CQLLoss(SoftActorCriticLoss):
 
     @dataclass
     class _AcceptedKeys:
-        """The entries read and written. ``reward``, ``done`` and ``terminated`` are read under "next"."""
+        """The entries read and written. ``reward``, ``done`` and ``terminated`` are read under "next".
+
+        ``value``, ``log_prob``, ``pred_q1``, ``pred_q2``, ``cql_q1_loss`` and ``cql_q2_loss`` are there for TorchRL's
+        sake: nothing reads or writes them.
+        """
 
         action: NestedKey = "action"
         value: NestedKey = "state_value"

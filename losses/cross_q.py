@@ -67,7 +67,10 @@ class CrossQLoss(SoftActorCriticLoss):
 
     @dataclass
     class _AcceptedKeys:
-        """The entries read and written. ``reward``, ``done`` and ``terminated`` are read under "next"."""
+        """The entries read and written. ``reward``, ``done`` and ``terminated`` are read under "next".
+
+        ``log_prob`` is there for TorchRL's sake: nothing reads or writes it.
+        """
 
         action: NestedKey | list[NestedKey] = "action"
         state_action_value: NestedKey = "state_action_value"

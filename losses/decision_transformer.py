@@ -26,7 +26,8 @@ class DTLoss(SupervisedLoss):
     in ``loss``. Padded steps (`LossModule.loss_mask_key`) don't count.
 
     Args:
-        actor_network: the policy; writes the action at ``action_pred``, for each step of the sequences it reads.
+        actor_network: the policy; writes the action at ``action`` (the key ``action_pred``), for each step of the
+            sequences it reads.
         loss_function: d: ``"l2"``, ``"l1"`` or ``"smooth_l1"`` (`distance_loss`).
         reduction: ``"mean"`` (None), ``"sum"``, or ``"none"``: of the action's shape, without
             a last dimension of 1.

@@ -131,6 +131,12 @@ class DreamerModelLoss(ModelLoss):
 
     def _modelled(self, tensordict: TensorDictBase) -> TensorDictBase:
         data = super()._modelled(tensordict)
+        reward = self._get(data, "true_reward")
+        if reward.ndim > data.ndim + 1:
+            raise RuntimeError(
+                f"{self.tensor_keys.true_reward!r} has shape {tuple(reward.shape)}, but the batch size is "
+                f"{tuple(data.batch_size)}: it must be that of a step, time included"
+            )
         for name, of in self._alike.items():
             self._require_alike(data, name, of)
         return data

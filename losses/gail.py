@@ -26,8 +26,8 @@ class GAILLoss(SupervisedLoss):
     samples and the policy's. Padded steps (`LossModule.loss_mask_key`) don't count.
 
     Args:
-        discriminator_network: writes D, shape ``[*B, 1]``, at ``discriminator_pred``. It reads both the expert's
-            and the policy's observation and action by the names that the expert's have.
+        discriminator_network: writes D, shape ``[*B, 1]``, at ``d_logits`` (the key ``discriminator_pred``). It reads
+            both the expert's and the policy's observation and action by the names that the expert's have.
         use_grad_penalty: have the penalty. Observation and action must be floating-point.
         gp_lambda: λ.
         reduction: ``"mean"`` (None), ``"sum"``, or ``"none"``: of shape ``[*B]``.

@@ -69,10 +69,10 @@ class KLPENPPOLoss(PPOLoss):
         samples_mc_kl: int = 1,
         **kwargs: Any,
     ) -> None:
-        if increment < 1:
+        if not increment >= 1:
             raise ValueError(f"increment is {increment}, but must be at least 1")
-        if decrement > 1:
-            raise ValueError(f"decrement is {decrement}, but must be at most 1")
+        if not 0 <= decrement <= 1:
+            raise ValueError(f"decrement is {decrement}, but must be in [0, 1]")
         super().__init__(actor_network, critic_network, **kwargs)
         draws = [m for m in actor_network.modules() if isinstance(m, ProbabilisticTensorDictModule)]
         if len(draws) > 1 and not self.delay_actor:

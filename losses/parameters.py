@@ -12,6 +12,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn import Buffer
 
 Path = tuple[str, ...]
@@ -191,6 +192,24 @@ def in_slots(slots: Slots, parts: Sequence[Any]) -> Iterator[None]:
                 with torch.no_grad():
                     x.copy_(assigned)
             slot[name] = own
+
+
+@contextmanager
+def not_recomputed(network: str) -> Iterator[None]:
+    """Within the block gradient checkpointing raises RuntimeError, but for one that is around all of the block.
+
+    It would compute ``network`` anew in the backward pass, with the parameters that are in it by then.
+    """
+    # Such a checkpoint hooks into how tensors are saved. Where somebody further out does, it can't be forbidden.
+    plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+    if plain or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        yield
+        return
+    with disable_saved_tensors_hooks(
+        f"{network} is an ensemble, whose members share one module: gradient checkpointing (or any other hook on saved "
+        "tensors) inside of it would compute it anew with the parameters of another member. Put it around the loss"
+    ):
+        yield
 
 
 def children_of(network: nn.Module) -> Children:

@@ -303,7 +303,7 @@ class ClipPPOLoss(PPOLoss):
             raise ValueError(f"clip_epsilon is {clip_epsilon}, but must be a number or a pair, its first below 1")
         else:
             bounds["clip_epsilon_low"], bounds["clip_epsilon_high"] = clip_epsilon
-        if any(bound < 0 for bound in bounds.values()):
+        if not all(bound >= 0 for bound in bounds.values()):
             raise ValueError(f"clip_epsilon is {clip_epsilon}, but must not be negative")
         clip_value = None if clip_value is False else clip_value
         super().__init__(actor_network, critic_network, clip_value=clip_value, **kwargs)

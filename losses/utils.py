@@ -144,23 +144,35 @@ def next_state_value(
 
     Raises:
         ValueError: not exactly one of ``operator`` and ``pred_next_val`` is given.
+        KeyError: the reward is missing, or both of done and terminated.
+        RuntimeError: an entry or a value hasn't one element per sample.
 
     """
     if (operator is None) == (pred_next_val is None):
         raise ValueError("next_state_value needs either operator or pred_next_val, and not both")
     with torch.no_grad():
-        following = tensordict.get("next")
+        names = [("next", "reward"), ("next", "terminated"), ("next", "done"), "steps_to_next_obs"]
+        reward, terminated, done, steps = (tensordict.get(name, None) for name in names)
+        if reward is None or (terminated is None and done is None):
+            absent = names[0] if reward is None else f"{names[1]} or {names[2]}"
+            raise KeyError(f"next_state_value: the entry {absent} is missing")
+        terminated, ends = (done, names[2]) if terminated is None else (terminated, names[1])
+        reward = reward.squeeze(-1)
+        ended = _one_per_sample(ends, terminated, reward) != 0
+        steps = None if steps is None else _one_per_sample(names[3], steps, reward)
         if pred_next_val is None:
-            pred_next_val = operator(following.copy(), **kwargs).get(next_val_key)
-        reward = following.get("reward").squeeze(-1)
-        terminated = following.get("terminated", None)
-        if terminated is None:
-            terminated = following.get("done")
-        steps = tensordict.get("steps_to_next_obs", None)
-        next_value = pred_next_val.reshape(reward.shape)
+            pred_next_val = operator(tensordict.get("next").copy(), **kwargs).get(next_val_key)
+        next_value = _one_per_sample("the next value", pred_next_val, reward)
         # To the power of integers γ would be rounded to float32.
-        discount = gamma if steps is None else (gamma ** steps.squeeze(-1).double()).to(next_value.dtype)
-        return reward + discount * next_value.masked_fill(terminated.reshape(reward.shape) != 0, 0.0)
+        discount = gamma if steps is None else (gamma ** steps.double()).to(next_value.dtype)
+        return reward + discount * next_value.masked_fill(ended, 0.0)
+
+
+def _one_per_sample(name: NestedKey, x: Tensor, reward: Tensor) -> Tensor:
+    """``x``, of shape ``[*B]`` or ``[*B, 1]``, in the shape ``[*B]`` of ``reward``."""
+    if x.shape not in (reward.shape, (*reward.shape, 1)):
+        raise RuntimeError(f"{name} has shape {tuple(x.shape)}, but there is one reward for {tuple(reward.shape)}")
+    return x.reshape(reward.shape)
 
 
 def group_optimizers(*optimizers: torch.optim.Optimizer | None) -> torch.optim.Optimizer:

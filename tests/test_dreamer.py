@@ -377,6 +377,13 @@ def test_a_missing_entry_is_named_and_nothing_is_changed(name):
         assert set(less.keys(True, True)) == set(before.keys(True, True))
 
 
+def test_time_that_is_not_in_the_batch_size_is_no_feature_to_be_summed():
+    loss, data = made("model")
+    data.batch_size = data.batch_size[:1]
+    with pytest.raises(RuntimeError, match=r"shape \(3, 4, 1\), but the batch size is \(3,\)"):
+        loss(data)
+
+
 @pytest.mark.parametrize(("name", "key"), [("model", ("next", "reward")), ("value", "lambda_target")])
 def test_what_would_broadcast_by_accident_is_refused(name, key):
     loss, data = made(name)

@@ -333,3 +333,10 @@ def test_nothing_waits_for_the_device(monkeypatch):
     data["collector", "mask"] = torch.rand(data.shape) < 0.8
     data["priority_weight"] = torch.rand(data.shape, **DOUBLE)
     assert_no_host_sync(make(), data, monkeypatch)
+
+
+def test_a_square_beyond_float16_is_finite_under_autocast():
+    with torch.autocast("cpu", dtype=torch.float16):
+        error = torch.full((4,), 300.0, dtype=torch.float16)
+        assert expectile_loss(error, 0.5).allclose(torch.tensor(45000.0))
+    assert expectile_loss(error / 300, 0.5).dtype == torch.float16

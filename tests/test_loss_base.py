@@ -706,3 +706,12 @@ def test_mean_of_a_large_float16_batch_does_not_overflow(network):
     loss = torch.full((300, 300), 2.0, dtype=torch.float16)
     mask = torch.ones(300, 300, dtype=torch.bool)
     assert LossModule()._reduce_loss(loss, mask=mask) == 2
+
+
+def test_a_coefficient_of_one_element_can_be_assigned_and_one_of_more_is_named():
+    loss = ValueLoss(TensorDictModule(nn.Linear(3, 1), ["observation"], ["state_value"]))
+    loss.coeff = torch.tensor([0.25])
+    assert loss.coeff.shape == ()
+    assert loss.coeff == 0.25
+    with pytest.raises(ValueError, match=r"coeff must be a number, but has shape \(2,\)"):
+        loss.coeff = torch.ones(2)

@@ -1,5 +1,7 @@
 """The small functions that losses share."""
 
+import re
+
 import pytest
 import torch
 from fusedrl import losses
@@ -204,3 +206,22 @@ def test_values_that_are_not_one_per_sample_are_refused(shape):
 def test_everything_public_is_there():
     for name in losses.__all__:
         assert getattr(losses, name) is not None
+
+
+@pytest.mark.parametrize("wrong", [("next", "terminated"), "steps_to_next_obs", "the next value"], ids=str)
+def test_next_state_value_refuses_what_is_not_one_per_sample(data, wrong):
+    value = torch.ones(5, 1)
+    other = torch.ones(1, 5)
+    if wrong != "the next value":
+        data.batch_size = data["next"].batch_size = []
+        data.set(wrong, other)
+    with pytest.raises(RuntimeError, match=re.escape(f"{wrong} has shape (1, 5)")):
+        losses.next_state_value(data, pred_next_val=other if wrong == "the next value" else value)
+
+
+@pytest.mark.parametrize("absent", ["reward", "done"])
+def test_next_state_value_names_what_is_missing(data, absent):
+    for key in [absent] if absent == "reward" else ["done", "terminated"]:
+        data["next"].pop(key, None)
+    with pytest.raises(KeyError, match=absent):
+        losses.next_state_value(data, pred_next_val=torch.ones(5, 1))

@@ -517,6 +517,8 @@ def test_collected_data_that_requires_grad_is_refused(key):
         (ClipPPOLoss, {"clip_epsilon": (0.1, 0.2), "clip_value": True}, ValueError, "clip_value=True"),
         (KLPENPPOLoss, {"increment": 0.5}, ValueError, "increment is 0.5"),
         (KLPENPPOLoss, {"decrement": 2.0}, ValueError, "decrement is 2.0"),
+        (KLPENPPOLoss, {"decrement": -1.0}, ValueError, "decrement is -1.0"),
+        (ClipPPOLoss, {"clip_epsilon": float("nan")}, ValueError, "clip_epsilon is nan"),
     ],
 )
 def test_bad_argument_is_refused_at_construction(cls, options, error, message):

@@ -11,6 +11,7 @@ from helpers_q import (
     ACTION,
     CLOSE,
     DOUBLE,
+    StateAction,
     assert_compiles,
     assert_existing_entries_are_not_kept,
     assert_no_host_sync,
@@ -25,6 +26,8 @@ from helpers_q import (
     transitions,
 )
 from tensordict.nn import TensorDictModule
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -302,3 +305,69 @@ def test_nothing_waits_for_the_device(monkeypatch):
     data["collector", "mask"] = torch.rand(data.shape) < 0.8
     data["priority_weight"] = torch.rand(data.shape, **DOUBLE)
     assert_no_host_sync(make(), data, monkeypatch)
+
+
+# --- gradient checkpointing -------------------------------------------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.network = StateAction()
+
+    def forward(self, observation, action):
+        return checkpoint(self.network, observation, action, use_reentrant=False)
+
+
+def test_a_checkpoint_inside_of_an_ensemble_is_refused_as_its_parameters_would_be_another_members():
+    network = TensorDictModule(Checkpointed(), ["observation", "action"], ["state_action_value"])
+    loss, data = TD3Loss(deterministic_actor(), network, bounds=(-1.0, 1.0)), transitions()
+    with pytest.raises(RuntimeError, match=r"qvalue_network is an ensemble.*checkpointing"):
+        loss(data)
+    with torch.no_grad():
+        assert loss(data)["loss_qvalue"].isfinite()
+    checkpoint(lambda: torch.ones(2, requires_grad=True).exp(), use_reentrant=False)  # is forbidden no longer
+
+
+def test_a_checkpoint_around_the_loss_gives_the_same_gradients():
+    network = TensorDictModule(Named(), ["observation", "action"], ["state_action_value"])
+    loss, data = TD3Loss(deterministic_actor(), network, bounds=(-1.0, 1.0), policy_noise=0.0), transitions()
+
+    def terms():
+        out = loss(data.copy())
+        return out["loss_actor"], out["loss_qvalue"]
+
+    parameters = [p for p in loss.parameters() if p.requires_grad]
+    plain = torch.autograd.grad(sum(terms()), parameters)
+    kept = torch.autograd.grad(sum(checkpoint(terms, use_reentrant=False)), parameters)
+    torch.testing.assert_close(plain, kept, **CLOSE)
+
+
+class Named(StateAction):
+    """No perceptron, whose members are called one by one."""
+
+    def forward(self, observation, action):
+        return super().forward(observation, action) * 1.0
+
+
+# --- a TensorDict that can't be written -------------------------------------------------------------------------
+
+
+def test_a_locked_tensordict_without_the_priority_is_refused_before_anything_is_computed():
+    loss, data = make(), transitions().lock_()
+    state = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match=r"td_error.*locked"):
+        loss(data)
+    assert torch.equal(torch.get_rng_state(), state)
+    data.unlock_().set("td_error", torch.zeros(data.shape, **DOUBLE)).lock_()
+    loss(data)
+    assert (data["td_error"] > 0).all()
+
+
+def test_a_discount_that_is_assigned_is_that_of_the_default_estimator():
+    data = transitions()
+    assigned, made = make(policy_noise=0.0), make(policy_noise=0.0)
+    made.load_state_dict(assigned.state_dict())
+    assigned.gamma = 0.5
+    made.make_value_estimator(gamma=0.5)
+    assert torch.equal(assigned(data)["loss_qvalue"], made(data)["loss_qvalue"])

@@ -14,7 +14,7 @@ def expectile_loss(error: Tensor, expectile: float) -> Tensor:
         L_τ(u) = |τ - 1(u < 0)| u^2
 
     Args:
-        error: u, target − prediction, any shape.
+        error: u, target − prediction, any shape; under autocast its square is in float32 at least.
         expectile: τ: 0.5 gives (half of) the ordinary square, 1 in the limit the greatest target.
 
     Examples:
@@ -24,6 +24,8 @@ def expectile_loss(error: Tensor, expectile: float) -> Tensor:
     See Kostrikov et al. 2021, Offline reinforcement learning with implicit Q-learning (arXiv:2110.06169), equation 3.
 
     """
+    if torch.is_autocast_enabled(error.device.type):
+        error = error.to(torch.promote_types(error.dtype, torch.float32))
     square = error.square()
     return torch.where(error > 0, expectile * square, (1 - expectile) * square)
 
