@@ -428,6 +428,11 @@ class ValueEstimatorBase(KeyedEstimator):
             if isinstance(x, Tensor) and x.is_floating_point():
                 absent = x.isnan() | (expand_right(terminal, x) & x.isinf())
                 current = tensordict.get(key, None)
+                if current is not None and current.shape != x.shape:
+                    raise RuntimeError(
+                        f"{under_next(key)} has shape {tuple(x.shape)}, but {key!r} has shape {tuple(current.shape)}: "
+                        "both must agree"
+                    )
                 data.set(key, torch.where(absent, 0 if current is None else current.detach(), x))
         return without_padding(data, steps, inputs)
 

@@ -43,7 +43,9 @@ _entries: dict[Hashable, ValueEstimatorEntry] = {}
 
 
 def register_value_estimator(value_type: Hashable, *, default_kwargs: dict[str, Any] | None = None) -> Callable[[T], T]:
-    """Class decorator: losses asked for ``value_type`` build the decorated class.
+    """Class decorator: ``value_type`` stands for the decorated class in `build_value_estimator`.
+
+    A loss builds it if its ``SUPPORTED_VALUE_ESTIMATORS`` have ``value_type``; it takes the class itself in any case.
 
     Args:
         value_type: a member of `ValueEstimators`, of another enum, or a string.

@@ -200,3 +200,11 @@ def test_an_error_inside_the_network_leaves_the_tensordict_and_the_network_as_th
         estimator(name, value_network=network)(data, params=TensorDict.from_module(network).data.clone())
     assert_untouched(data, before)
     assert all(a is b for a, b in zip(network.parameters(), parameters, strict=True))
+
+
+@every_estimator
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_next_observation_of_another_shape_is_refused(name, size):
+    data = rollout()
+    data["next", "obs"] = data["next", "obs"][..., :size]
+    assert_rejected(estimator(name), data, RuntimeError, re.escape("('next', 'obs') has shape"))
