@@ -8,11 +8,12 @@ import statistics
 import subprocess
 import timeit
 from collections.abc import Callable, Iterable
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchrl
 import triton
 from fusedrl import kernels
 from torch.utils.benchmark import timer
@@ -104,7 +105,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "machine": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "backend": kernels.resolve_backend(None, torch.empty(0, device=device)),
-        "versions": {m.__name__: m.__version__ for m in (torch, triton, torchrl)},
+        "versions": {name: metadata.version(name) for name in ("torch", "triton", "torchrl") if find_spec(name)},
     }
 
 

@@ -86,7 +86,8 @@ def host_cost() -> str:
         found = {row["mode"]: row for row in results["rows"] if row["function"] == function}
         cells = [f"{x['us']:.1f}, {x['bare_us']:.1f}, **{x['ratio']:.2f}**" for x in map(found.get, modes) if x]
         lines.append([f"`{function}`", *cells])
-    return tables.table(["µs, bare µs, ratio", *modes], lines)
+    state = f"({results['machine']}, {results['threads']} thread; {_state(results)}.)"
+    return f"{tables.table(['µs, bare µs, ratio', *modes], lines)}\n\n{state}"
 
 
 def gpu_targets() -> str:
@@ -132,7 +133,11 @@ def _copies(results: dict[str, Any]) -> list[str]:
 
 def gpu_updates() -> str:
     """Whole updates on each GPU that there are results of."""
-    return of_gpus("updates", lambda _, results: tables.updates(results["rows"]))
+
+    def text(_: str, results: dict[str, Any]) -> str:
+        return f"{tables.updates(results['rows'])}\n\n({results['machine']}; {_state(results)}.)"
+
+    return of_gpus("updates", text)
 
 
 def gpu_losses() -> str:

@@ -419,8 +419,10 @@ def test_the_host_cost_table_has_a_row_for_each_function(tmp_path, monkeypatch) 
         for name in ("gae", "td_lambda_return")
         for mode in ("forward", "forward + backward")
     ]
-    (tmp_path / "host_cost_cpu.json").write_text(json.dumps({"rows": rows}))
-    head, _, *lines = readme.host_cost().splitlines()
+    of = {"machine": "a CPU", "threads": 1, "versions": {"torch": "2.13"}, "date": "2026-11-27", "commit": "abc"}
+    (tmp_path / "host_cost_cpu.json").write_text(json.dumps({"rows": rows, **of}))
+    head, _, *lines, _, state = readme.host_cost().splitlines()
+    assert state == "(a CPU, 1 thread; torch 2.13; 2026-11-27 at abc.)"
     assert head == "| µs, bare µs, ratio | forward | forward + backward |"
     assert lines[0] == "| `gae` | 30.0, 24.0, **1.25** | 30.0, 24.0, **1.25** |"
     assert len(lines) == 2

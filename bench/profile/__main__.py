@@ -78,6 +78,7 @@ def profile(
     """Check, measure, trace and report all cases of ``name``."""
     output.mkdir(parents=True, exist_ok=True)
     found = []
+    written: list[Path] = []
     for case in cases:
         arm = next(iter(case.arms))
         try:
@@ -88,14 +89,17 @@ def profile(
         for direction in ("forward", "both"):
             found.append(measure(case, arm, direction, device, budget))
             shape = "x".join(map(str, case.shape.values()))
-            trace(case, arm, direction, device, output / f"{name}-{shape}-{direction}.trace.json")
+            written.append(output / f"{name}-{shape}-{direction}.trace.json")
+            trace(case, arm, direction, device, written[-1])
     machine = describe(device)
     title = f"{name}, backend {machine['backend']}, {machine['machine']}"
     show(title, found, console)
     png = output / f"{name}.png"
     if not roofline(title, found, png):
         console.print("No roofline was drawn: matplotlib isn't installed.")
-    console.print(f"written to {output}: {', '.join(sorted(p.name for p in output.glob(f'{name}[-.]*')))}")
+    else:
+        written.append(png)
+    console.print(f"written to {output}: {', '.join(path.name for path in written)}")
     return 0
 
 
