@@ -348,6 +348,11 @@ class ValueEstimatorBase(KeyedEstimator):
                 f"shifted=True takes the next observation of a step for the following step's observation, but the "
                 f"entry {self._tensor_keys.steps_to_next_obs!r} says that this is n-step data: use shifted=False"
             )
+        if n.ndim > reward.ndim or any(a not in (1, b) for a, b in zip(n.shape, reward.shape, strict=False)):
+            raise RuntimeError(
+                f"{self._tensor_keys.steps_to_next_obs!r} has shape {tuple(n.shape)}, but "
+                f"{under_next(self._tensor_keys.reward)} has shape {tuple(reward.shape)}: both must agree"
+            )
         return self.gamma ** expand_right(n, reward)
 
     def _values(

@@ -115,4 +115,5 @@ def fastest_backend(tensor: Tensor) -> str:
 
 def triton_runs_on(tensor: Tensor) -> bool:
     """Whether the Triton kernels can run on ``tensor``."""
-    return TRITON_INSTALLED and (TRITON_INTERPRETED or tensor.is_cuda)
+    # What is no tensor is told so by the checks, which come after this.
+    return TRITON_INSTALLED and (TRITON_INTERPRETED or (isinstance(tensor, Tensor) and tensor.is_cuda))

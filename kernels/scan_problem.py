@@ -114,6 +114,9 @@ def _check_kinds(problem: Recurrence, names: Mapping[str, str]) -> None:
     """Raise TypeError for what isn't a real tensor, or a number or real tensor, and has to be."""
     for field in _TENSORS[problem.kind]:
         check_real(names.get(field, field), getattr(problem, field))
+    for field in ("done", "terminated"):
+        if getattr(problem, field) is not None:
+            check_real(names.get(field, field), getattr(problem, field))
     for field in ("gamma",) if problem.kind == SCAN else ("gamma", "lmbda"):
         check_scalar(names.get(field, field), getattr(problem, field))
 

@@ -1,6 +1,7 @@
 """What A2C and the PPO family add to a policy gradient: an entropy bonus, and the coefficients of the three terms."""
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class ActorCriticLoss(PolicyGradientLoss):
         if isinstance(entropy_coeff, Mapping):
             self._head_coeffs = self._coeff_of_each_head(entropy_coeff)
             entropy_coeff = 0.0
-        elif not isinstance(entropy_coeff, (int, float, Tensor, type(None))):
+        elif not isinstance(entropy_coeff, (Real, Tensor, type(None))):
             raise TypeError(f"entropy_coeff must be a number or a mapping, but is {entropy_coeff!r}")
         entropy_coeff = DEFAULT_ENTROPY_COEFF if entropy_coeff is None else entropy_coeff
         self.register_coeff_buffer("entropy_coeff", entropy_coeff, device=device)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from functools import reduce
 from inspect import Signature, signature
+from numbers import Real
 from operator import and_
 from typing import Any, ClassVar
 
@@ -299,7 +300,7 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
         if value is None:
             setattr(self, name, None)
             return
-        if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+        if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
             raise ValueError(f"{name} must be a number or a 0-d tensor, but is {value!r}")
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"{name} must be a number, but has shape {tuple(value.shape)}")
@@ -315,10 +316,10 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
             raise ValueError(f"use_prioritized_weights is {value!r}; it can be True, False or 'auto'")
         if name == "loss_mask_key" and value is not None:
             value = checked_key(name, value)
-        if name in self._all_schedulable_buffers and isinstance(value, (int, float, Tensor)):
+        if name in self._all_schedulable_buffers and isinstance(value, (Real, Tensor)):
             buffer = self._buffers.get(name)
             if buffer is None:
-                self.register_coeff_buffer(name, value)
+                self.register_coeff_buffer(name, value)  # type: ignore[arg-type]  # NumPy's numbers are such
             else:
                 if isinstance(value, Tensor) and value.numel() != 1:
                     raise ValueError(f"{name} must be a number, but has shape {tuple(value.shape)}")

@@ -208,3 +208,13 @@ def test_a_next_observation_of_another_shape_is_refused(name, size):
     data = rollout()
     data["next", "obs"] = data["next", "obs"][..., :size]
     assert_rejected(estimator(name), data, RuntimeError, re.escape("('next', 'obs') has shape"))
+
+
+@every_estimator
+@pytest.mark.parametrize("shape", [(2, 9, 3), (2, 9, 1, 1), (9, 1)])
+def test_numbers_of_steps_of_another_shape_are_named(name, shape):
+    data = rollout()
+    data.batch_size = []
+    data["steps_to_next_obs"] = torch.ones(shape)
+    with pytest.raises(RuntimeError, match="steps_to_next_obs' has shape"):
+        estimator(name)._discount(data, data["next", "reward"])

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from fusedrl import kernels
@@ -200,3 +201,11 @@ def test_hand_computed_td_lambda_returns(backend, device) -> None:
         backend=backend,
     )
     assert returns.tolist() == [1.75, 1.0, 3.0]
+
+
+@pytest.mark.parametrize("name", ["value", "next_value", "reward", "done", "terminated"])
+def test_an_array_is_told_to_be_no_tensor(name):
+    arguments = {x: torch.ones(3) for x in ("value", "next_value", "reward", "done", "terminated")}
+    arguments[name] = np.ones(3)
+    with pytest.raises(TypeError, match=f"{name} must be a real tensor"):
+        kernels.gae(0.9, 0.9, **arguments)

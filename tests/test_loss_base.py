@@ -6,6 +6,7 @@ import warnings
 from copy import deepcopy
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from fusedrl.estimators import GAE, TD0Estimator
@@ -713,5 +714,7 @@ def test_a_coefficient_of_one_element_can_be_assigned_and_one_of_more_is_named()
     loss.coeff = torch.tensor([0.25])
     assert loss.coeff.shape == ()
     assert loss.coeff == 0.25
+    loss.coeff = np.float32(0.5)
+    assert loss.coeff == 0.5
     with pytest.raises(ValueError, match=r"coeff must be a number, but has shape \(2,\)"):
         loss.coeff = torch.ones(2)

@@ -230,3 +230,8 @@ def test_masked_mean_of_a_large_float16_batch_does_not_overflow():
 
 def test_largest_ratio_of_no_samples_is_zero():
     assert F.largest_ratio(torch.zeros(3, 0, 1)) == 0
+
+
+def test_targets_of_integers_explain_a_variance():
+    target, value = torch.tensor([0, 4, 2]), torch.tensor([0.0, 4.0, 2.0])
+    assert F.explained_variance(value, target) == 1

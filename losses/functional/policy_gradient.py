@@ -355,6 +355,8 @@ def explained_variance(value: Tensor, value_target: Tensor, mask: Tensor | None 
     def variance(x: Tensor) -> Tensor:
         return masked_mean((x - masked_mean(x, mask, dim=0)).square(), mask, dim=0)
 
+    if not value_target.is_floating_point():  # a count, such as of steps
+        value_target = value_target.to(value.dtype)
     # A constant target has nothing to explain.
     smallest = torch.finfo(value_target.dtype).eps
     return 1 - variance(value_target - value) / variance(value_target).clamp_min(smallest)
