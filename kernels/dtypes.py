@@ -48,6 +48,10 @@ def as_scalar(x: float | Tensor, dtype: torch.dtype, device: torch.device) -> fl
 
 def full_precision(like: Tensor) -> AbstractContextManager[Any]:
     """A block without autocast, which would round the factors of a matrix product to half precision."""
+    return torch.autocast(like.device.type, enabled=False) if autocast_is_on(like) else nullcontext()
+
+
+def autocast_is_on(like: Tensor) -> bool:
+    """Whether autocast is on for the device of ``like``, if it is one that has it."""
     device = like.device.type
-    rounds = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if rounds else nullcontext()
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -321,11 +321,13 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
             if buffer is None:
                 self.register_coeff_buffer(name, value)  # type: ignore[arg-type]  # NumPy's numbers are such
             else:
-                if isinstance(value, Tensor) and value.numel() != 1:
-                    raise ValueError(f"{name} must be a number, but has shape {tuple(value.shape)}")
+                if isinstance(value, Tensor) and buffer.ndim == 0:
+                    if value.numel() != 1:
+                        raise ValueError(f"{name} must be a number, but has shape {tuple(value.shape)}")
+                    value = value.reshape(())
                 with torch.no_grad():
                     # A number is written on the device: to copy it there would wait for all that the device has to do.
-                    buffer.copy_(value.reshape(())) if isinstance(value, Tensor) else buffer.fill_(value)
+                    buffer.copy_(value) if isinstance(value, Tensor) else buffer.fill_(value)
             return
         if name in ("value_estimator", "_value_estimator"):
             name = "_value_estimator"

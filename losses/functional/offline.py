@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ...kernels.dtypes import autocast_is_on
+
 LARGEST_WEIGHT = 100.0
 """Bound on the weight of an action in the regression of the policy, as in the code published with the paper."""
 
@@ -24,7 +26,7 @@ def expectile_loss(error: Tensor, expectile: float) -> Tensor:
     See Kostrikov et al. 2021, Offline reinforcement learning with implicit Q-learning (arXiv:2110.06169), equation 3.
 
     """
-    if torch.is_autocast_enabled(error.device.type):
+    if autocast_is_on(error):
         error = error.to(torch.promote_types(error.dtype, torch.float32))
     square = error.square()
     return torch.where(error > 0, expectile * square, (1 - expectile) * square)
