@@ -13,13 +13,13 @@ from tensordict.nn import dispatch
 from torch import Tensor
 
 from ..kernels.backend import check_backend
-from ..kernels.checks import Scalar
+from ..kernels.checks import Scalar, broadcasts
 from .functional import widened
 from .keys import KeyedEstimator, check_written, under_next
 from .modules import VMAP_RANDOMNESS, can_lack, device_of
 from .precision import dtypes_kept
 from .shifted import shifted_values
-from .steps import Steps, any_right, cut, expand_right, standardize, valid_only, without_padding
+from .steps import Steps, any_right, cut, expand_right, standardize, valid_only, widened_right, without_padding
 from .value_network import ValueNetwork, check_positive
 
 SHIFTED_VALID = "shifted_valid"
@@ -348,7 +348,7 @@ class ValueEstimatorBase(KeyedEstimator):
                 f"shifted=True takes the next observation of a step for the following step's observation, but the "
                 f"entry {self._tensor_keys.steps_to_next_obs!r} says that this is n-step data: use shifted=False"
             )
-        if n.ndim > reward.ndim or any(a not in (1, b) for a, b in zip(n.shape, reward.shape, strict=False)):
+        if not broadcasts(widened_right(n, reward).shape, reward.shape):
             raise RuntimeError(
                 f"{self._tensor_keys.steps_to_next_obs!r} has shape {tuple(n.shape)}, but "
                 f"{under_next(self._tensor_keys.reward)} has shape {tuple(reward.shape)}: both must agree"

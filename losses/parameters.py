@@ -19,8 +19,10 @@ Path = tuple[str, ...]
 """Where in the parameters of a network something is."""
 
 Slots = list[tuple[dict[str, Any], str]]
-Children = tuple[list[dict[str, Any]], list[str], list[nn.Module | None]]
 """Where a network keeps its parameters and buffers: a module's dict, and the name in it."""
+
+Children = tuple[list[dict[str, Any]], list[str], list[nn.Module | None]]
+"""Where a network keeps its modules: the dicts, the names in them, and what is there."""
 
 
 def stacked(members: Sequence[TensorDictParams], shared: set[int]) -> TensorDictParams:
