@@ -302,14 +302,14 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
             return
         if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
             raise ValueError(f"{name} must be a number or a 0-d tensor, but is {value!r}")
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(f"{name} must be a number, but has shape {tuple(value.shape)}")
+        if isinstance(value, Tensor):
+            value = _of_one_element(name, value)
         if dtype is None:
             dtype = value.dtype if isinstance(value, Tensor) else torch.get_default_dtype()
         if device is None:
             device = next((p.device for p in self.parameters()), None)
         self.__dict__.pop(name, None)
-        self.register_buffer(name, owned(torch.as_tensor(value, dtype=dtype).reshape(()), device))
+        self.register_buffer(name, owned(torch.as_tensor(value, dtype=dtype), device))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "use_prioritized_weights" and value not in (True, False, "auto"):
@@ -322,9 +322,7 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
                 self.register_coeff_buffer(name, value)  # type: ignore[arg-type]  # NumPy's numbers are such
             else:
                 if isinstance(value, Tensor) and buffer.ndim == 0:
-                    if value.numel() != 1:
-                        raise ValueError(f"{name} must be a number, but has shape {tuple(value.shape)}")
-                    value = value.reshape(())
+                    value = _of_one_element(name, value)
                 with torch.no_grad():
                     # A number is written on the device: to copy it there would wait for all that the device has to do.
                     buffer.copy_(value) if isinstance(value, Tensor) else buffer.fill_(value)
@@ -439,6 +437,13 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
             return None
         weights = tensordict.get(key, None)
         return None if weights is None else align(weights, like, f"{key!r}")
+
+
+def _of_one_element(name: str, value: Tensor) -> Tensor:
+    """``value`` as a 0-d tensor."""
+    if value.numel() != 1:
+        raise ValueError(f"{name} must be a number, but has shape {tuple(value.shape)}")
+    return value.reshape(())
 
 
 def _leaves(data: TensorDictBase, key: NestedKey) -> list[NestedKey]:
