@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from bench import launches, losses, projection, scans, tables, updates
+from bench import launches, losses, options, projection, scans, tables, updates
 from bench.cases import Case, refuse_if_wrong
 from bench.measuring import captured, describe, device_seconds, peak_bytes, rounded, seconds, write_results
 
@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"among {', '.join(SUITES)} (default: all)")
     parser.add_argument("--write", action="store_true", help="write the results files")
     defaults = ", ".join(f"{x} with {device}" for device, x in BUDGETS.items())
-    parser.add_argument("--budget", type=float, help=f"seconds per arm and direction (default: {defaults})")
+    parser.add_argument("--budget", type=options.seconds, help=f"seconds per arm and direction (default: {defaults})")
     chosen = parser.parse_args(arguments)
     if unknown := set(chosen.suites) - set(SUITES):
         parser.error(f"there is no suite {', '.join(sorted(unknown))}; there are {', '.join(SUITES)}")

@@ -33,6 +33,7 @@ import triton.language as tl
 from driver import pretend_that_there_is_a_gpu
 from fusedrl.estimators import functional
 from measuring import describe, rounded, write_results
+from options import count
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -124,8 +125,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the results file")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--calls", type=int, default=400, help="per round and arm")
+    parser.add_argument("--rounds", type=count, default=25)
+    parser.add_argument("--calls", type=count, default=400, help="per round and arm")
     arguments = parser.parse_args()
     pretend_that_there_is_a_gpu()
     torch.set_num_threads(1)

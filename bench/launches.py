@@ -7,6 +7,7 @@ The Triton kernels run in the interpreter, in a process of its own since Triton 
 Networks and distributions are left out, as in `bench.losses.operations`, and so is what only allocates.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -63,7 +64,9 @@ def count() -> dict[str, dict[str, int]]:
 
 
 def main() -> None:
-    if "--json" in sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table, of this process")
+    if parser.parse_args().json:
         print(json.dumps(count()))
         return
     rows = [

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..kernels.backend import check_backend
 from ..kernels.checks import Scalar, broadcasts
 from .functional import widened
-from .keys import KeyedEstimator, check_written, under_next
+from .keys import KeyedEstimator, check_written, is_locked_at, under_next
 from .modules import VMAP_RANDOMNESS, can_lack, device_of
 from .precision import dtypes_kept
 from .shifted import shifted_values
@@ -75,7 +75,7 @@ class ValueEstimatorBase(KeyedEstimator):
     Raises:
         ValueError, TypeError: an argument that can't be used, when constructed.
         KeyError: an entry that is missing from the TensorDict, when called. It is then as it was.
-        RuntimeError: shapes that differ, when called. The TensorDict is as it was.
+        RuntimeError: shapes that differ, or a locked TensorDict, when called. It is as it was.
 
     """
 
@@ -206,16 +206,16 @@ class ValueEstimatorBase(KeyedEstimator):
             ``tensordict``; if called with tensors, the tuple of `out_keys`.
 
         """
+        self._check_unlocked(tensordict)
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
             estimate = self._compute(tensordict, params, target_params, time_dim)
-        keys = self._tensor_keys
-        if self.value_network is not None:
-            _write(tensordict, keys.value, estimate.value)
-            _write(tensordict, under_next(keys.value), estimate.next_value)
+        advantage, value_target, *values = self._written()
+        for key, x in zip(values, (estimate.value, estimate.next_value), strict=False):
+            _write(tensordict, key, x)
         if estimate.valid is not None:
             tensordict.set(SHIFTED_VALID, estimate.valid)
-        _write(tensordict, keys.advantage, estimate.advantage)
-        _write(tensordict, keys.value_target, estimate.value_target)
+        _write(tensordict, advantage, estimate.advantage)
+        _write(tensordict, value_target, estimate.value_target)
         return tensordict
 
     def value_estimate(
@@ -286,6 +286,19 @@ class ValueEstimatorBase(KeyedEstimator):
         estimate = self._estimate(steps, valid_value, valid_next_value, dim)
         advantage, value_target = valid_only(steps, *estimate)
         return Estimate(advantage, value_target, value, next_value, fitted)
+
+    def _written(self) -> list[NestedKey]:
+        """The entries that `forward` writes: advantage and value target, and the values that a network gives."""
+        keys = self._tensor_keys
+        values = [] if self.value_network is None else [keys.value, under_next(keys.value)]
+        return [keys.advantage, keys.value_target, *values]
+
+    def _check_unlocked(self, tensordict: TensorDictBase) -> None:
+        for key in self._written():
+            if is_locked_at(tensordict, key):
+                raise RuntimeError(
+                    f"{type(self).__name__} writes the entry {key!r}, but the TensorDict is locked there: unlock it"
+                )
 
     # -- reading -----------------------------------------------------------------------------------------------------
 

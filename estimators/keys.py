@@ -124,6 +124,15 @@ def check_written(key: NestedKey, network: Any) -> None:
         raise KeyError(f"the value key {key!r} is not written by the value network: {network.out_keys}")
 
 
+def is_locked_at(tensordict: TensorDictBase, key: NestedKey) -> bool:
+    """Whether the TensorDict that an entry ``key`` would be set in is locked."""
+    for name in (key,) if isinstance(key, str) else key:
+        place, tensordict = tensordict, tensordict.get(name, None)
+        if not isinstance(tensordict, TensorDictBase):
+            break
+    return place.is_locked
+
+
 def under_next(key: NestedKey) -> NestedKey:
     """The key of the entry of that name below ``"next"``."""
     return unravel_key(("next", key))

@@ -327,7 +327,6 @@ def plot(curves: Curves, returns: list[float], path: Path) -> None:
     axes[2].set_yscale("log")
     axes[-1].plot(np.arange(1, len(returns) + 1) * STEPS_PER_ROUND, returns, "o-")
     axes[-1].set(xlabel="environment steps", title="return of the episodes")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -336,8 +335,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Train Dreamer on Pendulum-v1 with fusedrl.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the curves")
-    parser.add_argument("--steps", type=int, default=32_000, help="budget of environment steps")
+    parser.add_argument("--steps", type=int, default=32_000, help=f"environment steps, in rounds of {STEPS_PER_ROUND}")
     arguments = parser.parse_args(argv)
+    if arguments.seed < 0 or arguments.steps < 1:
+        parser.error("--seed must be at least 0, --steps at least 1")
+    try:  # before the training, not after it
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out can't be made: {error}")
 
     start = time.perf_counter()
     curves, returns = train(arguments.seed, arguments.steps)

@@ -241,7 +241,6 @@ def plot(training: Curve, evaluation: Curve, path: Path) -> None:
     axes.axhline(SOLVED_RETURN, linestyle="--", color="grey", label=f"solved: {SOLVED_RETURN:g}")
     axes.set(xlabel="environment steps", ylabel="mean return", title="TD3 on Pendulum-v1", ylim=(-1700, 0))
     figure.legend(loc="outside lower center", ncols=3)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -252,6 +251,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the learning curve")
     parser.add_argument("--steps", type=int, default=40_000, help="budget of environment steps")
     arguments = parser.parse_args(argv)
+    if arguments.seed < 0 or arguments.steps < 1:
+        parser.error("--seed must be at least 0, --steps at least 1")
+    try:  # before the training, not after it
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out can't be made: {error}")
 
     start = time.perf_counter()
     training, evaluation = train(arguments.seed, arguments.steps)

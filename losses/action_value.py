@@ -10,6 +10,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor
 
 from ..estimators.calls import written_by
+from ..estimators.keys import is_locked_at
 from ..estimators.modules import keys_read
 from ..estimators.steps import any_right, expand_right, widened_right
 from ..estimators.td import TD0Estimator
@@ -94,9 +95,10 @@ class ActionValueLoss(LossModule):
         """
         current_keys, next_keys = self._read_by(current), self._read_by(following)
         self._get(tensordict, "reward")
-        if tensordict.is_locked and tensordict.get(self.tensor_keys.priority, None) is None:
+        priority = self.tensor_keys.priority
+        if is_locked_at(tensordict, priority) and tensordict.get(priority, None) is None:
             raise RuntimeError(
-                f"{type(self).__name__} writes the entry {self.tensor_keys.priority!r}, which the locked TensorDict "
+                f"{type(self).__name__} writes the entry {priority!r}, which the locked TensorDict "
                 "doesn't have: unlock it, or set the entry before it is locked"
             )
         terminated = self._terminated(tensordict)
@@ -311,7 +313,8 @@ class ActionValueLoss(LossModule):
         """Write the priority of each sample, shape ``[*B]``, 0 for padding: the last thing that a loss does."""
         priority = self._only_valid(td_error.detach(), tensordict)
         # A locked TensorDict takes no other tensor; elsewhere a stale priority may have another shape or dtype.
-        tensordict.set(self.tensor_keys.priority, priority, inplace=tensordict.is_locked)
+        locked = is_locked_at(tensordict, self.tensor_keys.priority)
+        tensordict.set(self.tensor_keys.priority, priority, inplace=locked)
 
 
 def _beside(column: Tensor, x: Tensor) -> Tensor:

@@ -138,6 +138,7 @@ class CrossQLoss(SoftActorCriticLoss):
         data, next_data = self._transitions(
             tensordict, ["qvalue_network", "actor_network"], ["actor_network", "qvalue_network"]
         )
+        self._check_columns(tensordict)
         alpha = self._bounded_alpha()
         read = self._read_by(["qvalue_network"])
 
@@ -156,6 +157,14 @@ class CrossQLoss(SoftActorCriticLoss):
         result["log_prob"], result["td_error"] = log_prob.detach(), priority
         self._write_priority(tensordict, priority)
         return result
+
+    def _check_columns(self, tensordict: TensorDictBase) -> None:
+        """Refuse what has another shape than the reward while no statistics of the normalisation have moved."""
+        reward, terminated = self._get(tensordict, "reward"), self._terminated(tensordict)
+        self._require_shape(terminated, self._keys("terminated")[0], reward, self._keys("reward")[0])
+        per_sample = reward.squeeze(-1)
+        self._mask(tensordict, per_sample)
+        self._priority_weights(tensordict, per_sample)
 
     def _values(self, data: TensorDictBase, tensordict: TensorDictBase, *, detach: bool = False) -> Tensor:
         """Q of ``data``, shape ``[N, *D]`` for its batch size ``*D``, which a normalisation sees as one dimension."""

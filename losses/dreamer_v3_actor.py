@@ -156,7 +156,8 @@ class DreamerV3ActorLoss(DreamerActorLoss):
             continuation, next_continuation = self._continuations(imagined, next_value)
             lambda_target = self._lambda_target(imagined, next_value, next_continuation)
         weight = self._weight(lambda_target, continuation)
-        scale = self._scale(imagined, lambda_target)
+        low, high = self._return_range(imagined, lambda_target)
+        scale = self.retnorm.scale(low, high) if self.return_normalization else torch.ones_like(low)
 
         gain, entropy = lambda_target / scale, torch.zeros_like(weight)
         if value is not None or self.entropy_bonus:
@@ -172,16 +173,19 @@ class DreamerV3ActorLoss(DreamerActorLoss):
         if continuation is not None:
             imagined.set(self.tensor_keys.continuation, continuation)
             imagined.set(unravel_key(("next", self.tensor_keys.continuation)), next_continuation)
-        return imagined, {
+        losses = {
             "loss_actor": self._reduce_loss(-objective, imagined),
             "actor_entropy": self._metric(weight * entropy, imagined),
-            "return_low": self.return_low.clone(),
-            "return_high": self.return_high.clone(),
+            "return_low": low,
+            "return_high": high,
             "return_scale": scale,
             "continuation_mean": self._metric(
                 torch.ones_like(weight) if next_continuation is None else next_continuation, imagined
             ),
         }
+        if self.training and self.return_normalization:
+            self.retnorm.move_to(low, high)  # the last thing, since what came before it can fail
+        return imagined, losses
 
     # --- what is imagined -----------------------------------------------------------------------------------------
 
@@ -215,13 +219,11 @@ class DreamerV3ActorLoss(DreamerActorLoss):
             return torch.ones_like(like)
         return discount_weight(like, self.value_estimator.gamma, continuation)
 
-    def _scale(self, imagined: TensorDictBase, lambda_target: Tensor) -> Tensor:
-        """What returns are divided by, a 0-d tensor."""
-        if not self.return_normalization:
-            return torch.ones_like(self.return_low)
-        if self.training:
-            self.retnorm.update(lambda_target.detach(), self._mask(imagined, lambda_target))
-        return self.retnorm.scale()
+    def _return_range(self, imagined: TensorDictBase, lambda_target: Tensor) -> tuple[Tensor, Tensor]:
+        """The range that returns have, these ones included in training mode: two 0-d tensors of their own."""
+        if not (self.training and self.return_normalization):
+            return self.return_low.clone(), self.return_high.clone()
+        return self.retnorm.moved(lambda_target.detach(), self._mask(imagined, lambda_target))
 
     # --- the policy -----------------------------------------------------------------------------------------------
 
@@ -237,7 +239,7 @@ class ReturnRange(FullPrecisionBuffers):
 
     Args:
         quantiles: the two, ascending.
-        rate: how far each update moves the averages, from 0 to 1.
+        rate: how far new returns move the averages, from 0 to 1.
         min_scale: the least that returns are divided by: small ones, and their noise, aren't blown up.
 
     Raises:
@@ -245,8 +247,8 @@ class ReturnRange(FullPrecisionBuffers):
 
     Examples:
         >>> returns = ReturnRange((0.05, 0.95), rate=1.0, min_scale=1.0)
-        >>> returns.update(torch.linspace(0, 100, 101))
-        >>> returns.scale()
+        >>> low, high = returns.moved(torch.linspace(0, 100, 101))
+        >>> returns.scale(low, high)
         tensor(90.)
 
     """
@@ -269,17 +271,29 @@ class ReturnRange(FullPrecisionBuffers):
         self.register_buffer("low", torch.zeros(1))
         self.register_buffer("high", torch.zeros(1))
 
-    @torch.no_grad()
-    def update(self, returns: Tensor, mask: Tensor | None = None) -> None:
-        """Move the averages towards the quantiles of the ``returns`` (those in ``mask``, if given)."""
-        for bound, q in zip((self.low, self.high), self.quantiles, strict=True):
-            new = quantile(returns, q, mask).to(bound.dtype)
-            # One that isn't finite would stay in the average for good.
-            bound.lerp_(torch.where(new.isfinite(), new, bound), self.rate)
+    def moved(self, returns: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The averages with the quantiles of the ``returns`` (those in ``mask``, if given) in them, 0-d tensors."""
+        low, high = (
+            _moved(bound.squeeze(), quantile(returns, q, mask), self.rate)
+            for bound, q in zip((self.low, self.high), self.quantiles, strict=True)
+        )
+        return low, high
 
-    def scale(self) -> Tensor:
-        """What returns are divided by, a 0-d tensor."""
-        return (self.high - self.low).clamp_min(self.min_scale).squeeze()
+    @torch.no_grad()
+    def move_to(self, low: Tensor, high: Tensor) -> None:
+        """Keep ``low`` and ``high`` as the averages."""
+        self.low.copy_(low)
+        self.high.copy_(high)
+
+    def scale(self, low: Tensor, high: Tensor) -> Tensor:
+        """What returns of this range are divided by."""
+        return (high - low).clamp_min(self.min_scale)
+
+
+def _moved(average: Tensor, new: Tensor, rate: float) -> Tensor:
+    """The moving ``average`` with ``new`` in it, unless that isn't finite: it would stay in it for good."""
+    new = new.to(average.dtype)
+    return average.lerp(torch.where(new.isfinite(), new, average), rate)
 
 
 def _joint(x: Tensor) -> Tensor:

@@ -481,6 +481,11 @@ def test_a_wrong_result_is_not_profiled(tmp_path, monkeypatch, capsys) -> None:
         (["gae", "--shape", "8"], "a shape is BxT, positive numbers such as 4096x128, not '8'"),
         (["gae", "--shape", "2x0"], "not '2x0'"),
         (["SACLoss", "--shape", "2x8"], "a shape is B, positive numbers such as 4096, not '2x8'"),
+        (["gae", "--shape", "2x8", "--device", "tpu"], "--device: 'tpu' is neither cpu nor a CUDA device"),
+        (["gae", "--shape", "2x8", "--device", "cuda:99"], "--device: 'cuda:99' is neither"),
+        (["gae", "--shape", "2x8", "--budget", "0"], "--budget: '0' is not a positive number of seconds"),
+        (["gae", "--shape", "2x8", "--budget", "nan"], "--budget: 'nan' is not"),
+        (["gae", "--shape", "2x8", "--output", f"{__file__}/out"], "Not a directory"),
     ],
 )
 def test_what_cant_be_profiled_is_said(arguments, words, capsys) -> None:

@@ -217,12 +217,27 @@ def test_the_quantile_of_more_elements_than_float32_counts_is_among_them(masked)
 
 def test_returns_that_are_not_finite_do_not_stay_in_their_range():
     loss = actor_loss(return_normalization_rate=0.5)
-    loss.retnorm.update(torch.linspace(0, 100, 101))
+    loss.retnorm.move_to(*loss.retnorm.moved(torch.linspace(0, 100, 101)))
+    assert (loss.return_low, loss.return_high) == (2.5, 47.5)
+    assert loss.retnorm.moved(torch.full((3,), torch.nan)) == (2.5, 47.5)
+    assert loss.retnorm.moved(torch.zeros(3), torch.zeros(3, dtype=torch.bool)) == (2.5, 47.5)
+
+
+def test_a_call_that_fails_leaves_the_range_of_returns_as_it_was():
+    def refuse(module, args):
+        if args[0].ndim == 2:  # not a step that is imagined, but all of them
+            raise RuntimeError("too late")
+
+    loss, start = actor_loss(), states()
+    loss(start)
     before = loss.return_low.clone(), loss.return_high.clone()
-    assert before == (2.5, 47.5)
-    loss.retnorm.update(torch.full((3,), torch.nan))
-    loss.retnorm.update(torch.zeros(3), torch.zeros(3, dtype=torch.bool))
+    hook = loss.actor_model[0].register_forward_pre_hook(refuse)
+    with pytest.raises(RuntimeError, match="too late"):
+        loss(start)
     assert (loss.return_low, loss.return_high) == before
+    hook.remove()
+    loss(start)
+    assert (loss.return_low, loss.return_high) != before
 
 
 def test_a_policy_on_separate_dimensions_has_their_sum_of_entropies_and_log_probabilities():

@@ -218,3 +218,14 @@ def test_numbers_of_steps_of_another_shape_are_named(name, shape):
     data["steps_to_next_obs"] = torch.ones(shape)
     with pytest.raises(RuntimeError, match="steps_to_next_obs' has shape"):
         estimator(name)._discount(data, data["next", "reward"])
+
+
+@every_estimator
+@pytest.mark.parametrize("place", [(), ("next",)], ids=["locked", "next locked"])
+def test_a_locked_tensordict_is_refused_before_anything_is_written(name, place):
+    data = rollout()
+    (data[place] if place else data).lock_()
+    before = snapshot(data)
+    with pytest.raises(RuntimeError, match=f"{name} writes the entry .*locked"):
+        estimator(name)(data)
+    assert_untouched(data, before)

@@ -150,6 +150,16 @@ def test_cross_q_normalises_over_all_batch_dimensions(batch):
         torch.testing.assert_close(a[key], b[key], **CLOSE)
 
 
+@pytest.mark.parametrize("key", [("next", "terminated"), "priority_weight"], ids=["terminated", "priority_weight"])
+def test_cross_q_refuses_another_shape_before_the_statistics_move(key):
+    loss, data = cross_q(qvalue=judge(normalized=True)), transitions((8,))
+    data[key] = torch.zeros(8, 3)
+    before = {name: x.clone() for name, x in loss.state_dict().items()}
+    with pytest.raises(RuntimeError, match=key[-1] if isinstance(key, tuple) else key):
+        loss(data)
+    assert all(torch.equal(x, before[name]) for name, x in loss.state_dict().items())
+
+
 def test_cross_q_has_no_target_networks():
     loss = cross_q()
     assert not [name for name in loss.state_dict() if name.startswith("target_")]

@@ -25,6 +25,7 @@ from helpers_q import (
     run,
     transitions,
 )
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -362,6 +363,17 @@ def test_a_locked_tensordict_without_the_priority_is_refused_before_anything_is_
     data.unlock_().set("td_error", torch.zeros(data.shape, **DOUBLE)).lock_()
     loss(data)
     assert (data["td_error"] > 0).all()
+
+
+def test_a_priority_below_a_locked_entry_is_refused_or_written_in_place():
+    loss, data = make(), transitions()
+    loss.set_keys(priority=("replay", "priority"))
+    data["replay"] = TensorDict({}, data.batch_size).lock_()
+    with pytest.raises(RuntimeError, match=r"'replay', 'priority'.*locked"):
+        loss(data)
+    data["replay"] = TensorDict({"priority": torch.zeros(data.shape, **DOUBLE)}, data.batch_size).lock_()
+    loss(data)
+    assert (data["replay", "priority"] > 0).all()
 
 
 def test_a_discount_that_is_assigned_is_that_of_the_default_estimator():

@@ -19,10 +19,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from fusedrl.kernels import BACKENDS, use_backend
+from fusedrl.kernels import BACKENDS, resolve_backend, use_backend
 from rich.console import Console
 
-from bench import losses, projection, scans
+from bench import losses, options, projection, scans
 from bench.cases import Case, WrongResult, refuse_if_wrong
 from bench.measuring import describe
 from bench.profile.measures import measure, trace
@@ -49,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layout", choices=LAYOUTS, default="batch-major", help="what is contiguous in memory")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of an operator over time")
     parser.add_argument("--backend", choices=BACKENDS, help="which implementation runs")
-    parser.add_argument("--device", help="default: the CUDA device if there is one")
-    parser.add_argument("--budget", type=float, default=0.5, help="seconds per direction on a CPU")
+    parser.add_argument("--device", type=options.device, help="default: the CUDA device if there is one")
+    parser.add_argument("--budget", type=options.seconds, default=0.5, help="seconds per direction on a CPU")
     parser.add_argument("--output", type=Path, default=Path("out/profile"), help="where the trace and the PNG go")
     chosen = parser.parse_args(arguments)
     console = Console()
@@ -66,7 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shapes = [parsed(shape, NAMES[chosen.name]) for shape in chosen.shape]
     except ValueError as error:
         parser.error(f"{chosen.name}: {error}")
-    device = torch.device(chosen.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = chosen.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolve_backend(chosen.backend, torch.empty(0, device=device))
+        chosen.output.mkdir(parents=True, exist_ok=True)
+    except (RuntimeError, OSError) as error:
+        parser.error(str(error))
     build = builder(chosen.name, device, LAYOUTS[chosen.layout], DTYPES[chosen.dtype])
     with use_backend(chosen.backend) if chosen.backend else nullcontext():
         return profile(chosen.name, [build(*shape) for shape in shapes], device, chosen.budget, chosen.output, console)
@@ -76,7 +81,6 @@ def profile(
     name: str, cases: Sequence[Case], device: torch.device, budget: float, output: Path, console: Console
 ) -> int:
     """Check, measure, trace and report all cases of ``name``."""
-    output.mkdir(parents=True, exist_ok=True)
     found = []
     written: list[Path] = []
     for case in cases:
