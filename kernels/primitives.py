@@ -5,7 +5,7 @@ import triton.language as tl
 
 from . import distances
 
-_L1, _L2 = tl.constexpr(distances.L1), tl.constexpr(distances.L2)
+_L1, _L2, _SMOOTH_L1 = (tl.constexpr(name) for name in (distances.L1, distances.L2, distances.SMOOTH_L1))
 
 
 @triton.jit
@@ -33,6 +33,7 @@ def distance_and_slope(error, LOSS_FUNCTION: tl.constexpr):
     elif LOSS_FUNCTION == _L2:
         distance, slope = error * error, 2.0 * error
     else:
+        tl.static_assert(LOSS_FUNCTION == _SMOOTH_L1, "this distance has no branch here")
         distance = tl.where(size >= 1.0, size - 0.5, 0.5 * error * error)
         slope = tl.where(size >= 1.0, sign, error)
     return distance, slope

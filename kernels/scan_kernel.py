@@ -92,7 +92,7 @@ def scan_kernel(
     lane = tl.arange(0, TILE_LANES).to(INDEX)
     position = lane if ADJOINT else TILE_LANES - 1 - lane
     for block in range(tl.program_id(0) // SPLIT * BLOCKS, tl.program_id(0) // SPLIT * BLOCKS + BLOCKS):
-        row = (block * TILE_ROWS + tl.arange(0, TILE_ROWS)).to(INDEX)
+        row = tl.full((), TILE_ROWS, INDEX) * block + tl.arange(0, TILE_ROWS)
         # In COMPOSE (a, x) is the composition of the steps walked so far, and whether a trajectory ended in them. Where
         # there is no row, nothing is looked for.
         a = tl.full((TILE_ROWS,), 1.0, DTYPE)

@@ -29,7 +29,7 @@ def log_prob(loc: Tensor, scale: Tensor, action: Tensor, squash: Squash | None) 
     tensors = (loc, scale, action)
     found = _fastest(loc).log_prob(*tensors, squash)
     _compare(["log-probability"], [found], reference.log_prob, tensors, squash, inverse=True)
-    return found.to(result_dtype(*tensors))
+    return found.to(result_dtype(*tensors)).contiguous()  # which is what the operators promise
 
 
 def log_prob_backward(
@@ -55,7 +55,7 @@ def sample(loc: Tensor, scale: Tensor, noise: Tensor, squash: Squash | None) -> 
     found = _fastest(loc).sample(*tensors, squash)
     _compare(["action", "log-probability"], found, reference.sample, tensors, squash, inverse=False)
     dtype = result_dtype(*tensors)
-    return found[0].to(dtype), found[1].to(dtype)
+    return found[0].to(dtype).contiguous(), found[1].to(dtype).contiguous()
 
 
 def sample_backward(
@@ -99,7 +99,7 @@ def _backward(
 
     names = [f"gradient of {name}" for name, need in zip(("loc", "scale", "action"), needs, strict=True) if need]
     _compare(names, found, expected, tensors, squash, inverse=function == "log_prob")
-    return found
+    return [x.contiguous() for x in found]
 
 
 def _compare(

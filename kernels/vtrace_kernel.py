@@ -90,7 +90,7 @@ def vtrace_kernel(
     lane = tl.arange(0, TILE_LANES).to(INDEX)
     position = lane if ADJOINT else TILE_LANES - 1 - lane
     for block in range(tl.program_id(0) // SPLIT * BLOCKS, tl.program_id(0) // SPLIT * BLOCKS + BLOCKS):
-        row = (block * TILE_ROWS + tl.arange(0, TILE_ROWS)).to(INDEX)
+        row = tl.full((), TILE_ROWS, INDEX) * block + tl.arange(0, TILE_ROWS)
         a = tl.full((TILE_ROWS,), 1.0, DTYPE)
         ended = tl.where(row < rows, 0, 1)
         x = tl.full((TILE_ROWS,), 0.0, DTYPE)

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from fusedrl.kernels import categorical_launch, categorical_projection, categorical_q_loss
-from fusedrl.kernels.categorical_problem import flat
+from fusedrl.kernels.categorical_problem import Bellman, Transition, flat
+from fusedrl.kernels.launching import Launch
 from helpers_categorical import problem
 
 # From [B1, B2, atoms, actions] to another layout of the same numbers.
@@ -100,6 +101,19 @@ def test_offsets_beyond_32_bits_are_computed_in_64() -> None:
     assert index((51, 6), (6, 1)) == "int32"
     assert index((51, 6), (6 << 24, 1 << 24)) == "int64"
     assert index((51,), (1 << 25,)) == "int64"
+
+
+def test_the_stride_of_the_support_counts_among_the_offsets(monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(Launch, "__call__", lambda self, *_: seen.append(str(self._options["INDEX"])))
+    log_prob, reward = torch.empty(3, 51, 2, device="meta"), torch.empty(3, device="meta")
+    transition = Transition(log_prob, reward.long(), log_prob, log_prob)
+    for stride in (1, 1 << 25):
+        support = torch.empty(1, device="meta").as_strided((51,), (stride,))
+        bellman = Bellman(support, reward, reward, 0.9)
+        categorical_launch.forward(transition, bellman, keep=False)
+        categorical_launch.project(log_prob[..., 0], bellman)
+    assert seen == ["int32", "int32", "int64", "int64"]
 
 
 def test_blocks_are_bounded_whatever_the_problem() -> None:

@@ -7,7 +7,14 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from fusedrl.kernels import VerificationError, normal_log_prob, normal_sample, squashed_normal_operators, use_backend
+from fusedrl.kernels import (
+    VerificationError,
+    normal_log_prob,
+    normal_sample,
+    squashed_normal_operators,
+    squashed_normal_verify,
+    use_backend,
+)
 from fusedrl.kernels.backend import fastest_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -659,6 +666,22 @@ def test_verify_accepts_what_is_right(device, dtype, kind) -> None:
     (action.sum() + log_prob.sum()).backward()
     inputs[2] = action.detach().requires_grad_()
     normal_log_prob(*inputs, squash=squash, backend="verify").sum().backward()
+
+
+def test_verify_gives_the_compiler_the_layouts_that_the_operators_promise(device, monkeypatch) -> None:
+    monkeypatch.setattr(squashed_normal_verify, "fastest_backend", lambda _: "torch")  # whose results follow inputs
+
+    def flat(loc, scale, noise):
+        action, log_prob = normal_sample(loc, scale, noise, squash=(-1.0, 1.0), backend="verify")
+        again = normal_log_prob(loc, scale, noise.tanh(), squash=(-1.0, 1.0), backend="verify")
+        return torch.cat([x.mul(2).reshape(-1) for x in (action, log_prob, again)])
+
+    loc, scale, noise = (x.permute(1, 2, 0) for x in problem((2, 4, 3), device=device))
+    inputs = [loc.detach().requires_grad_(), scale.detach().requires_grad_()]
+    expected = torch.autograd.grad(flat(*inputs, noise).square().sum(), inputs)
+    found = torch.autograd.grad(torch.compile(flat, fullgraph=True)(*inputs, noise).square().sum(), inputs)
+    for gradient, wanted in zip(found, expected, strict=True):
+        assert_close(gradient, wanted, torch.float64)
 
 
 @pytest.mark.parametrize("function", ["log_prob", "sample"])
