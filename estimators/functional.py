@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..kernels.checks import Scalar
+from ..kernels.checks import Scalar, check_real
 from ..kernels.dtypes import floating, result_dtype
 from ..kernels.scan_operators import solve
 from ..kernels.scan_problem import FIXED_DISCOUNT, GAE, TD_LAMBDA, Recurrence, checked
@@ -132,7 +132,9 @@ def td0_return_estimate(
     terminated = done if terminated is None else terminated
     if terminated is None:
         raise TypeError("td0_return_estimate needs to know which steps are terminal: give terminated (or done)")
-    _check_shapes(reward, done=done)
+    _check_shapes(reward, terminated=terminated)
+    if done is not None:
+        _check_shapes(reward, done=done)
     if reward.ndim == 0:
         # A single step; `checked` asks for a dimension of time.
         one = td0_return_estimate(gamma, next_state_value[None], reward[None], terminated[None])
@@ -443,6 +445,8 @@ def reward2go(reward: Tensor, done: Tensor, gamma: Scalar, *, time_dim: int = -2
         tensor([1.5000, 1.0000, 1.5000, 1.0000])
 
     """
+    check_real("reward", reward)
+    check_real("done", done)
     if done.shape != reward.shape:
         raise ValueError(
             f"done has shape {tuple(done.shape)}, but reward has shape {tuple(reward.shape)}: both must agree"
@@ -459,10 +463,12 @@ def widened(reward: Tensor, *values: Tensor) -> tuple[Tensor, torch.dtype]:
     return (reward.float() if dtype in (torch.float16, torch.bfloat16) else reward), dtype
 
 
-def _check_shapes(reward: Tensor, **tensors: Tensor | None) -> None:
+def _check_shapes(reward: Tensor, **tensors: Tensor) -> None:
+    check_real("reward", reward)
     shape = reward.shape
     for name, x in tensors.items():
-        if x is not None and x.shape != shape:
+        check_real(name, x)
+        if x.shape != shape:
             raise RuntimeError(
                 f"{name} has shape {tuple(x.shape)}, but reward has shape {tuple(shape)}: both must agree"
             )

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import MEAN, NONE, REDUCTIONS, check_0d, check_broadcasts, check_choice
+from .checks import MEAN, NONE, REDUCTIONS, check_0d, check_broadcasts, check_choice, check_scalar, check_tensor
 from .distances import DISTANCES
 from .dtypes import result_dtype
 
@@ -102,11 +102,12 @@ def count_is_unknown(problem: Regression | Improvement) -> bool:
 
 
 def check_bootstrap(problem: Bootstrap) -> None:
-    """Raise RuntimeError for a shape, dtype or device that doesn't fit, TypeError for an α that isn't there."""
+    """Raise RuntimeError for a shape, dtype or device that doesn't fit, TypeError for what isn't there or no tensor."""
     next_values, reward, terminated, gamma, log_prob, alpha = problem
     _check_ensemble("next_values", next_values)
     _check_member("reward", reward, "next_values", next_values)
     _check_member("terminated", terminated, "next_values", next_values)
+    check_scalar("gamma", gamma)
     check_broadcasts("gamma", gamma, "reward", reward.shape, next_values.device)
     if log_prob is not None:
         _check_member("log_prob", log_prob, "next_values", next_values)
@@ -137,6 +138,7 @@ def check_improvement(problem: Improvement) -> None:
 
 
 def _check_ensemble(name: str, values: Tensor) -> None:
+    check_tensor(name, values)
     if not values.ndim or not values.shape[0] or not values.is_floating_point():
         raise RuntimeError(
             f"{name} has shape {tuple(values.shape)} and dtype {values.dtype}: floating-point values "
@@ -145,6 +147,7 @@ def _check_ensemble(name: str, values: Tensor) -> None:
 
 
 def _check_member(name: str, x: Tensor, ensemble: str, values: Tensor) -> None:
+    check_tensor(name, x)
     if x.shape != values.shape[1:] or x.device != values.device:
         raise RuntimeError(
             f"{name} has shape {tuple(x.shape)} on {x.device}, but {ensemble} has shape {tuple(values.shape)} on "

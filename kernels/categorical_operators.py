@@ -25,6 +25,7 @@ from .categorical_problem import (
     loss_dtype,
     new_gradient,
 )
+from .checks import check_tensor
 from .dispatch import backend_modules, called, in_transform, number_or_tensor, runs_plainly, wants_gradient
 from .dtypes import compute_dtype
 from .function import apply, signed
@@ -74,6 +75,7 @@ def projection(prob: Tensor, bellman: Bellman, backend: str | None) -> Tensor:
 
     Raises what `check_bellman` and `resolve_backend` raise, before anything is computed.
     """
+    check_tensor("prob", prob)
     if not prob.ndim or not prob.is_floating_point():
         raise RuntimeError(
             f"prob has shape {tuple(prob.shape)} and dtype {prob.dtype}: floating-point probabilities [*batch, atoms] "

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_agrees, check_broadcasts
+from .checks import check_agrees, check_broadcasts, check_scalar, check_tensor
 
 _HALF = (torch.float16, torch.bfloat16)
 _INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -50,6 +50,8 @@ class Transition(NamedTuple):
 def check_transition(transition: Transition, bellman: Bellman) -> None:
     """Raise TypeError for a dtype, RuntimeError for a shape or device that doesn't fit the log-probabilities."""
     log_prob = transition.log_prob
+    check_tensor("log_prob", log_prob)
+    check_tensor("next_log_prob", transition.next_log_prob)
     shape, device = log_prob.shape, log_prob.device
     if len(shape) < 2 or not log_prob.is_floating_point():
         raise RuntimeError(
@@ -67,9 +69,10 @@ def check_transition(transition: Transition, bellman: Bellman) -> None:
 
 
 def check_bellman(bellman: Bellman, shape: torch.Size, device: torch.device) -> None:
-    """Raise RuntimeError if an argument doesn't fit a distribution of ``shape`` ``[*B, atoms]`` on ``device``."""
+    """Raise RuntimeError or TypeError for what doesn't fit a distribution ``[*B, atoms]`` of that shape and device."""
     support, reward, terminated, gamma = bellman
     *batch, atoms = shape
+    check_tensor("support", support)
     if support.shape != (atoms,) or support.device != device or atoms < 2:
         raise RuntimeError(
             f"support has shape {tuple(support.shape)} on {support.device}: one value for each of the {atoms} atoms, "
@@ -77,6 +80,7 @@ def check_bellman(bellman: Bellman, shape: torch.Size, device: torch.device) -> 
         )
     _check_member("reward", reward, torch.Size(batch), device)
     _check_member("terminated", terminated, torch.Size(batch), device)
+    check_scalar("gamma", gamma)
     check_broadcasts("gamma", gamma, "the batch", torch.Size(batch), device)
 
 
@@ -111,6 +115,7 @@ def new_gradient(log_prob: Tensor) -> Tensor:
 
 
 def _check_member(name: str, x: Tensor, batch: torch.Size, device: torch.device) -> None:
+    check_tensor(name, x)
     if x.shape != batch or x.device != device:
         raise RuntimeError(
             f"{name} has shape {tuple(x.shape)} on {x.device}, but the batch has shape {tuple(batch)} on {device}: "

@@ -1,6 +1,7 @@
 """What arguments of every operation may be, and the errors that say that one isn't."""
 
 from collections.abc import Iterable
+from reprlib import repr as short  # an array may be long
 from typing import Any
 
 import torch
@@ -13,8 +14,11 @@ REDUCTIONS = NONE, MEAN, SUM = ("none", "mean", "sum")
 
 
 def check_agrees(name: str, x: Tensor | None, other: str, y: Tensor) -> None:
-    """Raise RuntimeError for a tensor ``x`` that is not of the shape of ``y`` and on its device."""
-    if x is not None and (x.shape != y.shape or x.device != y.device):
+    """Raise RuntimeError for ``x`` of another shape or on another device than ``y``, TypeError if it is no tensor."""
+    if x is None:
+        return
+    check_tensor(name, x)
+    if x.shape != y.shape or x.device != y.device:
         raise RuntimeError(
             f"{name} has shape {tuple(x.shape)} on {x.device}, but {other} has shape {tuple(y.shape)} on {y.device}: "
             "both must agree"
@@ -37,6 +41,12 @@ def broadcasts(shape: torch.Size, to: torch.Size) -> bool:
     return len(shape) <= len(to) and all(n == 1 or n == m for n, m in zip(reversed(shape), reversed(to), strict=False))
 
 
+def check_tensor(name: str, x: Any) -> None:
+    """Raise TypeError for what isn't a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, but is {short(x)}")
+
+
 def check_real(name: str, x: Any) -> None:
     """Raise TypeError for what isn't a real tensor."""
     if not isinstance(x, Tensor) or x.is_complex():
@@ -50,11 +60,12 @@ def check_scalar(name: str, x: Any) -> None:
 
 
 def _described(x: Any) -> str:
-    return f"a tensor of {x.dtype}" if isinstance(x, Tensor) else repr(x)
+    return f"a tensor of {x.dtype}" if isinstance(x, Tensor) else short(x)
 
 
 def check_0d(name: str, x: Any) -> None:
-    """Raise RuntimeError for a tensor with dimensions."""
+    """Raise RuntimeError for a tensor with dimensions, TypeError for what is neither a number nor a tensor."""
+    check_scalar(name, x)
     if isinstance(x, Tensor) and x.ndim:
         raise RuntimeError(f"{name} has shape {tuple(x.shape)}: a number or a 0-d tensor is wanted")
 

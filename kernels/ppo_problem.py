@@ -46,17 +46,15 @@ class PPOConstants(NamedTuple):
 def check(log_prob: Tensor, constants: PPOConstants) -> None:
     """Raise RuntimeError for a shape or device, TypeError for a dtype, ValueError for a reduction that doesn't fit."""
     old_log_prob, advantage, proximal_log_prob, mask, weights, clip_low, clip_high, max_ratio, _, reduction = constants
-    others = {
-        "old_log_prob": old_log_prob,
-        "advantage": advantage,
-        "proximal_log_prob": proximal_log_prob,
-        "weights": weights,
-    }
-    check_samples("log_prob", log_prob, others, mask)
-    for name, x in (("clip_low", clip_low), ("clip_high", clip_high), ("max_ratio", max_ratio)):
-        check_0d(name, x)
-    if isinstance(max_ratio, (int, float)) and not max_ratio > 0:
-        raise ValueError(f"max_ratio is {max_ratio}, but must be positive")
+    others = {"old_log_prob": old_log_prob, "advantage": advantage}
+    optional = {"proximal_log_prob": proximal_log_prob, "weights": weights}
+    check_samples("log_prob", log_prob, others, optional, mask)
+    check_0d("clip_low", clip_low)
+    check_0d("clip_high", clip_high)
+    if max_ratio is not None:
+        check_0d("max_ratio", max_ratio)
+        if isinstance(max_ratio, (int, float)) and not max_ratio > 0:
+            raise ValueError(f"max_ratio is {max_ratio}, but must be positive")
     check_choice("reduction", reduction, REDUCTIONS)
 
 

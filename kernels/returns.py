@@ -11,7 +11,7 @@ of a terminal step, is selected away.
 
 from torch import Tensor
 
-from .checks import Scalar
+from .checks import Scalar, check_real
 from .scan_operators import solve
 from .scan_problem import FIXED_DISCOUNT, GAE, SCAN, TD_LAMBDA, Recurrence
 
@@ -193,6 +193,7 @@ def reward_to_go(
     See Sutton & Barto 2018, Reinforcement learning, equation 3.9.
 
     """
+    check_real("done", done)  # without which a scan has no ends
     (value,) = solve(Recurrence(SCAN, gamma, None, reward, None, None, done, None), time_dim, backend)
     return value
 

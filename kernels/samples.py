@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backend import resolve_backend
-from .checks import check_agrees
+from .checks import check_agrees, check_tensor
 from .dispatch import in_transform
 from .function import apply
 
@@ -106,11 +106,19 @@ def _goes_beyond_the_slope(constants: Any) -> bool:
 # --- checks -------------------------------------------------------------------------------------------------------
 
 
-def check_samples(name: str, x: Tensor, others: dict[str, Tensor | None], mask: Tensor | None) -> None:
-    """Raise RuntimeError for a shape or device that isn't that of ``x``, TypeError for a dtype that can't be used."""
+def check_samples(
+    name: str, x: Tensor, others: dict[str, Tensor], optional: dict[str, Tensor | None], mask: Tensor | None
+) -> None:
+    """Raise RuntimeError for a shape or device that isn't that of ``x``, TypeError for a dtype that can't be used.
+
+    So for what isn't a tensor. The ``optional`` ones, and the mask, may be None.
+    """
+    check_tensor(name, x)
+    for other, required in others.items():
+        check_tensor(other, required)
     if not x.is_floating_point():
         raise TypeError(f"{name} has dtype {x.dtype}: a floating-point one is wanted")
-    for other, y in others.items():
+    for other, y in (others | optional).items():
         check_agrees(other, y, name, x)
         if y is not None and y.is_complex():
             raise TypeError(f"{other} has dtype {y.dtype}: a real one is wanted")

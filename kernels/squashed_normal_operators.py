@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from . import squashed_normal_reference as reference
 from . import squashed_normal_vectorized as vectorized
 from .backend import resolve_backend
-from .checks import check_agrees, check_broadcasts
+from .checks import check_agrees, check_broadcasts, check_tensor
 from .dispatch import backend_modules, called, constant, in_transform, number_or_tensor
 from .dtypes import cast, result_dtype
 from .function import aliases, apply, autograd_inside, gradients_of_inputs, signed
@@ -182,10 +182,12 @@ def _checked(
 
     Raises:
         RuntimeError: a shape or device isn't that of loc, or there is no dimension.
-        TypeError: a tensor isn't floating point.
+        TypeError: a tensor is none, or isn't floating point.
         ValueError: of two numbers low isn't less than high, or the margin isn't in [0, 1).
 
     """
+    for name, x in (("loc", loc), ("scale", scale), (third_name, third)):
+        check_tensor(name, x)
     if not loc.ndim:
         raise RuntimeError("loc has no dimension: [*batch, actions] is wanted")
     for name, x in (("scale", scale), (third_name, third)):

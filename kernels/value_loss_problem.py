@@ -51,9 +51,11 @@ def check(value: Tensor, constants: ValueConstants) -> None:
     if (old_value is None) != (clip is None):
         there, missing = ("clip", "old_value") if old_value is None else ("old_value", "clip")
         raise ValueError(f"{there} is given, but {missing} isn't: clipping the step of the value takes both")
-    check_samples("value", value, {"value_target": value_target, "old_value": old_value, "weights": weights}, mask)
-    check_0d("clip", clip)
-    check_0d("coefficient", coefficient)
+    optional = {"old_value": old_value, "weights": weights}
+    check_samples("value", value, {"value_target": value_target}, optional, mask)
+    for name, x in (("clip", clip), ("coefficient", coefficient)):
+        if x is not None:
+            check_0d(name, x)
 
 
 def dtypes(value: Tensor, constants: ValueConstants) -> tuple[torch.dtype, torch.dtype]:

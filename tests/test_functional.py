@@ -6,6 +6,7 @@ import math
 import fusedrl.estimators.functional as F
 import pytest
 import torch
+from fusedrl import kernels
 from helpers_estimators import BACKENDS, assert_close, masks, no_host_sync, signals
 
 VECTORISED = [
@@ -334,6 +335,18 @@ def test_td0_return_needs_to_know_terminal_steps():
     inputs = signals()
     with pytest.raises(TypeError, match="terminated"):
         F.td0_return_estimate(GAMMA, inputs["next_state_value"], inputs["reward"])
+
+
+@pytest.mark.parametrize("name", ["reward", "done"])
+@pytest.mark.parametrize("wrong", [None, [1.0]], ids=["None", "list"])
+def test_reward_to_go_and_td0_name_what_is_no_tensor(name, wrong):
+    right = {"reward": torch.ones(3), "done": torch.zeros(3)}
+    for function in (F.reward2go, kernels.reward_to_go):
+        with pytest.raises(TypeError, match=f"{name} must be a real tensor"):
+            function(**right | {name: wrong}, gamma=GAMMA)
+    if wrong is not None or name == "reward":
+        with pytest.raises(TypeError, match=f"{name.replace('done', 'terminated')} must be a real tensor"):
+            F.td0_return_estimate(GAMMA, torch.ones(3), **right | {name: wrong})
 
 
 def test_td0_return_of_a_single_step_without_dimensions():

@@ -6,6 +6,7 @@ import math
 import weakref
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -797,6 +798,11 @@ def test_verify_names_what_is_wrong(monkeypatch, device, output, message) -> Non
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        ({"log_prob": [0.0]}, TypeError, r"log_prob must be a tensor, but is \[0.0\]"),
+        ({"advantage": None}, TypeError, "advantage must be a tensor, but is None"),
+        ({"weights": np.ones((60, 5))}, TypeError, r"weights must be a tensor, but is array.{,40}$"),
+        ({"clip_low": None}, TypeError, "clip_low must be a number or a real tensor, but is None"),
+        ({"max_ratio": "1"}, TypeError, "max_ratio must be a number"),
         ({"log_prob": torch.zeros(6, 5).long()}, TypeError, "log_prob has dtype torch.int64"),
         ({"old_log_prob": torch.zeros(6)}, RuntimeError, r"old_log_prob has shape \(6,\).*log_prob has shape \(6, 5\)"),
         ({"advantage": torch.zeros(6, 5, 1)}, RuntimeError, r"advantage has shape \(6, 5, 1\)"),

@@ -719,6 +719,8 @@ def test_verify_names_the_element_that_is_wrong(monkeypatch, device, function, b
         ({"scale": torch.ones(3)}, RuntimeError, r"scale has shape \(3,\).*loc has shape \(4, 3\)"),
         ({"third": torch.zeros(4, 1)}, RuntimeError, r"(action|noise) has shape \(4, 1\)"),
         ({"scale": torch.ones(4, 3, device="meta")}, RuntimeError, "scale has .* on meta"),
+        ({"loc": 0.0}, TypeError, "loc must be a tensor, but is 0.0"),
+        ({"third": None}, TypeError, "(action|noise) must be a tensor, but is None"),
         ({"third": torch.zeros(4, 3).long()}, TypeError, r"(action|noise) torch.int64"),
         ({"squash": (1.0, 1.0)}, ValueError, r"squash is \(1.0, 1.0\)"),
         ({"squash": (torch.zeros(2), 1.0)}, RuntimeError, r"low of squash has shape \(2,\)"),

@@ -611,6 +611,9 @@ def test_verify_names_what_is_wrong(monkeypatch, device, output, message) -> Non
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        ({"value": 1.0}, TypeError, "value must be a tensor, but is 1.0"),
+        ({"value_target": None}, TypeError, "value_target must be a tensor, but is None"),
+        ({"coefficient": "1"}, TypeError, "coefficient must be a number"),
         ({"value": torch.zeros(6, 5).long()}, TypeError, "value has dtype torch.int64"),
         ({"value_target": torch.zeros(6)}, RuntimeError, r"value_target has shape \(6,\).*value has shape \(6, 5\)"),
         ({"value_target": torch.zeros(6, 5, device="meta")}, RuntimeError, "value_target has .* on meta"),
