@@ -57,11 +57,11 @@ class ActionValueLoss(LossModule):
         A single network is an ensemble of one, whose parameters have a dimension for it, unless ``one_alone``.
 
         Raises:
-            ValueError: ``size`` is less than one, or not the length of a list of networks.
+            ValueError: ``size`` is no integer, less than one, or not the length of a list of networks.
 
         """
-        if size < 1:
-            raise ValueError(f"num_qvalue_nets must be at least 1, but is {size}")
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"num_qvalue_nets must be an integer of at least 1, but is {size!r}")
         if isinstance(network, list | tuple):
             if len(network) not in (1, size):
                 raise ValueError(f"num_qvalue_nets is {size}, but qvalue_network is a list of {len(network)}")

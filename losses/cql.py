@@ -266,6 +266,6 @@ class CQLLoss(SoftActorCriticLoss):
         batch = (len(actions), *data.batch_size)
         many = data.expand(batch).clone(recurse=False).set(self.tensor_keys.action, actions)
         # In one dimension: of more, the compiler would make a graph for each size.
-        values = self._ensemble("qvalue_network", many.reshape(-1), key, **options)
+        values = self._ensemble("qvalue_network", many.reshape(many.batch_size.numel()), key, **options)
         values = values.view(len(values), *batch, *values.shape[2:])
         return self._one_per_sample(values, key, tensordict).movedim(1, -1)

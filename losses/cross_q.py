@@ -169,7 +169,7 @@ class CrossQLoss(SoftActorCriticLoss):
     def _values(self, data: TensorDictBase, tensordict: TensorDictBase, *, detach: bool = False) -> Tensor:
         """Q of ``data``, shape ``[N, *D]`` for its batch size ``*D``, which a normalisation sees as one dimension."""
         key = self.tensor_keys.state_action_value
-        values = self._ensemble("qvalue_network", data.reshape(-1), key, detach=detach)
+        values = self._ensemble("qvalue_network", data.reshape(data.batch_size.numel()), key, detach=detach)
         values = values.view(len(values), *data.batch_size, *values.shape[2:])
         return self._one_per_sample(values, key, tensordict)
 

@@ -137,7 +137,7 @@ class DreamerV3Loss(LossModule):
             mask = tensordict.get(key, None)
             if mask is not None:
                 starts.set(key, mask)
-        return starts.reshape(-1)
+        return starts.reshape(starts.batch_size.numel())
 
     def _replay_value(self, states: TensorDictBase, imagined: TensorDictBase, tensordict: TensorDictBase) -> Tensor:
         """The value's loss on the sequences, not weighted; 0 if it has no weight."""

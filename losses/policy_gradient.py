@@ -104,6 +104,8 @@ class PolicyGradientLoss(LossModule):
             self._read_by_critic = self._inputs_of_critic()
         self.set_keys(**self._actor_keys)
         self.register_coeff_buffer("clip_value", clip_value, device=device)
+        if clip_value is not None and not clip_value >= 0:
+            raise ValueError(f"clip_value is {clip_value}, but must not be negative")
 
     def _take_networks(
         self,

@@ -506,6 +506,7 @@ def test_collected_data_that_requires_grad_is_refused(key):
         (ClipPPOLoss, {"foo": 1}, TypeError, "foo"),
         (PPOLoss, {"entropy_coeff": "a"}, TypeError, "entropy_coeff .* 'a'"),
         (PPOLoss, {"clip_value": True}, ValueError, "clip_value .* True"),
+        (PPOLoss, {"clip_value": -0.1}, ValueError, "clip_value is -0.1, but must not be negative"),
         (PPOLoss, {"max_importance_ratio": 0.0}, ValueError, "max_importance_ratio is 0.0"),
         (PPOLoss, {"functional": False, "delay_actor": True}, ValueError, "functional=True"),
         (PPOLoss, {"functional": False, "separate_losses": True}, ValueError, "functional=True"),

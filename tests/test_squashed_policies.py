@@ -123,3 +123,13 @@ def test_every_loss_with_a_policy_is_checked_here():
 def test_nothing_waits_for_the_device(name, bounds, monkeypatch):
     make, data = every_case(bounds)[name]
     assert_no_host_sync(make(), data(), monkeypatch)
+
+
+@pytest.mark.parametrize("name", every_case("default"))
+def test_an_empty_batch_is_no_error(name):
+    make, data = every_case("default")[name]
+    result = make()(data()[:0])
+    out = result[0] if isinstance(result, tuple) else result  # Dreamer's come with their data
+    found = [x for key, x in out.items() if key.startswith("loss")]
+    assert found
+    assert all(x.shape == () for x in found)

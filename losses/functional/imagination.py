@@ -150,6 +150,8 @@ def quantile(x: Tensor, q: float, mask: Tensor | None = None) -> Tensor:
 
     """
     x = wide(x)
+    if not x.numel():
+        return x.new_full((), torch.nan)
     if mask is not None:
         x = torch.where(mask, x, torch.inf)
     ascending = x.flatten().sort().values
