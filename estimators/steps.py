@@ -8,7 +8,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 # A smaller standard deviation is taken to be this one: noise is not blown up to size 1.
-SMALLEST_STD = 1e-4
+_SMALLEST_STD = 1e-4
 
 
 class Steps(NamedTuple):
@@ -75,7 +75,7 @@ def standardize(x: Tensor, valid: Tensor | None = None, own: int | None = None) 
     count = total(torch.ones_like(x))
     centred = x - total(x) / count
     std = (total(centred.square()) / (count - 1).clamp_min(1)).sqrt()
-    return (centred / std.clamp_min(SMALLEST_STD)).to(dtype)
+    return (centred / std.clamp_min(_SMALLEST_STD)).to(dtype)
 
 
 def expand_right(x: Tensor, like: Tensor) -> Tensor:

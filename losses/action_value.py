@@ -101,7 +101,7 @@ class ActionValueLoss(LossModule):
                 f"{type(self).__name__} writes the entry {priority!r}, which the locked TensorDict "
                 "doesn't have: unlock it, or set the entry before it is locked"
             )
-        terminated = self._terminated(tensordict)
+        terminated, _ = self._terminated(tensordict)
         data = self._inputs(tensordict, current_keys, current)
         next_data = self._inputs(tensordict, next_keys, following, "next")
         if next_data.batch_size != tensordict.batch_size:

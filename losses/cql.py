@@ -39,9 +39,10 @@ class CQLLoss(SoftActorCriticLoss):
     With a Lagrange multiplier α', L_CQL is multiplied by it after a threshold ξ is taken off each network's term, and
     ``loss_alpha_prime`` makes α' grow where the terms are above ξ.
 
-    The losses are ``loss_actor``, ``loss_actor_bc``, ``loss_qvalue``, ``loss_cql``, ``loss_alpha``, and
-    with a multiplier ``loss_alpha_prime``. Also in the output: ``alpha``, and ``entropy``, the mean of −log π(a|s_t).
-    The priority of a sample, written to the input under ``td_error``, is the largest squared error of a Q network.
+    The losses are ``loss_actor``, ``loss_actor_bc``, ``loss_qvalue``, ``loss_cql``, ``loss_alpha``, and with a
+    multiplier ``loss_alpha_prime``. Also in the output: ``alpha``, and ``entropy``, the mean of −log π(a|s_t). The
+    priority of a sample, written to the input as ``td_error``, shape ``[*B]``, is the largest squared error of a Q
+    network.
 
     Args:
         actor_network: the policy π, a ``ProbabilisticTensorDictSequential`` whose action can be differentiated.

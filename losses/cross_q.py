@@ -32,14 +32,14 @@ class CrossQLoss(SoftActorCriticLoss):
 
     Padded steps (`LossModule.loss_mask_key`) don't count in the losses, but are among what the normalisation sees.
 
-    The losses are ``loss_actor``, ``loss_qvalue`` and ``loss_alpha``. Also in the output: ``log_prob`` and
-    ``td_error`` of each sample, ``alpha``, and ``entropy``, the mean of −log π(a|s_t). The priority of a sample,
-    written to the input under ``td_error``, is the largest absolute error of a Q network.
+    The losses are ``loss_actor``, ``loss_qvalue`` and ``loss_alpha``. Also in the output: ``log_prob`` and ``td_error``
+    of each sample, ``alpha``, and ``entropy``, the mean of −log π(a|s_t). The priority of a sample, written to the
+    input as ``td_error``, shape ``[*B]``, is the largest absolute error of a Q network.
 
     Args:
         actor_network: the policy π, a ``ProbabilisticTensorDictSequential`` whose action can be differentiated.
         qvalue_network: Q, which reads the action. An ensemble is made of it, each member drawn anew; a list of
-            networks is an ensemble as it is.
+            ``num_qvalue_nets`` networks is an ensemble as it is.
         num_qvalue_nets: size of the ensemble.
         loss_function: d: ``"l1"``, ``"l2"`` or ``"smooth_l1"`` (`distance_loss`).
         alpha_init: α at the start.
@@ -160,8 +160,8 @@ class CrossQLoss(SoftActorCriticLoss):
 
     def _check_columns(self, tensordict: TensorDictBase) -> None:
         """Refuse what has another shape than the reward while no statistics of the normalisation have moved."""
-        reward, terminated = self._get(tensordict, "reward"), self._terminated(tensordict)
-        self._require_shape(terminated, self._keys("terminated")[0], reward, self._keys("reward")[0])
+        reward = self._get(tensordict, "reward")
+        self._require_shape(*self._terminated(tensordict), reward, self._keys("reward")[0])
         per_sample = reward.squeeze(-1)
         self._mask(tensordict, per_sample)
         self._priority_weights(tensordict, per_sample)

@@ -128,7 +128,7 @@ class OnlineDTLoss(SupervisedLoss, TemperatureLoss):
 
     @dataclass
     class _AcceptedKeys:
-        """The action in the data, and the one that the policy writes."""
+        """``action_target``: the action in the data. ``action_pred`` is there for TorchRL's sake: nothing reads it."""
 
         action_target: NestedKey = "action"
         action_pred: NestedKey = "action"

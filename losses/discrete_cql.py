@@ -43,6 +43,11 @@ class DiscreteCQLLoss(DQNLoss):
 
     @dataclass
     class _AcceptedKeys:
+        """The entries read and written. ``reward``, ``done`` and ``terminated`` are read under "next".
+
+        ``value_target``, ``value`` and ``pred_val`` are there for TorchRL's sake: nothing reads or writes them.
+        """
+
         value_target: NestedKey = "value_target"
         value: NestedKey = "chosen_action_value"
         action_value: NestedKey = "action_value"

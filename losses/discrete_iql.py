@@ -25,7 +25,7 @@ class DiscreteIQLLoss(IQLLoss):
     Args:
         actor_network: the policy π, a ``ProbabilisticTensorDictSequential``.
         qvalue_network: Q: writes the values of all actions, shape ``[*B, A]``, in ``state_action_value``. It is
-            multiplied (drawn anew) to ``num_qvalue_nets`` networks; a list of networks is taken as it is.
+            multiplied (drawn anew) to ``num_qvalue_nets`` networks; a list of so many is taken as it is.
         value_network: V: writes ``state_value``.
         action_space: how the actions in the data are written: ``"one-hot"`` (None), ``"categorical"``, or a spec of
             one of these (see `action_space.find_action_space`).

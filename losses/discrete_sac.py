@@ -25,14 +25,14 @@ class DiscreteSACLoss(SoftActorCriticLoss):
         L_α &= \log α\,\left(H[π(\cdot|s_t)] - \bar H\right)
 
     The losses are ``loss_actor``, ``loss_qvalue`` and ``loss_alpha``. Also in the output: ``alpha``, and ``entropy``,
-    the mean of H. The priority of a sample, written to the input under ``td_error``, is the largest absolute error
-    of a Q network.
+    the mean of H. The priority of a sample, written to the input as ``td_error``, shape ``[*B]``, is the largest
+    absolute error of a Q network.
 
     Args:
         actor_network: the policy π, a ``ProbabilisticTensorDictSequential`` whose distribution has ``logits``;
             actions that can't be taken have the logit −∞.
         qvalue_network: Q of all actions, shape ``[*B, A]``. An ensemble is made of it, each member drawn anew; a list
-            of networks is an ensemble as it is.
+            of ``num_qvalue_nets`` networks is an ensemble as it is.
         action_space: how the actions in the data are written: ``"one-hot"`` (None), ``"categorical"``, or a spec of
             one of these (see `action_space.find_action_space`).
         num_actions: A, for the target entropy.

@@ -166,12 +166,9 @@ class DistributionalDQNLoss(QLearningLoss):
 
     def _bellman(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
         """Reward and terminated, shape ``[*B]``, and γ, or γⁿ of that shape for n-step data."""
-        reward, key = self._get(tensordict, "reward"), "terminated"
-        terminated = tensordict.get(*self._keys(key), None)
-        if terminated is None:
-            key = "done"
-            terminated = self._get(tensordict, key)
-        self._require_shape(terminated, self._keys(key)[0], reward, self._keys("reward")[0])
+        reward = self._get(tensordict, "reward")
+        terminated, key = self._terminated(tensordict)
+        self._require_shape(terminated, key, reward, self._keys("reward")[0])
         reward = reward.squeeze(-1)
         valid = self._mask(tensordict, reward)
         if valid is not None:  # a NaN there would make the gradient of a loss that doesn't count NaN, as 0 · NaN

@@ -61,6 +61,11 @@ class DQNLoss(QLearningLoss):
 
     @dataclass
     class _AcceptedKeys:
+        """The entries read and written. ``reward``, ``done`` and ``terminated`` are read under "next".
+
+        ``advantage``, ``value_target`` and ``value`` are there for TorchRL's sake: nothing reads or writes them.
+        """
+
         advantage: NestedKey = "advantage"
         value_target: NestedKey = "value_target"
         value: NestedKey = "chosen_action_value"

@@ -258,13 +258,13 @@ class DreamerActorLoss(DreamerLoss):
     def _next_states(self, imagined: TensorDictBase, network: nn.Module) -> TensorDictBase:
         """What ``network`` reads of the states that the imagined steps lead to."""
         next_states = imagined.get("next").select(*keys_read(network), strict=False)
-        terminal = any_right(self._terminated(imagined) != 0, imagined.ndim)
+        terminal = any_right(self._terminal(imagined) != 0, imagined.ndim)
         for key, x in list(next_states.items(True, True)):
             if x.is_floating_point():  # what is made of a terminal state isn't read, but its NaN would be as 0 · NaN
                 next_states.set(key, torch.where(expand_right(terminal, x), 0, x))
         return next_states
 
-    def _terminated(self, imagined: TensorDictBase) -> Tensor:
+    def _terminal(self, imagined: TensorDictBase) -> Tensor:
         return imagined.get(*self._keys("terminated"), self._done(imagined))
 
     def _done(self, imagined: TensorDictBase) -> Tensor:
@@ -285,7 +285,7 @@ class DreamerActorLoss(DreamerLoss):
         steps = TensorDict({}, imagined.batch_size)
         steps.set(*self._keys("reward"), self._get(imagined, "reward"))
         steps.set(*self._keys("done"), self._done(imagined))
-        steps.set(*self._keys("terminated"), self._terminated(imagined))
+        steps.set(*self._keys("terminated"), self._terminal(imagined))
         return self.value_estimator.value_estimate(steps, next_value=next_value, time_dim=-1, continuation=continuation)
 
 

@@ -67,7 +67,10 @@ class DreamerV3ActorLoss(DreamerActorLoss):
 
     @dataclass
     class _AcceptedKeys(DreamerActorLoss._AcceptedKeys):
-        """The entries read: ``state`` and ``belief`` of the input, the others of what is imagined or written."""
+        """The entries read: ``state`` and ``belief`` of the input, the others of what is imagined or written.
+
+        ``action_log_prob`` is there for TorchRL's sake: nothing reads or writes it.
+        """
 
         state: NestedKey = "state"
         action: NestedKey = "action"

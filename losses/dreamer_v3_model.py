@@ -227,7 +227,8 @@ class DreamerV3ModelLoss(FullPrecisionBuffers, ModelLoss):
 
     def _ends(self, tensordict: TensorDictBase) -> Tensor:
         """Whether the episode ends with each step, by termination if that is known."""
-        return self._terminated(tensordict) != 0
+        terminated, _ = self._terminated(tensordict)
+        return terminated != 0
 
     def _continues(self, data: TensorDictBase, ends: Tensor) -> Tensor:
         prediction = self._get(data, "continue_pred")

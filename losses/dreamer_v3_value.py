@@ -170,8 +170,7 @@ class DreamerV3ValueLoss(FullPrecisionBuffers, DreamerLoss):
         data = self._without_padding(tensordict, *keys_read(self.value_model), *read)
         bootstrap, reward, done = (self._per_step(self._get(data, n), self._keys(n)[0], data) for n in names[:3])
         done = done != 0
-        terminated = data.get(*self._keys("terminated"), None)
-        terminated = done if terminated is None else self._per_step(terminated, read[-1], data) != 0
+        terminated = self._per_step(*self._terminated(data), data) != 0
         ends = done | terminated
         valid = self._mask(tensordict, reward)
         if valid is not None:

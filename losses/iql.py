@@ -26,15 +26,15 @@ class IQLLoss(ActionValueLoss):
 
     in ``loss_value``, ``loss_qvalue`` and ``loss_actor``, each of which trains its own network alone. Also in the
     output: ``entropy``, the mean of −log π(a|s) over the data's actions. The greatest squared error
-    max_i (Q_i(s, a) − y)², with y the target of the Q networks, is written to the input as its priority
-    ``td_error``; nothing else in it changes.
+    max_i (Q_i(s, a) − y)², with y the target of the Q networks, is written to the input as its priority ``td_error``,
+    shape ``[*B]``; nothing else in it changes.
 
     The target is that of the loss's value estimator (TD0, see `make_value_estimator`).
 
     Args:
         actor_network: the policy π, a ``ProbabilisticTensorDictSequential``.
         qvalue_network: Q: reads the action, writes ``state_action_value``. It is multiplied (drawn anew) to
-            ``num_qvalue_nets`` networks; a list of networks is taken as it is.
+            ``num_qvalue_nets`` networks; a list of so many is taken as it is.
         value_network: V: writes ``state_value``.
         num_qvalue_nets: number of Q networks.
         loss_function: d: ``"smooth_l1"``, ``"l1"`` or ``"l2"`` (`distance_loss`).

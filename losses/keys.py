@@ -116,10 +116,11 @@ class KeyedModule(TensorDictModuleBase):
             self._require(tensordict, name)
         return x
 
-    def _terminated(self, tensordict: TensorDictBase) -> Tensor:
-        """The entry ``terminated``, or ``done`` where there is none; KeyError if there is neither."""
-        terminated = tensordict.get(*self._keys("terminated"), None)
-        return self._get(tensordict, "done") if terminated is None else terminated
+    def _terminated(self, tensordict: TensorDictBase) -> tuple[Tensor, NestedKey]:
+        """The entry ``terminated``, or ``done`` where there is none, and its key; KeyError if there is neither."""
+        (key,) = self._keys("terminated")
+        terminated = tensordict.get(key, None)
+        return (self._get(tensordict, "done"), *self._keys("done")) if terminated is None else (terminated, key)
 
     def _require(self, tensordict: TensorDictBase, *names: str, networks: Iterable[str] = ()) -> None:
         """Check that what the keys ``names`` stand for and the ``networks`` need is there.

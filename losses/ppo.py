@@ -61,8 +61,9 @@ class PPOLoss(ActorCriticLoss):
         \qquad r_t = \frac{π_θ(a_t|s_t)}{π_\text{old}(a_t|s_t)}
 
     The three terms are ``loss_objective``, ``loss_critic`` and ``loss_entropy``. Also in the output: ``entropy``,
-    ``kl_approx`` (see `functional.approximate_kl`), ``explained_variance`` of the critic, ``value_clip_fraction`` if
-    ``clip_value`` is set, and ``composite_entropy`` of each action head (per sample) if there are several and
+    ``kl_approx`` (see `functional.approximate_kl`), ``explained_variance`` of the critic along the first batch
+    dimension (for batch size ``[N, *B]`` of shape ``[*B, 1]``), ``value_clip_fraction`` if ``clip_value`` is set, and
+    ``composite_entropy`` of each action head (per sample) if there are several and
     `tensordict.nn.composite_lp_aggregate` is off. Steps that don't count (`LossModule.loss_mask_key`) don't count in
     any of them.
 
@@ -262,7 +263,8 @@ class ClipPPOLoss(PPOLoss):
         L = -\mathbb{E}_t\left[\min\left(r_t A_t,\ \text{clip}(r_t,\ 1 - ε,\ 1 + ε) A_t\right)\right] + \dots
 
     with the critic's and the entropy's term of `PPOLoss`, whose arguments, outputs and errors it shares. Further
-    outputs: ``clip_fraction``, ``ESS`` (`functional.effective_sample_size`), ``max_ratio`` and ``mean_ratio`` (of r_t).
+    outputs: ``clip_fraction``, ``ESS`` (`functional.effective_sample_size`, shape ``[*B]`` for batch size ``[N, *B]``),
+    ``max_ratio`` and ``mean_ratio`` (of r_t).
 
     Args:
         actor_network: see `PPOLoss`.

@@ -61,7 +61,10 @@ class QMixerLoss(ActionValueLoss):
 
     @dataclass
     class _AcceptedKeys:
-        """Values of the agents (``local_value``: of the chosen action) and of the team; the rest as in DQN."""
+        """Values of the agents (``local_value``: of the chosen action) and of the team; the rest as in DQN.
+
+        ``advantage`` and ``value_target`` are there for TorchRL's sake: nothing reads or writes them.
+        """
 
         advantage: NestedKey = "advantage"
         value_target: NestedKey = "value_target"

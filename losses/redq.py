@@ -39,12 +39,13 @@ class REDQLoss(SoftActorCriticLoss):
     ``target_value``              r_t + γ(1 − term_t) V(s_{t+1})  ``[*B]``
     ============================  ==============================  ==============
 
-    The priority of a sample, written to the input under ``td_error``, is the largest squared error of a Q network.
+    The priority of a sample, written to the input as ``td_error``, shape ``[*B]``, is the largest squared error of a Q
+    network.
 
     Args:
         actor_network: the policy π, a ``ProbabilisticTensorDictSequential`` whose action can be differentiated.
         qvalue_network: Q, which reads the action. An ensemble is made of it, each member drawn anew; a list of
-            networks is an ensemble as it is.
+            ``num_qvalue_nets`` networks is an ensemble as it is.
         num_qvalue_nets: N, the size of the ensemble.
         sub_sample_len: the size of M; where it is N or more, M is the whole ensemble. (TorchRL then takes N − 1.)
         loss_function: d: ``"l1"``, ``"l2"`` or ``"smooth_l1"`` (`distance_loss`).

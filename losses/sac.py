@@ -37,15 +37,15 @@ class SACLoss(SoftActorCriticLoss):
     there, each Q network learns from its own share of the batch, as it does in TorchRL: the i-th of N equal parts of
     dimension 0.
 
-    The losses are ``loss_actor``, ``loss_qvalue``, ``loss_alpha``, and ``loss_value`` if there is a value network.
-    Also in the output: ``alpha``, and ``entropy``, the mean of −log π(a|s_t). The priority of a sample, written to
-    the input under ``td_error``, is the largest absolute error of a Q network (version 1: the squared error of
-    the network whose share the sample is in).
+    The losses are ``loss_actor``, ``loss_qvalue``, ``loss_alpha``, and ``loss_value`` if there is a value network. Also
+    in the output: ``alpha``, and ``entropy``, the mean of −log π(a|s_t). The priority of a sample, written to the input
+    as ``td_error``, shape ``[*B]``, is the largest absolute error of a Q network (version 1: the squared error of the
+    network whose share the sample is in).
 
     Args:
         actor_network: the policy π, a ``ProbabilisticTensorDictSequential`` whose action can be differentiated.
         qvalue_network: Q, which reads the action. An ensemble is made of it, each member drawn anew; a list of
-            networks is an ensemble as it is.
+            ``num_qvalue_nets`` networks is an ensemble as it is.
         value_network: V of the observation.
         num_qvalue_nets: size of the ensemble.
         loss_function: d: ``"l1"``, ``"l2"`` or ``"smooth_l1"`` (`distance_loss`).

@@ -24,8 +24,8 @@ class TD3Loss(DeterministicPolicyLoss):
     in ``loss_actor``, which trains the policy alone, and ``loss_qvalue``, which trains the values alone; \tilde a is
     \bar π(s') with noise (`smoothed_action`). Also in the output, without gradient: ``pred_value`` Q_i(s, a) and
     ``state_action_value_actor`` Q_i(s, π(s)), of shape ``[N, *B]``, ``next_state_value`` min_i \bar Q_i(s', \tilde a)
-    and ``target_value`` y, of shape ``[*B]``. The greatest squared error max_i (Q_i(s, a) − y)² is written to the
-    input as its priority ``td_error``; nothing else in it changes.
+    and ``target_value`` y, of shape ``[*B]``. The greatest squared error max_i (Q_i(s, a) − y)² is written to the input
+    as its priority ``td_error``, shape ``[*B]``; nothing else in it changes.
 
     The paper updates the policy and the targets once for every two updates of the values: step the optimizer of
     ``loss_actor`` and the `SoftUpdate` in every other iteration.
@@ -35,7 +35,7 @@ class TD3Loss(DeterministicPolicyLoss):
     Args:
         actor_network: the policy π: writes the action.
         qvalue_network: Q: reads the action, writes ``state_action_value``. It is multiplied (drawn anew) to
-            ``num_qvalue_nets`` networks; a list of networks is taken as it is.
+            ``num_qvalue_nets`` networks; a list of so many is taken as it is.
         action_spec: the spec of the action, an object with ``space.low`` and ``space.high``, or a composite of specs.
         bounds: the least and the greatest action, each a number or of the shape of the last dimensions of an action.
             Either this or ``action_spec``.

@@ -21,7 +21,7 @@ class TD3BCLoss(TD3Loss):
     for actions of d dimensions, in ``loss_actor``; ``loss_qvalue`` is that of `TD3Loss`. Also in the output, without
     gradient: the first term of the loss, ``bc_loss``, and λ, ``lmbd``; ``state_action_value_actor`` Q_1(s, π(s)), of
     shape ``[*B]``; ``pred_value``, ``next_state_value`` and ``target_value``, as in `TD3Loss`. The priority
-    ``td_error`` is written to the input; nothing else in it changes.
+    ``td_error``, shape ``[*B]``, is written to the input; nothing else in it changes.
 
     λ and ``bc_loss`` are of the whole batch, and with ``reduction="none"`` the latter is a part of every sample's
     ``loss_actor``. Padded steps don't count in them, and samples count by their priority weights.

@@ -33,13 +33,13 @@ class TQCLoss(SACLoss):
         L_α &= \log α\,\left(-\log π(a|s_t) - \bar H\right)
 
     The losses are ``loss_actor``, ``loss_qvalue`` and ``loss_alpha``. Also in the output: ``alpha``, and ``entropy``,
-    the mean of −log π(a|s_t). The priority of a sample, written to the input under ``td_error``, is the mean of
-    \|y_i − θ_n^m\| of the critic for which it is largest.
+    the mean of −log π(a|s_t). The priority of a sample, written to the input as ``td_error``, shape ``[*B]``, is the
+    mean of \|y_i − θ_n^m\| of the critic for which it is largest.
 
     Args:
         actor_network: the policy π, a ``ProbabilisticTensorDictSequential`` whose action can be differentiated.
         qvalue_network: reads the action and writes atoms, shape ``[*B, M]``, at ``state_action_value``. An ensemble is
-            made of it, each member drawn anew; a list of networks is an ensemble as it is.
+            made of it, each member drawn anew; a list of N networks is an ensemble as it is.
         num_qvalue_nets: N.
         top_quantiles_to_drop_per_net: d.
         alpha_init: α at the start.
