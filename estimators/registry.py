@@ -147,5 +147,6 @@ def resolved(value_type: Hashable) -> Hashable:
         )
     members = {x.name.lower(): x for x in (*ValueEstimators, *_entries) if isinstance(x, Enum)}
     if value_type.lower() not in members:
-        raise KeyError(f"no value estimator is called {value_type!r}; there are: {', '.join(members)}")
+        names = [*members, *(name for name in _entries if isinstance(name, str))]
+        raise KeyError(f"no value estimator is called {value_type!r}; there are: {', '.join(names)}")
     return members[value_type.lower()]

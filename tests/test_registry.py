@@ -111,6 +111,8 @@ def test_an_estimator_of_ones_own_can_be_registered_under_a_name_or_an_enum():
     assert E.build_value_estimator(Loss(), Mine.ESTIMATE).gamma.item() == 0.3
     assert E.get_value_estimator_entry("estimate").cls is Estimator
     assert type(E.build_value_estimator(Loss(), "mine", gamma=0.1)) is Estimator
+    with pytest.raises(KeyError, match=r"'yours'; there are: .*gae.*mine"):
+        E.get_value_estimator_entry("yours")
 
 
 def test_a_member_of_torchrls_enum_stands_for_ours_of_its_name():

@@ -71,10 +71,12 @@ def roofline(title: str, found: Sequence[Measurement], path: Path) -> bool:
     matplotlib.use("Agg")  # before pyplot is imported: a PNG needs no display
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
     roof = sorted((x.bytes_moved / 2**20, x.copied_gigabytes_per_second) for x in found)
     axes.plot(*zip(*roof, strict=True), "k--", marker="_", label="copy of as many bytes")
-    for direction, marker, offset in (("forward", "o", 6), ("both", "s", -12)):
+    # Labels are slanted, so that those of neighbours don't overlap: of the forward pass above, of both below.
+    above, below = {"ha": "left", "va": "bottom"}, {"ha": "right", "va": "top"}
+    for direction, marker, offset, place in (("forward", "o", 4, above), ("both", "s", -4, below)):
         points = sorted((x.bytes_moved / 2**20, x) for x in found if x.direction == direction)
         axes.plot(
             [moved for moved, _ in points], [x.gigabytes_per_second for _, x in points], marker=marker,
@@ -82,11 +84,12 @@ def roofline(title: str, found: Sequence[Measurement], path: Path) -> bool:
         )  # fmt: skip
         for moved, x in points:
             label = f"{x.shape}: {x.fraction_of_copy:.1%}"
-            at = {"xy": (moved, x.gigabytes_per_second), "xytext": (-4, offset), "textcoords": "offset points"}
-            axes.annotate(label, **at, ha="right", fontsize=8)
+            at = {"xy": (moved, x.gigabytes_per_second), "xytext": (offset, offset), "textcoords": "offset points"}
+            axes.annotate(label, **at, **place, rotation=45, rotation_mode="anchor", fontsize=8)
+    axes.margins(x=0.15, y=0.25)  # for the labels
     axes.set(xscale="log", yscale="log", xlabel="MiB moved at least", ylabel="GB/s", title=title)
     axes.grid(which="both", alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return True
