@@ -7,6 +7,7 @@ import torch
 from fusedrl.losses.action_value import ActionValueLoss
 from helpers_q import (
     CLOSE,
+    StateAction,
     assert_compiles,
     assert_no_host_sync,
     assert_padding_is_ignored,
@@ -357,3 +358,82 @@ def test_tensors_can_be_passed_instead_of_a_tensordict():
     data, loss = transitions(), make()
     tensors = {k if isinstance(k, str) else "_".join(k): v for k, v in data.items(True, True)}
     assert torch.equal(loss(**tensors), loss(data)["loss_qvalue"])
+
+
+def test_a_next_observation_that_is_lacking_where_it_is_read_shows():
+    data = transitions()
+    data["next", "observation"][~data["next", "done"].squeeze(-1)] = torch.nan
+    assert run(make(), data)[0]["loss_qvalue"].isnan()
+
+
+class ActsOnNested(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, seen):
+        return self.layers(seen["observation"])
+
+
+def test_what_follows_a_terminal_step_is_made_finite_in_an_entry_of_several_too():
+    actor = TensorDictModule(ActsOnNested(deterministic_actor().module), ["seen"], ["action"])
+    data = transitions()
+    for part in (data, data["next"]):
+        part["seen"] = TensorDict({"observation": part.pop("observation")}, part.batch_size)
+    data["next", "seen", "observation"][data["next", "terminated"].squeeze(-1)] = torch.nan
+    _, following = FittedQ(actor, qvalue_network())._transitions(data, ["actor_network"], ["actor_network"])
+    assert following["seen", "observation"].isfinite().all()
+
+
+def test_what_follows_a_terminal_step_is_0_where_it_is_not_finite():
+    data = transitions()
+    ended = data["next", "terminated"].squeeze(-1)
+    data["next", "observation"][ended] = torch.inf
+    _, following = make()._transitions(data, ["qvalue_network"], ["actor_network"])
+    assert (following["observation"][ended] == 0).all()
+
+
+def test_few_members_draw_the_same_numbers_where_they_are_told_to():
+    network = TensorDictModule(
+        nn.Sequential(nn.Linear(4, 1, dtype=torch.float64), nn.Dropout()), ["observation"], ["state_action_value"]
+    )
+    loss, data = FittedQ(deterministic_actor(), network, members=3), transitions()
+    for p in loss.qvalue_network_params.values(True, True):
+        p.data[1:] = p.data[:1]
+    loss.set_vmap_randomness("same")
+    values = loss._values(data, data)
+    assert torch.equal(values, values[:1].expand_as(values))
+    loss.set_vmap_randomness("different")
+    values = loss._values(data, data)
+    assert not torch.equal(values, values[:1].expand_as(values))
+
+
+def test_a_perceptron_that_writes_another_entry_is_named():
+    network = TensorDictModule(nn.Sequential(nn.Linear(4, 1, dtype=torch.float64)), ["observation"], ["value"])
+    with pytest.raises(KeyError, match="doesn't write 'state_action_value'"):
+        FittedQ(deterministic_actor(), network)(transitions())
+
+
+def test_a_network_that_is_its_own_target_is_a_constant_as_such():
+    loss, data = make(delay=False), transitions()
+    assert loss._values(data, data).requires_grad
+    assert not loss._values(data, data, target=True).requires_grad
+
+
+class Counting(StateAction):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, observation, action):
+        self.calls = self.calls + 1
+        return super().forward(observation, action)
+
+
+def test_a_network_that_is_its_own_target_assigns_to_no_buffer_as_such():
+    network = TensorDictModule(Counting(), ["observation", "action"], ["state_action_value"])
+    loss, data = FittedQ(deterministic_actor(), network, members=None, delay=False), transitions()
+    for target, calls in ((True, 0), (False, 1), (True, 1)):
+        with torch.no_grad():
+            loss._values(data, data, target=target)
+        assert loss.qvalue_network_params["module", "calls"] == calls

@@ -236,3 +236,46 @@ def test_hooks_of_all_modules_run(make):
         assert_as_the_network_itself(make(), observations())
     finally:
         handle.remove()
+
+
+class Twice(nn.Linear):
+    def twice(self, x):
+        return 2 * self(x)
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_a_method_that_stands_in_for_forward_is_called():
+    network = TensorDictModule(Twice(OBSERVATION, 2, **DOUBLE), ["observation"], ["action"], method="twice")
+    assert_as_the_network_itself(network, observations())
+
+
+class ByName(nn.Linear):
+    def forward(self, *, x):
+        return super().forward(x)
+
+
+def test_inputs_are_passed_by_name_where_the_network_says_so():
+    network = TensorDictModule(ByName(OBSERVATION, 2, **DOUBLE), {"observation": "x"}, ["action"], out_to_in_map=False)
+    assert_as_the_network_itself(network, observations())
+
+
+def test_a_network_that_does_not_write_into_its_input_leaves_it_alone():
+    network = TensorDictModule(nn.Linear(OBSERVATION, 2, **DOUBLE), ["observation"], ["action"], inplace=False)
+    data = observations()
+    assert call(network, data)["action"].shape == (5, 2)
+    assert "action" not in data
+
+
+def test_modules_without_input_are_left_out_where_that_is_tolerated():
+    network = TensorDictSequential(linear(), linear(reads="absent", writes="other"), partial_tolerant=True)
+    assert_as_the_network_itself(network, observations())
+
+
+def test_entries_that_were_not_selected_are_left_out():
+    network = TensorDictSequential(
+        linear(OBSERVATION, writes="hidden"), linear(reads="hidden"), selected_out_keys=["action"]
+    )
+    data = observations()
+    assert set(call(network, data.copy()).keys()) == set(network(data.copy()).keys())

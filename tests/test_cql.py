@@ -4,6 +4,8 @@ TorchRL's conservative term isn't compared: its 50 values per sample for a batch
 samples too.
 """
 
+import math
+
 import pytest
 import torch
 from fusedrl.estimators import heads
@@ -251,3 +253,82 @@ def test_a_trunk_shared_with_the_policy_is_trained_as_by_torchrl(members):
     ours, other = (make_with_trunk(cls, members=members) for cls in (CQLLoss, theirs.CQLLoss))
     assert [name for name, _ in ours.named_parameters()] == [name for name, _ in other.named_parameters()]
     ours.load_state_dict(other.state_dict())  # there, what all members see as one can't be loaded
+
+
+class Slope(nn.Module):
+    """Q(s, a) = w · Σ a, which is greatest in one corner of the actions."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((1,), weight, **DOUBLE))
+
+    def forward(self, observation, action):
+        return self.weight * action.sum(-1, keepdim=True) + 0 * observation[..., :1]
+
+
+def slope(weight):
+    return TensorDictModule(Slope(weight), ["observation", "action"], ["state_action_value"])
+
+
+def test_the_term_takes_actions_from_the_whole_square():
+    draws, weight = 5000, 1.5
+    loss = make(
+        actor=zeros(stochastic_actor(squashed_normal)), qvalue=slope(weight), num_random=draws, reduction="none"
+    )
+    data = transitions((2,))
+    out, _ = run(loss, data)
+    integral = 2 * torch.tensor(weight, **DOUBLE).sinh() / weight  # of exp(w a) over (−1, 1)
+    softest = (3 * draws * integral**ACTION).log()
+    expected = 2 * (softest - weight * data["action"].sum(-1))
+    torch.testing.assert_close(out["loss_cql"], expected, rtol=0.02, atol=0.05)
+
+
+def test_each_network_backs_up_the_action_that_is_best_to_itself():
+    loss = make(
+        qvalue=[slope(1.0), slope(-1.0)], max_q_backup=True, num_random=500,
+        actor=zeros(stochastic_actor(squashed_normal)), loss_function="l2", reduction="none",
+    )  # fmt: skip
+    loss.make_value_estimator(gamma=1.0)
+    data = transitions((4,))
+    out, _ = run(loss, data)
+    target = data["next", "reward"] + (~data["next", "terminated"]) * 2.0  # opposite corners
+    action = data["action"].sum(-1, keepdim=True)
+    expected = ((action - target).square() + (-action - target).square()).squeeze(-1)
+    torch.testing.assert_close(out["loss_qvalue"], expected, rtol=0.2, atol=0.3)
+
+
+def with_multiplier(log_alpha_prime=0.0, **options):
+    loss = make(with_lagrange=True, **options)
+    loss.log_alpha_prime.data.fill_(log_alpha_prime)
+    return loss
+
+
+def test_the_threshold_is_taken_off_each_networks_term():
+    data, (plain, less) = transitions(), (with_multiplier(), with_multiplier(lagrange_thresh=5.0))
+    same_parameters(plain, less)
+    a, b = (run(loss, data)[0] for loss in (plain, less))
+    torch.testing.assert_close(b["loss_cql"], a["loss_cql"] - 2 * 5.0)
+    torch.testing.assert_close(b["loss_alpha_prime"], a["loss_alpha_prime"] + 5.0)
+
+
+def test_the_multiplier_learns_from_the_mean_of_the_terms_and_they_do_not_learn_from_its_loss():
+    loss = with_multiplier()  # which is 1
+    out, _ = run(loss, transitions())
+    torch.testing.assert_close(out["loss_alpha_prime"], -out["loss_cql"] / 2, check_dtype=False)
+    reached = [name for name, gradient in gradients(loss, out)["loss_alpha_prime"].items() if gradient.any()]
+    assert reached == ["log_alpha_prime"]
+
+
+def test_the_multiplier_is_a_million_at_most():
+    data, loss = transitions(), with_multiplier()
+    wanted = run(loss, data)[0]["loss_cql"]
+    for log_alpha_prime, factor in ((20.0, 1e6), (5.0, math.exp(5.0))):
+        loss.log_alpha_prime.data.fill_(log_alpha_prime)
+        torch.testing.assert_close(run(loss, data)[0]["loss_cql"], factor * wanted, rtol=1e-5, atol=0)
+
+
+def test_a_third_of_the_actions_are_those_of_the_next_state():
+    loss, data = make(), transitions()
+    before = run(loss, data)[0]["loss_cql"]
+    data["next", "observation"] = data["next", "observation"] + 1
+    assert run(loss, data)[0]["loss_cql"] != before

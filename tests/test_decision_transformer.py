@@ -6,8 +6,17 @@ import pytest
 import torch
 from fusedrl.losses.decision_transformer import DTLoss, OnlineDTLoss
 from helpers_imitation import demonstrations
-from helpers_losses import DOUBLE, OBSERVATION
-from helpers_q import ACTION, CLOSE, assert_compiles, assert_rejected, deterministic_actor, gradients, stochastic_actor
+from helpers_losses import DOUBLE, OBSERVATION, squashed_normal
+from helpers_q import (
+    ACTION,
+    CLOSE,
+    assert_compiles,
+    assert_rejected,
+    deterministic_actor,
+    gradients,
+    run,
+    stochastic_actor,
+)
 from tensordict.nn import TensorDictModule
 from torch import nn
 
@@ -122,3 +131,15 @@ def test_a_policy_without_distribution_is_refused():
 
 def test_the_bounded_temperature_compiles():
     assert_compiles(lambda: online(min_alpha=0.5, max_alpha=2.0), demonstrations())
+
+
+def test_an_entropy_without_a_closed_form_is_estimated_from_as_many_draws_as_wanted():
+    loss, data = online(stochastic_actor(squashed_normal), samples_mc_entropy=4000), demonstrations()
+    first, second = (run(loss, data, seed)[0]["entropy"] for seed in (1, 2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0.03)
+
+
+def test_a_fixed_temperature_is_no_parameter():
+    loss = online(fixed_alpha=True, alpha_init=0.5)
+    assert "log_alpha" not in dict(loss.named_parameters())
+    assert not loss(demonstrations())["loss_alpha"].requires_grad

@@ -507,3 +507,8 @@ def test_a_world_model_may_do_without_some_of_its_inputs():
     optional = TensorDictModule(WithNoise(recognition.module), reads, recognition.out_keys)
     loss = DreamerModelLoss(TensorDictSequential(TensorDictSequential(optional, model[0][1]), model[1]))
     torch.testing.assert_close(loss(data)[0].to_dict(), expected.to_dict(), **CLOSE)
+
+
+def test_free_nats_are_free_of_the_average_where_that_is_clamped():
+    losses, _ = run(model_loss(delayed_clamp=True, free_nats=1000.0, lambda_kl=2.0), sequences())
+    assert losses["loss_model_kl"].item() == 2000.0

@@ -652,3 +652,49 @@ def test_a_detached_model_loss_returns_no_graph():
     _, detached = model_loss(detach_output=True)(experience())
     assert attached["next", "state"].requires_grad
     assert not any(x.requires_grad for x in detached.values(True, True))
+
+
+def test_a_horizon_of_less_than_a_step_is_refused():
+    with pytest.raises(ValueError, match=r"horizon must be at least 1, but is 0.5"):
+        value_loss().replay_value_loss(replayed(), horizon=0.5)
+
+
+@pytest.mark.parametrize("name", ["value", "two_hot"])
+def test_the_slow_values_part_is_logged_without_gradient_and_weighed_as_it_is_told(name):
+    loss, data = made(name)  # slow_critic_regularization=1.0
+    for p in loss.target_value_model_params.values(True, True):
+        p.data.add_(0.1)
+    out = run(loss, data)
+    assert not out["value_slow_loss"].requires_grad
+    loss.slow_critic_regularization = 3.0
+    more = run(loss, data)
+    torch.testing.assert_close(more["loss_value"], out["loss_value"] + 2 * out["value_slow_loss"])
+
+
+def test_where_nothing_is_said_of_termination_done_terminates():
+    loss, data = value_loss(), replayed()
+    data["next", "terminated"] = data["next", "done"]
+    wanted = loss.replay_value_loss(data)["loss_replay_value"]
+    del data["next", "terminated"]
+    assert torch.equal(loss.replay_value_loss(data)["loss_replay_value"], wanted)
+
+
+def test_returns_that_are_not_to_be_normalised_are_taken_as_they_are():
+    loss = actor_loss(return_normalization=False, return_normalization_min_scale=4.0)
+    assert run(loss, states())["return_scale"] == 1
+
+
+def test_the_range_of_returns_that_is_logged_stays_when_it_moves_on():
+    loss, data = actor_loss().eval(), states()
+    low = run(loss, data)["return_low"]
+    before = low.clone()
+    run(loss.train(), data)
+    assert torch.equal(low, before)
+
+
+def test_a_reward_that_would_broadcast_is_refused():
+    loss, data = DreamerV3ModelLoss(world_model("reward", bins=1), reward_two_hot=False), experience()
+    loss.set_keys(pixels=["pixels", "vector"], reco_pixels=["reco_pixels", "reco_vector"])
+    data["next", "reward"] = data["next", "reward"].expand(*data.shape, 2)
+    with pytest.raises(RuntimeError, match=r"'reward'\) has shape"):
+        loss(data)

@@ -150,8 +150,23 @@ def exchange_layer(network):
     network.module[1] = nn.Sigmoid()
 
 
+def add_pre_hook(network):
+    network.module[0].register_forward_pre_hook(lambda *_: None)
+
+
+def add_backward_pre_hook(network):
+    network.module[0].register_full_backward_pre_hook(lambda *_: None)
+
+
+def write_another_entry(network):
+    network.out_keys = ["other"]
+
+
 CHANGES = [
     add_hook,
+    add_pre_hook,
+    add_backward_pre_hook,
+    write_another_entry,
     add_layer,
     exchange_layer,
     add_backward_hook,
@@ -198,3 +213,13 @@ def test_layers_that_compute_their_weight_are_not_taken_for_others(norm):
 def test_a_missing_input_is_left_to_the_network_to_complain_of():
     members, params = members_of(NETWORKS["sequence"])
     assert Perceptron.of(members[0], params)(TensorDict({}, [2]), parts_of(params, set())) is None
+
+
+class Raised(nn.ReLU):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def test_a_function_of_ones_own_is_not_taken_for_the_one_it_inherits_from():
+    network = module(nn.Sequential(nn.Linear(4, 2), Raised()))
+    assert Perceptron.of(network, parameters_of([network, copy.deepcopy(network)])) is None

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fusedrl.estimators import functional as F
+from fusedrl.estimators.steps import standardize
 from helpers_estimators import (
     ESTIMATORS,
     HYPERPARAMETERS,
@@ -371,3 +372,16 @@ def test_the_next_tensordict_may_have_a_batch_size_of_its_own(name):
     expected = estimator(name)(data.clone())["advantage"]
     data["next"].batch_size = [2]
     assert torch.equal(estimator(name, value_chunk_size=4, value_chunk_dim=1)(data)["advantage"], expected)
+
+
+def test_half_precision_is_standardised_in_float32():
+    x = torch.tensor([60000.0, -60000.0, 30000.0, 0.0], dtype=torch.float16)
+    found = standardize(x)
+    assert found.dtype == torch.float16
+    wanted = standardize(x.float())
+    torch.testing.assert_close(found.float(), wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_noise_is_not_blown_up_to_size_1():
+    x = torch.tensor([1e-5, -1e-5], dtype=torch.float64)
+    torch.testing.assert_close(standardize(x), x / 1e-4)

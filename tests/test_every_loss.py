@@ -11,6 +11,7 @@ import pytest
 import torch
 from fusedrl import losses
 from fusedrl.estimators import ValueEstimatorBase
+from fusedrl.losses import action_value
 from helpers_compile import assert_compiles_once_more_at_most, gradient, traced_once
 from helpers_dreamer import Imagination, actor_model, imagined, sequences, value_model, world_model
 from helpers_dreamer_v3 import BINS, Env, experience
@@ -347,3 +348,13 @@ def test_the_docstring_has_the_formula_and_the_paper(name):
     doc = inspect.getdoc(getattr(losses, name))
     assert ".. math::" in doc
     assert "arXiv:" in doc or "doi.org" in doc
+
+
+@every_loss
+def test_networks_called_one_by_one_are_not_called_under_vmap(name, monkeypatch):
+    if "deactivate_vmap" not in inspect.signature(getattr(losses, name)).parameters:
+        pytest.skip("has no such option")
+    loss, data = CASES[name].make(deactivate_vmap=True), CASES[name].data()
+    monkeypatch.setattr(action_value, "MEMBERS_IN_TURN", 0)
+    monkeypatch.delattr("torch.vmap")
+    loss(data)

@@ -158,3 +158,15 @@ def test_the_penalty_of_a_discriminator_with_batch_normalisation_is_differentiat
     slopes = torch.autograd.grad(out["loss"], list(loss.parameters()))
     assert all(g.isfinite().all() for g in slopes)
     assert slopes[0].any()
+
+
+def test_padding_does_not_count_in_the_penalty_that_is_logged():
+    data = demonstrations_and_attempts((6,))
+    data["collector", "mask"] = mask = torch.tensor([True, True, False, True, False, False])
+    network = discriminator()
+    each, whole = (GAILLoss(network, use_grad_penalty=True, reduction=name) for name in ("none", "mean"))
+    plain = GAILLoss(network, reduction="none")(data)["loss"]
+    torch.manual_seed(1)
+    penalty = (each(data)["loss"] - plain)[mask]
+    torch.manual_seed(1)
+    torch.testing.assert_close(whole(data)["gp_loss"], penalty.mean().detach(), **CLOSE)

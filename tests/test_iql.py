@@ -340,3 +340,21 @@ def test_a_square_beyond_float16_is_finite_under_autocast():
         error = torch.full((4,), 300.0, dtype=torch.float16)
         assert expectile_loss(error, 0.5).allclose(torch.tensor(45000.0))
     assert expectile_loss(error / 300, 0.5).dtype == torch.float16
+
+
+@pytest.mark.parametrize("expectile", [0.0, 1.0])
+def test_an_expectile_at_the_end_of_its_range_is_refused(expectile):
+    with pytest.raises(ValueError, match="expectile"):
+        make(expectile=expectile)
+
+
+def test_the_entropy_is_left_out_of_losses_per_sample_alone():
+    assert "entropy" in make(scalar_output_mode="exclude")(transitions()).keys()  # noqa: SIM118  # a TensorDict is no dict
+    assert "entropy" not in make(scalar_output_mode="exclude", reduction="none")(transitions()).keys()  # noqa: SIM118
+
+
+def test_importance_weights_weigh_no_metric():
+    loss, data = make(), transitions()
+    wanted = run(loss, data)[0]["entropy"]
+    data["priority_weight"] = torch.rand(data.shape, dtype=torch.float64)
+    torch.testing.assert_close(run(loss, data)[0]["entropy"], wanted)

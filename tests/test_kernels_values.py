@@ -209,3 +209,15 @@ def test_an_array_is_told_to_be_no_tensor(name):
     arguments[name] = np.ones(3)
     with pytest.raises(TypeError, match=f"{name} must be a real tensor"):
         kernels.gae(0.9, 0.9, **arguments)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize("number", [1.0, -1.0])
+def test_a_step_that_is_done_or_terminal_alone_ends_the_trajectory(backend, device, number) -> None:
+    def advantage(done: torch.Tensor, terminated: torch.Tensor) -> list[float]:
+        one = torch.ones(3, device=device)
+        return kernels.gae(0.5, 1.0, 0 * one, 0 * one, one, done, terminated, backend=backend)[0].tolist()
+
+    ends, never = torch.tensor([[0.0, number, 0.0], [0.0, 0.0, 0.0]], device=device)
+    assert advantage(never, never) == [1.75, 1.5, 1.0]
+    assert advantage(ends, never) == advantage(never, ends) == [1.5, 1.0, 1.0]

@@ -136,3 +136,9 @@ def test_a_random_module_of_ones_own_can_be_made_known(monkeypatch):
 def test_only_classes_of_modules_can_be_made_known(module):
     with pytest.raises(TypeError, match=r"subclass of torch\.nn\.Module"):
         add_random_module(module)
+
+
+def test_the_last_kl_holds_no_graph():
+    schedule = schedule_of(torch.tensor(1e-3))
+    schedule.step(torch.tensor(0.05, requires_grad=True) * 1)
+    assert not schedule.last_kl.requires_grad

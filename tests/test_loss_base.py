@@ -11,6 +11,8 @@ import pytest
 import torch
 from fusedrl.estimators import GAE, TD0Estimator
 from fusedrl.losses import LossModule, ValueEstimators
+from fusedrl.losses.sac import SACLoss
+from helpers_q import qvalue_network, stochastic_actor
 from tensordict import NestedKey, TensorDict
 from tensordict.nn import InteractionType, TensorDictModule, dispatch
 from tensordict.nn.probabilistic import interaction_type
@@ -718,3 +720,12 @@ def test_a_coefficient_of_one_element_can_be_assigned_and_one_of_more_is_named()
     assert loss.coeff == 0.5
     with pytest.raises(ValueError, match=r"coeff must be a number, but has shape \(2,\)"):
         loss.coeff = torch.ones(2)
+
+
+def test_a_name_that_the_value_estimator_cannot_read_leaves_the_names_as_they_were():
+    loss = SACLoss(stochastic_actor(), qvalue_network(), target_entropy=-2.0)
+    in_keys = list(loss.in_keys)
+    with pytest.raises((KeyError, ValueError)):
+        loss.set_keys(priority="mine", reward=["a", "b"])
+    assert (loss.tensor_keys.priority, loss.tensor_keys.reward) == ("td_error", "reward")
+    assert list(loss.in_keys) == in_keys

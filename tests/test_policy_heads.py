@@ -563,3 +563,11 @@ def test_an_action_that_a_distribution_would_broadcast_is_refused(of, shape):
     with pytest.raises(RuntimeError, match=r"'steer' has shape .*of actions of shape \(4, 1\)"):
         heads.log_prob(of(loc, torch.ones(4, 1)), torch.zeros(shape), "steer")
     assert heads.log_prob(of(loc, torch.ones(4, 1)), torch.zeros(3, 4, 1)).shape[:2] == (3, 4)
+
+
+def test_what_belongs_to_the_dimensions_of_a_head_adds_up():
+    parameters = TensorDict({"move": {"loc": torch.zeros(5, 3, 2), "scale": torch.ones(5, 3, 2)}}, [5])
+    dist = CompositeDistribution(parameters, distribution_map={"move": D.Normal})
+    action = torch.randn(5, 3, 2)
+    found = DistributionHeads(dist, "move", 1).log_prob({"move": action})
+    torch.testing.assert_close(found, D.Normal(0.0, 1.0).log_prob(action).sum((1, 2)).unsqueeze(-1))

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from fusedrl.losses import ClipPPOLoss, KLPENPPOLoss, PPOLoss
+from fusedrl.losses.functional import effective_sample_size
 from fusedrl.losses.policy import entropy
 from helpers_losses import (
     ACTORS,
@@ -576,3 +577,68 @@ def test_error_in_the_delayed_actor_leaves_the_policy_its_parameters():
     with pytest.raises(RuntimeError):
         loss(data)
     assert all(p is q for p, q in zip(actor.parameters(), before, strict=True))
+
+
+@every_loss
+def test_priorities_weigh_the_objective(cls):
+    actor, value = discrete_actor(), critic()
+    data = collect(actor)
+    each = cls(actor, value, reduction="none")(data.clone())["loss_objective"]
+    data["priority_weight"] = weights = torch.rand(data.shape, dtype=torch.float64)
+    out = cls(actor, value)(data)
+    torch.testing.assert_close(out["loss_objective"], (each * weights).sum() / weights.sum(), **CLOSE)
+
+
+@pytest.mark.parametrize("largest", [None, 1.0])
+def test_the_effective_sample_size_of_each_column_is_of_the_capped_weights_that_count(largest):
+    actor, value = discrete_actor(), critic()
+    data = collect(actor)  # batch size [3, 5]
+    data["action_log_prob"] = data["action_log_prob"] + torch.randn(data.shape, dtype=torch.float64)
+    data["collector", "mask"] = mask = torch.rand(data.shape) < 0.7
+    loss = ClipPPOLoss(actor, value, max_importance_ratio=largest)
+    log_weight = actor.get_dist(data.clone()).log_prob(data["action"]).detach() - data["action_log_prob"]
+    wanted = effective_sample_size(log_weight if largest is None else log_weight.clamp_max(0.0), mask)
+    torch.testing.assert_close(loss(data)["ESS"], wanted, **CLOSE)
+
+
+@every_loss
+def test_a_critic_that_does_not_count_has_no_loss(cls):
+    actor, value = discrete_actor(), critic()
+    out = cls(actor, value, critic_coeff=0.0)(collect(actor))
+    assert "loss_critic" not in out.keys()  # noqa: SIM118  # a TensorDict is no dict
+
+
+def test_the_lower_of_two_clip_bounds_is_below_1():
+    with pytest.raises(ValueError, match="its first below 1"):
+        ClipPPOLoss(discrete_actor(), critic(), clip_epsilon=(1.0, 0.2))
+
+
+def test_a_value_is_not_clipped_where_that_is_false():
+    assert ClipPPOLoss(discrete_actor(), critic(), clip_value=False).clip_value is None
+
+
+def test_the_clip_range_is_put_where_it_is_told():
+    loss = ClipPPOLoss(discrete_actor(), critic(), device="meta")
+    assert loss.clip_epsilon.device.type == "meta"
+
+
+def heavy_tails(loc, scale):
+    """Neither its entropy nor its divergences are known to PyTorch in closed form, as of version 2.11."""
+    return D.Independent(D.StudentT(5.0, loc, scale), 1)
+
+
+def test_the_divergence_is_estimated_from_as_many_draws_as_wanted():
+    actor, value = gaussian_actor(heavy_tails), critic()
+    data = collect(actor)
+    data["loc"] = data["loc"] + 0.5
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(KLPENPPOLoss(actor, value, samples_mc_kl=4000)(data.clone())["kl"].mean())
+    torch.testing.assert_close(*found, rtol=0, atol=0.03)
+
+
+def test_a_delayed_policy_needs_no_parameters_in_the_data():
+    actor, value = discrete_actor(), critic()
+    assert "logits" in KLPENPPOLoss(actor, value).in_keys
+    assert "logits" not in KLPENPPOLoss(actor, value, delay_actor=True).in_keys

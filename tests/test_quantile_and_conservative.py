@@ -274,3 +274,53 @@ def test_outputs_gradients_and_priorities_are_those_of_torchrl(name, options):
 @every_loss
 def test_states_are_exchanged_with_torchrl(name):
     assert_states_are_exchanged(*peers(name))
+
+
+def test_no_atom_need_be_dropped():
+    assert tqc(top_quantiles_to_drop_per_net=0)(transitions())["loss_qvalue"].isfinite()
+
+
+class OfOneAgent(Judge):
+    def forward(self, observation, action):
+        return super().forward(observation, action).unsqueeze(-2)
+
+
+def test_atoms_of_another_batch_shape_are_refused():
+    qvalue = TensorDictModule(OfOneAgent(atoms=ATOMS), ["observation", "action"], ["state_action_value"])
+    assert_rejected(
+        tqc(qvalue=qvalue), transitions(), RuntimeError, r"\[\*batch, atoms\] and \[\*batch, 1\] are wanted"
+    )
+
+
+def test_tqc_without_a_delay_takes_its_targets_from_the_trained_networks():
+    assert not tqc(delay_qvalue=False)._has_update_associated
+    assert list(tqc()._has_update_associated) == ["qvalue_network"]
+
+
+def test_cross_q_refuses_a_mask_of_another_shape_before_the_statistics_move():
+    loss, data = cross_q(qvalue=judge(normalized=True)), transitions((8,))
+    data["collector", "mask"] = torch.ones(8, 3, dtype=torch.bool)
+    before = {name: x.clone() for name, x in loss.state_dict().items()}
+    with pytest.raises(RuntimeError, match="mask"):
+        loss(data)
+    assert all(torch.equal(x, before[name]) for name, x in loss.state_dict().items())
+
+
+def test_tqc_leaves_importance_weights_unread_where_it_is_told_to():
+    loss, data = tqc(use_prioritized_weights=False), transitions()
+    wanted = run(loss, data)[0]
+    data["priority_weight"] = torch.rand(data.shape, dtype=torch.float64)
+    torch.testing.assert_close(run(loss, data)[0].to_dict(), wanted.to_dict(), rtol=0, atol=0)
+
+
+def test_cross_q_leaves_each_layer_in_its_own_mode():
+    loss = cross_q(qvalue=judge(normalized=True))
+    loss.qvalue_network.module.norm.eval()
+    loss(transitions((8,)))
+    assert loss.qvalue_network.training
+    assert not loss.qvalue_network.module.norm.training
+
+
+def test_what_cross_q_logs_holds_no_gradient():
+    out = cross_q()(transitions((8,)))
+    assert not [key for key, x in out.items() if x.requires_grad and not key.startswith("loss_")]

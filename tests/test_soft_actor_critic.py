@@ -14,8 +14,10 @@ from fusedrl.losses.functional.soft_actor_critic import (
 from fusedrl.losses.redq import REDQLoss
 from fusedrl.losses.sac import SACLoss
 from fusedrl.losses.targets import SoftUpdate
-from helpers_losses import squashed_normal
+from fusedrl.losses.tqc import TQCLoss
+from helpers_losses import DOUBLE, OBSERVATION, squashed_normal
 from helpers_q import (
+    ACTION,
     CLOSE,
     action_values,
     assert_compiles,
@@ -29,6 +31,8 @@ from helpers_q import (
     qvalue_network,
     run,
     same_parameters,
+    stochastic_actor,
+    transitions,
 )
 from helpers_sac import (
     LOSSES,
@@ -41,6 +45,8 @@ from helpers_sac import (
     two_headed_qvalue,
 )
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
 
 every_loss = pytest.mark.parametrize("name", LOSSES)
 TERMS = {"loss_actor": "actor_network", "loss_qvalue": "qvalue_network", "loss_value": "value_network"}
@@ -300,7 +306,7 @@ def test_a_cast_keeps_discount_and_temperature(name, dtype):
     after = loss.state_dict()
     for key, x in before.items():
         torch.testing.assert_close(after[key], x, rtol=0, atol=0)
-    assert loss.log_alpha.grad == 1e-9
+    assert (loss.log_alpha.grad.dtype, loss.log_alpha.grad.item()) == (torch.float32, pytest.approx(1e-9))
     data = data.apply(lambda x: x.to(dtype) if x.is_floating_point() else x)
     out, _ = run(loss, data)
     assert {x.dtype for key, x in out.items() if key != "loss_alpha" and key.startswith("loss_")} == {dtype}
@@ -492,3 +498,56 @@ def test_the_log_probabilities_of_several_heads_add_up(cls):
     # The standard error of a mean over 10 000 draws of a variable whose standard deviation is 1.
     assert out["entropy"].item() == pytest.approx(math.log(2 * math.pi) + 1, abs=0.05)
     assert all(g.isfinite().all() for found in gradients(loss, out).values() for g in found.values())
+
+
+@every_loss
+def test_alpha_is_between_its_bounds_before_a_call_moves_it_there(name):
+    loss, _ = made(name, min_alpha=0.5, max_alpha=2.0)
+    for start, bound in ((9.0, 2.0), (-9.0, 0.5)):
+        with torch.no_grad():
+            loss.log_alpha.fill_(start)
+        assert loss.alpha.item() == pytest.approx(bound)
+
+
+@every_loss
+def test_alpha_can_have_one_value_only(name):
+    out, _ = run(*made(name, min_alpha=0.5, max_alpha=0.5))
+    assert out["alpha"].item() == pytest.approx(0.5)
+
+
+class OnTrunk(nn.Module):
+    """A layer on ``trunk``, and what comes besides the observation."""
+
+    def __init__(self, trunk, head):
+        super().__init__()
+        self.trunk, self.head = trunk, head
+
+    def forward(self, observation, *rest):
+        return self.head(torch.cat([self.trunk(observation), *rest], -1))
+
+
+@pytest.mark.parametrize("cls", [REDQLoss, TQCLoss])
+def test_a_trunk_in_common_is_trained_by_the_policys_loss_alone_where_losses_are_separate(cls):
+    trunk, actor = nn.Linear(OBSERVATION, OBSERVATION, **DOUBLE), stochastic_actor()
+    actor[0].module = OnTrunk(trunk, actor[0].module)
+    judge = OnTrunk(trunk, nn.Linear(OBSERVATION + ACTION, 1 if cls is REDQLoss else 4, **DOUBLE))
+    qvalue = TensorDictModule(judge, ["observation", "action"], ["state_action_value"])
+    loss = cls(actor, qvalue, num_qvalue_nets=3, target_entropy=-2.0, separate_losses=True)
+    found = gradients(loss, run(loss, transitions())[0])
+    assert not any(g.any() for name, g in found["loss_qvalue"].items() if "trunk" in name)
+    assert any(g.any() for name, g in found["loss_actor"].items() if "trunk" in name)
+    assert not any(name.startswith("qvalue_network_params") and "trunk" in name for name, _ in loss.named_parameters())
+
+
+@every_loss
+def test_a_bound_from_above_alone_holds(name):
+    loss, data = made(name, min_alpha=None, max_alpha=2.0)
+    with torch.no_grad():
+        loss.log_alpha.fill_(9.0)
+    assert run(loss, data)[0]["alpha"].item() == pytest.approx(2.0)
+
+
+@every_loss
+def test_a_target_entropy_that_is_no_number_is_refused(name):
+    with pytest.raises(ValueError, match="target_entropy must be a number or 'auto', but is True"):
+        made(name, target_entropy=True)

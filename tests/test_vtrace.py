@@ -490,3 +490,19 @@ def test_a_threshold_of_zero_has_a_gradient(backend, device):
     h = 1e-7
     moved, _ = vtrace(GAMMA, **inputs, rho_thresh=h, time_dim=1, backend=backend)
     assert gradient.item() == pytest.approx((moved.sum() / h).item(), rel=1e-4)
+
+
+def test_padding_does_not_count_where_advantages_are_standardised():
+    data = steps()
+    data["collector", "mask"] = mask = torch.rand(data.shape) < 0.6
+    advantage = estimator(average_adv=True)(data)["advantage"][mask]
+    torch.testing.assert_close(advantage.mean(), torch.zeros_like(advantage.mean()))
+    torch.testing.assert_close(advantage.std(), torch.ones_like(advantage.std()))
+
+
+@every_backend
+def test_thresholds_of_0_leave_the_value_as_it_is(backend, device):
+    given = weighted(device=device)
+    advantage, value_target = vtrace(0.9, **given, rho_thresh=0.0, c_thresh=0.0, backend=backend)
+    torch.testing.assert_close(value_target, given["value"])
+    assert not advantage.any()

@@ -104,3 +104,28 @@ def test_a_world_model_may_do_without_some_of_its_inputs():
     optional = TensorDictModule(WithNoise(model[1].module), ["latent", "action", "noise"], [("next", "latent")])
     loss = WorldModelLoss(TensorDictSequential(model[0], optional, *list(model.module)[2:]))
     torch.testing.assert_close(loss(data.clone()).to_dict(), expected.to_dict())
+
+
+def test_what_padding_holds_of_a_latent_reaches_no_gradient():
+    loss, data = WorldModelLoss(world_model(), losses=["latent", "reconstruction"]), steps_of_a_world()
+    loss.set_keys(predicted_latent=("next", "latent"))
+    data["collector", "mask"] = mask = torch.rand(data.shape) < 0.5
+    for key in ("target_latent", "observation", "action"):
+        data[key][~mask] = torch.nan
+    out = loss(data)
+    sum(out.values()).backward()
+    assert all(p.grad.isfinite().all() for p in loss.parameters() if p.grad is not None)
+
+
+def test_the_model_finds_whether_the_data_terminates_where_it_is_in_nobodys_way():
+    seen = []
+
+    class Reads(nn.Module):
+        def forward(self, observation, true_terminated):
+            seen.append(true_terminated)
+            return observation[..., :1]
+
+    model = TensorDictModule(Reads(), ["observation", ("next", "true_terminated")], [("next", "reward")])
+    data = steps_of_a_world()
+    WorldModelLoss(model)(data)
+    assert torch.equal(seen[0], data["next", "terminated"])
