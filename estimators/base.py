@@ -13,14 +13,14 @@ from tensordict.nn import dispatch
 from torch import Tensor
 
 from ..kernels.backend import check_backend
-from ..kernels.checks import Scalar, broadcasts
+from ..kernels.checks import Scalar, broadcasts, check_positive
 from .functional import widened
 from .keys import KeyedEstimator, check_written, is_locked_at, under_next
 from .modules import VMAP_RANDOMNESS, can_lack, device_of
 from .precision import dtypes_kept
 from .shifted import shifted_values
 from .steps import Steps, any_right, cut, expand_right, standardize, valid_only, widened_right, without_padding
-from .value_network import ValueNetwork, check_positive
+from .value_network import ValueNetwork
 
 SHIFTED_VALID = "shifted_valid"
 # What `split_trajectories` writes: False where a trajectory was padded to the length of the longest.

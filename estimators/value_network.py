@@ -12,6 +12,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import skip_existing
 from torch import Tensor
 
+from ..kernels.checks import check_positive
 from .modules import is_random
 
 
@@ -171,14 +172,6 @@ class ValueNetwork:
 
 def _present(data: TensorDictBase, key: NestedKey) -> bool:
     return data.get(key, None) is not None
-
-
-def check_positive(name: str, count: Any) -> None:
-    """Raise TypeError or ValueError, naming the argument, unless ``count`` is an int of at least 1."""
-    if not isinstance(count, int) or isinstance(count, bool):
-        raise TypeError(f"{name} must be an int, but is a {type(count).__name__}")
-    if count < 1:
-        raise ValueError(f"{name} must be at least 1, but is {count}")
 
 
 def _keeps_statistics(module: Any) -> bool:

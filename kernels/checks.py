@@ -74,3 +74,11 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """Raise ValueError if ``value`` isn't one of the ``choices``."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; it can be {', '.join(map(repr, choices))}")
+
+
+def check_positive(name: str, count: Any) -> None:
+    """Raise TypeError or ValueError, naming the argument, unless ``count`` is an int of at least 1."""
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise TypeError(f"{name} must be an int, but is a {type(count).__name__}")
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, but is {count}")

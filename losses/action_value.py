@@ -15,6 +15,7 @@ from ..estimators.modules import keys_read
 from ..estimators.steps import any_right, expand_right, widened_right
 from ..estimators.td import TD0Estimator
 from ..kernels import EnsembleLoss, Target, ensemble_loss, value_target
+from ..kernels.checks import check_positive
 from .base import LossModule
 from .ensemble import MEMBERS_IN_TURN
 from .networks import Parameters
@@ -57,11 +58,11 @@ class ActionValueLoss(LossModule):
         A single network is an ensemble of one, whose parameters have a dimension for it, unless ``one_alone``.
 
         Raises:
-            ValueError: ``size`` is no integer, less than one, or not the length of a list of networks.
+            TypeError: ``size`` is no integer.
+            ValueError: ``size`` is less than one, or not the length of a list of networks.
 
         """
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"num_qvalue_nets must be an integer of at least 1, but is {size!r}")
+        check_positive("num_qvalue_nets", size)
         if isinstance(network, list | tuple):
             if len(network) not in (1, size):
                 raise ValueError(f"num_qvalue_nets is {size}, but qvalue_network is a list of {len(network)}")

@@ -11,6 +11,7 @@ from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
 from torch import Tensor, nn
 
 from ..estimators.heads import PolicyDistribution, log_prob
+from ..kernels.checks import check_positive
 from .functional.conservative import conservative_gap
 from .functional.soft_actor_critic import soft_value, temperature_loss
 from .policy import draw
@@ -71,7 +72,8 @@ class CQLLoss(SoftActorCriticLoss):
         use_prioritized_weights: False leaves the importance weights in the data unread.
 
     Raises:
-        TypeError: a policy without a distribution; on call, one whose action can't be differentiated.
+        TypeError: a policy without a distribution; a count that is no integer; on call, a policy whose action can't be
+            differentiated.
         ValueError: an argument that can't be used.
         RuntimeError: see `SACLoss`.
         KeyError: on call, an entry is missing; the message says how to rename it.
@@ -133,8 +135,7 @@ class CQLLoss(SoftActorCriticLoss):
         scalar_output_mode: str | None = None,
         use_prioritized_weights: str | bool = "auto",
     ) -> None:
-        if num_random < 1:
-            raise ValueError(f"num_random must be at least 1, but is {num_random}")
+        check_positive("num_random", num_random)
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, but is {temperature}")
         super().__init__(

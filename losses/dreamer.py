@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..estimators.base import PADDING_MASK
 from ..estimators.modules import keys_read
 from ..estimators.steps import any_right, expand_right
+from ..kernels.checks import check_positive
 from .dreamer_base import DreamerLoss, ModelLoss, held_constant
 from .functional.imagination import Scalar, discounted_sum, gaussian_kl, over_features, step_divergence
 from .utils import ValueEstimators, check_distance, distance_loss
@@ -169,7 +170,8 @@ class DreamerActorLoss(DreamerLoss):
         reduction: over the starting states: ``"mean"`` (None), ``"sum"`` or ``"none"``, shape ``[*B]``.
 
     Raises:
-        TypeError: ``model_based_env`` is not a module; ``gamma`` or ``lmbda`` (see `make_value_estimator`).
+        TypeError: ``model_based_env`` is not a module, ``imagination_horizon`` no integer; ``gamma`` or ``lmbda`` (see
+            `make_value_estimator`).
         ValueError: ``imagination_horizon`` is not positive.
         KeyError: on call, an entry is missing.
 
@@ -209,8 +211,7 @@ class DreamerActorLoss(DreamerLoss):
         super().__init__(reduction)
         if not isinstance(model_based_env, nn.Module):
             raise TypeError(f"model_based_env must be a module, but is a {type(model_based_env).__name__}")
-        if imagination_horizon < 1:
-            raise ValueError(f"imagination_horizon must be at least 1, but is {imagination_horizon}")
+        check_positive("imagination_horizon", imagination_horizon)
         self.actor_model = actor_model
         self.model_based_env: Any = model_based_env
         self.__dict__["value_model"] = value_model  # the value is trained, moved and saved with the loss of its own

@@ -9,6 +9,7 @@ from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
 from torch import Tensor
 
 from ..estimators.keys import under_next
+from ..kernels.checks import check_positive
 from .functional.soft_actor_critic import temperature_loss
 from .soft_actor_critic import QNetworks, SoftActorCriticLoss
 from .temperature import continuous_target_entropy
@@ -65,7 +66,8 @@ class REDQLoss(SoftActorCriticLoss):
         use_prioritized_weights: False leaves the importance weights in the data unread.
 
     Raises:
-        TypeError: a policy without a distribution; on call, one whose action can't be differentiated.
+        TypeError: a policy without a distribution; a count that is no integer; on call, a policy whose action can't be
+            differentiated.
         ValueError: an argument that can't be used.
         RuntimeError: the target entropy is "auto", and nothing says what shape the action has; on call, there
             are more or fewer values or log-probabilities than rewards.
@@ -147,8 +149,7 @@ class REDQLoss(SoftActorCriticLoss):
             use_prioritized_weights=use_prioritized_weights,
             scalar_output_mode=scalar_output_mode,
         )
-        if sub_sample_len < 1:
-            raise ValueError(f"sub_sample_len must be at least 1, but is {sub_sample_len}")
+        check_positive("sub_sample_len", sub_sample_len)
         self.sub_sample_len = sub_sample_len
         self.gSDE = gSDE
         self._take_qvalue_network(qvalue_network, num_qvalue_nets, delay=delay_qvalue, shared=self._trained_by_policy())

@@ -337,8 +337,7 @@ def test_a_reward_of_another_shape_is_refused(name):
     [
         ({"reduction": "foo"}, "reduction is 'foo'"),
         ({"loss_function": "foo"}, "loss_function is 'foo'"),
-        ({"num_qvalue_nets": 0}, "num_qvalue_nets must be an integer of at least 1, but is 0"),
-        ({"num_qvalue_nets": 2.0}, "num_qvalue_nets must be an integer of at least 1, but is 2.0"),
+        ({"num_qvalue_nets": 0}, "num_qvalue_nets must be at least 1, but is 0"),
         ({"alpha_init": 0.0}, "alpha_init must be positive, but is 0.0"),
         ({"min_alpha": -1.0}, "min_alpha must be positive, but is -1.0"),
         ({"min_alpha": 3.0, "max_alpha": 2.0}, "min_alpha is 3.0, which is more than max_alpha, 2.0"),
@@ -352,6 +351,12 @@ def test_a_reward_of_another_shape_is_refused(name):
 def test_options_that_cannot_be_used_are_refused_when_the_loss_is_made(name, options, message):
     with pytest.raises(ValueError, match=message):
         made(name, **options)
+
+
+@every_loss
+def test_half_a_network_is_refused(name):
+    with pytest.raises(TypeError, match="num_qvalue_nets must be an int, but is a float"):
+        made(name, num_qvalue_nets=2.5)
 
 
 @every_loss
