@@ -112,6 +112,17 @@ def test_hand_computed_metrics(any_backend, device) -> None:
     assert found.mean_ratio.item() == pytest.approx(1.0)
 
 
+def test_a_ratio_on_a_bound_is_not_outside(any_backend, device) -> None:
+    log_prob, advantage = torch.zeros(3, device=device), torch.tensor([-1.0, 0.0, 1.0], device=device)
+    assert clip_ppo_loss(log_prob, log_prob, advantage, 0.0, 0.0, backend=any_backend).clip_fraction == 0
+
+
+def test_an_action_that_was_impossible_has_an_infinite_ratio(any_backend, device) -> None:
+    log_prob, old = torch.zeros(3, device=device), torch.tensor([0.0, -INF, 1.0], device=device)
+    found = clip_ppo_loss(log_prob, old, torch.ones(3, device=device), 0.2, 0.2, backend=any_backend)
+    assert (found.max_ratio, found.mean_ratio) == (INF, INF)
+
+
 def test_hand_computed_normalisation(any_backend, device) -> None:
     """Mean 0.4 and squared deviations (0.36, 1.96, 2.56, 0.36, 1.96), of which 7.2 / 4 is the unbiased variance."""
     found, _ = hand(any_backend, device, reduction="none", normalize=True)
