@@ -99,6 +99,15 @@ def test_a_next_observation_that_was_not_stored_is_replaced_by_the_observation(n
 
 
 @every_estimator
+def test_an_infinite_next_observation_is_not_taken_for_one_that_was_not_stored(name):
+    data = rollout()
+    data["next", "terminated"][0, 3] = False
+    data["next", "obs"][0, 3] = float("inf")
+    td = estimator(name)(data)
+    assert not torch.equal(td["next", "state_value"][0, 3], td["state_value"][0, 3])
+
+
+@every_estimator
 @every_backend
 def test_terminated_without_done_ends_the_trajectory(name, backend):
     data = rollout()
