@@ -210,7 +210,7 @@ class ValueEstimatorBase(KeyedEstimator):
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
             estimate = self._compute(tensordict, params, target_params, time_dim)
         advantage, value_target, *values = self._written()
-        for key, x in zip(values, (estimate.value, estimate.next_value), strict=False):
+        for key, x in zip(values, (estimate.value, estimate.next_value), strict=False):  # none without a network
             _write(tensordict, key, x)
         if estimate.valid is not None:
             tensordict.set(SHIFTED_VALID, estimate.valid)
