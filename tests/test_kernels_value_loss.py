@@ -244,6 +244,14 @@ def test_any_strides_give_the_same_numbers(backend, device, small_tiles, layout,
     assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(results(arguments, backend), expected, strict=True))
 
 
+def test_rounding_of_a_step_inside_of_the_range_takes_no_gradient_away(any_backend, device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    value, target, old = torch.randn(3, 500, generator=generator).to(device).unbind(0)
+    value = value.detach().requires_grad_()
+    value_loss(value, target, "l2", old_value=old, clip=100.0, reduction="sum", backend=any_backend).loss.backward()
+    torch.testing.assert_close(value.grad, 2 * (value.detach() - target))
+
+
 def test_results_are_bitwise_reproducible(backend, device, small_tiles) -> None:
     arguments = problem((20, 7), full=True, dtype=torch.float32, device=device)
     first, second = results(arguments, backend), results(arguments, backend)
