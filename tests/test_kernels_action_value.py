@@ -312,6 +312,20 @@ def test_any_strides_give_the_same_numbers(any_backend, device, layout) -> None:
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_sums_over_several_programs_are_those_of_the_reference(monkeypatch, device, reduction) -> None:
+    in_blocks(monkeypatch, 16)
+    arguments = problem((200,), device=device, mask=True, weights=True)
+    found, expected = (
+        [
+            *ensemble_loss(**of_ensemble(arguments), loss_function="l2", reduction=reduction, backend=backend),
+            *soft_policy_loss(**of_policy(arguments), alpha=0.3, reduction=reduction, backend=backend),
+        ]
+        for backend in ("triton", "reference")
+    )
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("backend", FAST)
 def test_results_are_bitwise_reproducible_with_many_programs(monkeypatch, backend, device, reduction) -> None:
     in_blocks(monkeypatch, 16)
