@@ -54,4 +54,6 @@ def full_precision(like: Tensor) -> AbstractContextManager[Any]:
 def autocast_is_on(like: Tensor) -> bool:
     """Whether autocast is on for the device of ``like``, if it is one that has it."""
     device = like.device.type
+    if torch.compiler.is_compiling():  # which in PyTorch 2.11 can't ask what devices have it
+        return device != "meta" and torch.is_autocast_enabled(device)
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
