@@ -225,6 +225,8 @@ class ValueEstimatorBase(KeyedEstimator):
         next_value: Tensor | None = None,
         time_dim: int | None = None,
         continuation: Tensor | None = None,
+        *,
+        params: TensorDictBase | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """The value target alone, with gradients to next values and rewards; ``tensordict`` is left as it is.
@@ -236,6 +238,7 @@ class ValueEstimatorBase(KeyedEstimator):
             time_dim: the dimension of time, for this call.
             continuation: the reward's shape; how likely it is that the trajectory goes on after the step, as a world
                 model predicts it. It multiplies the discount, with gradients.
+            params: those of the values of the current observations, which aren't needed here: nothing reads them.
             kwargs: passed to the value network.
 
         """

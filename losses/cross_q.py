@@ -1,12 +1,12 @@
 """CrossQ: soft actor-critic without target networks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, dispatch
 from torch import Tensor, nn
 
@@ -145,7 +145,7 @@ class CrossQLoss(SoftActorCriticLoss):
         with torch.no_grad():
             judged, next_log_prob = self._draw(self._policy(next_data), next_data, tensordict)
         with _in_mode(self.qvalue_network, training=True):
-            values = self._values(torch.stack([data.select(*read), judged.select(*read)]), tensordict)
+            values = self._values(_stacked(data, judged, read), tensordict)
         target = self._target(tensordict, values[:, 1], log_prob=next_log_prob, alpha=alpha)
         loss, priority = self._ensemble_loss(values[:, 0], target.value_target, tensordict, priority="abs")
 
@@ -172,6 +172,11 @@ class CrossQLoss(SoftActorCriticLoss):
         values = self._ensemble("qvalue_network", data.reshape(data.batch_size.numel()), key, detach=detach)
         values = values.view(len(values), *data.batch_size, *values.shape[2:])
         return self._one_per_sample(values, key, tensordict)
+
+
+def _stacked(data: TensorDictBase, other: TensorDictBase, keys: Iterable[NestedKey]) -> TensorDictBase:
+    """The entries ``keys`` of both along a new dimension 0. What they are nested in may have other batch sizes."""
+    return TensorDict({key: torch.stack([data[key], other[key]]) for key in keys}, [2, *data.batch_size])
 
 
 @contextmanager

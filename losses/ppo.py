@@ -147,7 +147,7 @@ class PPOLoss(ActorCriticLoss):
     ) -> None:
         if critic_network is not None:
             critic_coeff = DEFAULT_CRITIC_COEFF if critic_coeff is None else critic_coeff
-            critic_coeff = None if critic_coeff == 0 else critic_coeff
+        critic_coeff = None if critic_coeff == 0 else critic_coeff
         super().__init__(
             actor_network,
             critic_network,

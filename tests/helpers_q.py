@@ -66,11 +66,11 @@ def deterministic_actor():
     return TensorDictModule(net, ["observation"], ["action"])
 
 
-def stochastic_actor(distribution=diagonal_normal):
+def stochastic_actor(distribution=diagonal_normal, action="action"):
     return ProbabilisticTensorDictSequential(
         TensorDictModule(LocScale(), ["observation"], ["loc", "scale"]),
         ProbabilisticTensorDictModule(
-            ["loc", "scale"], ["action"], distribution_class=distribution, return_log_prob=True,
+            ["loc", "scale"], [action], distribution_class=distribution, return_log_prob=True,
             default_interaction_type="random",
         ),
     )  # fmt: skip

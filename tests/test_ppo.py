@@ -608,6 +608,15 @@ def test_a_critic_that_does_not_count_has_no_loss(cls):
     assert "loss_critic" not in out.keys()  # noqa: SIM118  # a TensorDict is no dict
 
 
+@every_loss
+def test_a_coefficient_of_0_needs_no_critic(cls):
+    actor = discrete_actor()
+    data = collect(actor)
+    with_critic = cls(actor, critic(), critic_coeff=0.0)(data.clone())
+    alone = cls(actor, critic_coeff=0.0)(data)
+    assert torch.equal(alone["loss_objective"], with_critic["loss_objective"])
+
+
 def test_the_lower_of_two_clip_bounds_is_below_1():
     with pytest.raises(ValueError, match="its first below 1"):
         ClipPPOLoss(discrete_actor(), critic(), clip_epsilon=(1.0, 0.2))

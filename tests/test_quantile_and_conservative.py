@@ -26,6 +26,7 @@ from helpers_q import (
     stochastic_actor,
     transitions,
 )
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 
@@ -158,6 +159,15 @@ def test_cross_q_refuses_another_shape_before_the_statistics_move(key):
     with pytest.raises(RuntimeError, match=key[-1] if isinstance(key, tuple) else key):
         loss(data)
     assert all(torch.equal(x, before[name]) for name, x in loss.state_dict().items())
+
+
+def test_cross_q_stacks_actions_whose_entry_has_a_batch_size_of_its_own():
+    data, action = transitions((8,)), ("agent", "action")
+    actor, qvalue = stochastic_actor(action=action), qvalue_network()
+    qvalue.in_keys = ["observation", action]
+    nested = data.exclude("action").set("agent", TensorDict({"action": data["action"]}, data["action"].shape))
+    out, _ = run(cross_q(actor=actor, qvalue=qvalue), nested)
+    assert out["loss_qvalue"].isfinite()
 
 
 def test_cross_q_has_no_target_networks():
