@@ -30,6 +30,7 @@ from .parameters import (
     held_whole,
     hold,
     in_slots,
+    joined,
     parts_of,
     places_of,
     refuse_aliases,
@@ -60,9 +61,12 @@ class FunctionalModule(TensorDictModuleBase):
     def __init__(self) -> None:
         super().__init__()
         self._functional_networks: dict[str, nn.Module] = {}
-        # Of each network, what it has of one before it: as a constant (`compare_against`), or to train both.
+        # Of each network, what it has of one before it: as a view of its data, since it is a constant here
+        # (`compare_against`) or is there for all members of an ensemble; or the tensor itself.
         self._shared: dict[str, dict[NestedKey, Entry]] = {}
         self._common: dict[str, dict[NestedKey, Entry]] = {}
+        # Of what an ensemble shares, what it trains.
+        self._trained: dict[str, dict[NestedKey, Entry]] = {}
         self._has_update_associated: dict[str, bool] = {}
         self._slots: dict[str, Slots] = {}
         self._has_buffers: dict[str, bool] = {}
@@ -95,7 +99,8 @@ class FunctionalModule(TensorDictModuleBase):
             module_name: its name in the loss.
             expand_dim: make an ensemble of that many members, each drawn anew (see `ensemble`), stacked
                 along dimension 0 of the parameters; several that are given aren't drawn anew. Each member has
-                parameters of its own, also where several that are given have some in common.
+                parameters of its own, but for those that several that are given all have in common with a network
+                that was taken apart before, such as the policy's trunk: the ensemble trains that one, too.
             create_target_params: keep ``target_<name>_params`` as a copy, in buffers, for an updater to move;
                 otherwise they are the current parameters, without gradient.
             compare_against: parameters that are trained by another network: here they get no gradient.
@@ -117,8 +122,12 @@ class FunctionalModule(TensorDictModuleBase):
         shared = {id(x) for x in compare_against or ()}.intersection(*everywhere)
         params, network = members[0], modules[0]
         self._shared[module_name] = self._found_elsewhere(params, shared)
+        self._trained[module_name] = {}
         if several:
-            params = stacked(members, shared)
+            trained = {id(x) for x in params.parameters()}.intersection(*everywhere) - shared
+            self._trained[module_name] = self._found_elsewhere(params, trained)
+            self._shared[module_name] |= self._trained[module_name]
+            params = stacked(members, shared | {id(params.get(key)) for key in self._trained[module_name]})
         elif expand_dim:
             params = ensemble(params, expand_dim, shared)
         else:
@@ -166,6 +175,8 @@ class FunctionalModule(TensorDictModuleBase):
             # Detached, too, if the network could assign to a buffer: as its own target it may not.
             target, detach = False, detach or torch.is_grad_enabled() or self._has_buffers[name]
         params = getattr(self, f"target_{name}_params" if target else f"{name}_params")
+        if self._trained[name] and not (target or detach):
+            params = joined(params, self._sources(self._trained[name]))
         if torch.compiler.is_compiling():  # which follows what happens to a TensorDict, and not what happens to slots
             return params.detach() if detach else params
         if params is self._own_params[name] and not detach:
@@ -262,10 +273,9 @@ class FunctionalModule(TensorDictModuleBase):
             super().reset_parameters_recursive(parameters)
             return
         for name, network in self._functional_networks.items():
-            params = getattr(self, f"{name}_params")
-            reset_parameters(network, params)
-            if name in self._has_update_associated:
-                getattr(self, f"target_{name}_params").data.update_(params.data)
+            reset_parameters(network, getattr(self, f"{name}_params"))
+        for name in self._has_update_associated:  # once all are reset, since they may have modules in common
+            getattr(self, f"target_{name}_params").data.update_(getattr(self, f"{name}_params").data)
 
     def _found_elsewhere(self, params: TensorDictBase, shared: set[int]) -> dict[NestedKey, Entry]:
         """Which of the ``params`` in ``shared`` (by id) are those of which network that was taken apart before."""

@@ -26,7 +26,10 @@ Children = tuple[list[dict[str, Any]], list[str], list[nn.Module | None]]
 
 
 def stacked(members: Sequence[TensorDictParams], shared: set[int]) -> TensorDictParams:
-    """The parameters of several networks, stacked along dimension 0; those in ``shared`` (by id) as in `ensemble`."""
+    """The parameters of several networks, stacked along dimension 0.
+
+    Of those in ``shared`` (by id), which all have in common, all members see the one tensor, without gradient.
+    """
     for params in members:
         _require_initialised(params)
     values: TensorDictBase = torch.stack([params.data for params in members])
@@ -91,6 +94,14 @@ def share(params: TensorDictParams, sources: dict[NestedKey, Tensor]) -> TensorD
 def replaced(params: TensorDictParams, sources: dict[NestedKey, Tensor]) -> TensorDictParams:
     """``params`` with the tensors ``sources`` themselves in their places."""
     return _mapped(params, lambda key, x: sources.get(key, x))
+
+
+def joined(params: TensorDictParams, sources: dict[NestedKey, Tensor]) -> TensorDictBase:
+    """``params`` of an ensemble, in which all members have the tensors ``sources``, which they train."""
+    result = _plain(params).copy()
+    for key, x in sources.items():
+        result.set(key, x.expand(*params.shape, *x.shape))
+    return result
 
 
 def held_whole(network: nn.Module) -> dict[Path, TensorDictParams]:

@@ -1,12 +1,13 @@
 """What becomes of a loss's networks: copied where they have modules in common, or given other tensors from outside."""
 
 import copy
+import io
 
 import pytest
 import torch
-from fusedrl.losses import A2CLoss, ClipPPOLoss, DiscreteSACLoss, DQNLoss, SoftUpdate
+from fusedrl.losses import A2CLoss, ClipPPOLoss, DiscreteSACLoss, DQNLoss, SoftUpdate, TD3Loss
 from helpers_losses import DOUBLE, OBSERVATION, collect, discrete_actor
-from helpers_q import action_values, transitions
+from helpers_q import action_values, deterministic_actor, gradients, qvalue_network, transitions
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 
@@ -73,6 +74,112 @@ def test_a_network_with_tied_weights_acts_in_a_copy_as_it_is_trained():
     torch.testing.assert_close(copied.actor_network.get_dist(data.clone()).logits, trained)
     acting = copied.actor_network.state_dict()
     torch.testing.assert_close(acting["module.0.module.0.weight"], acting["module.0.module.1.weight"])
+
+
+# --- a list of Q networks on the policy's trunk -----------------------------------------------------------------
+
+
+def on_the_policys_trunk(**options):
+    torch.manual_seed(3)
+    trunk = TensorDictModule(nn.Linear(OBSERVATION, OBSERVATION, **DOUBLE), ["observation"], ["hidden"])
+    actor, heads = deterministic_actor(), [qvalue_network(), qvalue_network()]
+    actor.in_keys = ["hidden"]
+    for head in heads:
+        head.in_keys = ["hidden", "action"]
+    judges = [TensorDictSequential(trunk, head) for head in heads]
+    return TD3Loss(TensorDictSequential(trunk, actor), judges, bounds=(-1.0, 1.0), **options)
+
+
+TRUNK = ("module", "0", "module", "weight")
+
+
+def trained(loss, data, call=None):
+    """What is in ``loss`` after two steps of training and of its targets."""
+    updater = SoftUpdate(loss, tau=0.3) if loss._has_update_associated else None
+    optimizer = torch.optim.SGD(loss.parameters(), lr=0.1)
+    for step in range(2):
+        torch.manual_seed(step)
+        out = (loss if call is None else call)(data.clone())
+        optimizer.zero_grad()
+        (out["loss_qvalue"] + out["loss_actor"]).backward()
+        optimizer.step()
+        if updater is not None:
+            updater.step()
+    return loss.state_dict()
+
+
+def saved_and_loaded(loss):
+    buffer = io.BytesIO()
+    torch.save(loss, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def given_the_state_of(loss):
+    other = on_the_policys_trunk()
+    with torch.no_grad():
+        for x in other.parameters():
+            x.add_(1)
+    other.load_state_dict(loss.state_dict())
+    return other
+
+
+def with_its_own_network(loss):
+    loss.from_stateful_net("qvalue_network", loss.get_stateful_net("qvalue_network"))
+    return loss
+
+
+def test_q_networks_on_the_policys_trunk_train_it_and_it_stays_one():
+    loss, data = on_the_policys_trunk(), transitions((6,))
+    own = loss.actor_network_params[TRUNK]
+    out = loss(data)
+    q, policy = (torch.autograd.grad(out[f"loss_{of}"], own, retain_graph=True)[0] for of in ("qvalue", "actor"))
+    assert q.abs().sum() > 0
+    assert policy.abs().sum() > 0
+    assert not [name for name, _ in loss.named_parameters() if name.startswith("qvalue_network_params.module.0")]
+    trained(loss, data)
+    assert all(torch.equal(member, own) for member in loss.qvalue_network_params[TRUNK])
+    assert not torch.equal(loss.target_qvalue_network_params[TRUNK][0], own)
+
+
+def test_separate_losses_leave_the_trunk_of_a_list_to_the_policy():
+    loss = on_the_policys_trunk(separate_losses=True)
+    found = gradients(loss, loss(transitions((6,))))
+    trunk = "actor_network_params." + ".".join(TRUNK)
+    assert not found["loss_qvalue"][trunk].any()
+    assert found["loss_actor"][trunk].any()
+
+
+@pytest.mark.parametrize(
+    "change", [copy.deepcopy, saved_and_loaded, given_the_state_of, with_its_own_network, lambda x: x.float().double()]
+)
+def test_a_trunk_of_q_networks_and_policy_stays_one_through_copies_states_and_casts(change):
+    data, loss = transitions((6,)), on_the_policys_trunk().float().double()  # numbers that both dtypes have
+    wanted = trained(copy.deepcopy(loss), data)
+    found = trained(change(loss), data)
+    torch.testing.assert_close(dict(found), dict(wanted))
+
+
+@pytest.mark.parametrize("options", [{}, {"delay_qvalue": False}], ids=str)
+@pytest.mark.parametrize("way", ["same random numbers", "compiled"])
+def test_every_way_to_ask_q_networks_trains_the_policys_trunk_alike(way, options):
+    data, loss, call = transitions((6,)), on_the_policys_trunk(**options), None
+    wanted = trained(on_the_policys_trunk(**options), data)
+    if way == "compiled":
+        torch._dynamo.reset()
+        call = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    else:
+        loss.set_vmap_randomness("same")
+    torch.testing.assert_close(dict(trained(loss, data, call)), dict(wanted))
+
+
+def test_networks_that_are_initialised_anew_still_have_their_trunk_in_common_and_their_targets_equal():
+    loss = on_the_policys_trunk(delay_actor=True)
+    loss.reset_parameters_recursive()
+    own = loss.actor_network_params[TRUNK]
+    for params in (loss.qvalue_network_params, loss.target_qvalue_network_params):
+        assert all(torch.equal(member, own) for member in params[TRUNK])
+    assert torch.equal(loss.target_actor_network_params[TRUNK], own)
 
 
 def given_its_own_state(network, _):

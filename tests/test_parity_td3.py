@@ -127,19 +127,26 @@ def test_renamed_entries_agree(name):
     assert_parity(*losses, data, priority="error")
 
 
-@pytest.mark.parametrize("separate", [False, True])
-@pytest.mark.parametrize("name", ["ddpg", "td3"])
+# That a loss is separate has no effect on a list in TorchRL: see test_loss_networks.py.
+@pytest.mark.parametrize(
+    ("name", "separate"),
+    [("ddpg", False), ("ddpg", True), ("td3", False), ("td3", True), ("td3 with a list", False)],
+)
 def test_a_trunk_in_both_networks_gets_the_same_gradients(name, separate):
     def networks():
         torch.manual_seed(3)
         trunk = TensorDictModule(nn.Linear(OBSERVATION, OBSERVATION, **DOUBLE), ["observation"], ["hidden"])
         head = TensorDictModule(nn.Linear(OBSERVATION, ACTION, **DOUBLE), ["hidden"], ["action"])
-        value = TensorDictModule(StateAction(), ["hidden", "action"], ["state_action_value"])
-        return TensorDictSequential(trunk, head), TensorDictSequential(trunk, value)
+        values = [
+            TensorDictSequential(trunk, TensorDictModule(StateAction(), ["hidden", "action"], ["state_action_value"]))
+            for _ in range(2)
+        ]
+        return TensorDictSequential(trunk, head), values if name == "td3 with a list" else values[0]
 
     # DDPG without target: TorchRL's first call puts the trained trunk in the place of the target's (see test_ddpg.py).
-    options = {"bounds": (-1.0, 1.0)} if name == "td3" else {"delay_value": False}
-    classes = {"ddpg": (DDPGLoss, theirs.DDPGLoss), "td3": (TD3Loss, theirs.TD3Loss)}[name]
+    options, classes = {"delay_value": False}, (DDPGLoss, theirs.DDPGLoss)
+    if name != "ddpg":
+        options, classes = {"bounds": (-1.0, 1.0)}, (TD3Loss, theirs.TD3Loss)
     ours, other = (cls(*networks(), separate_losses=separate, **options) for cls in classes)
     desynchronise_targets(other)
     with torch.no_grad():
