@@ -3,7 +3,7 @@
 import torch
 from tensordict import NestedKey
 from torch import Tensor
-from torch.distributions import Distribution, Independent, TransformedDistribution, kl_divergence
+from torch.distributions import Categorical, Distribution, Independent, TransformedDistribution, kl_divergence
 from torch.distributions.kl import _KL_MEMOIZE, _dispatch_kl
 
 from ..estimators.heads import Deferred, DistributionHeads, PolicyDistribution, built, diagonal_gaussian
@@ -71,7 +71,18 @@ def entropy(dist: PolicyDistribution, samples: int) -> Tensor:
 
 
 def divergence(old: PolicyDistribution, new: PolicyDistribution, samples: int) -> Tensor:
-    """KL[old | new] in closed form; where there is none, the mean of log old − log new over draws from old."""
+    """KL[old | new] in closed form; where there is none, the mean of log old − log new over draws from old.
+
+    Raises:
+        RuntimeError: they are of other shapes, and would broadcast.
+
+    """
+    shapes = _shape(old), _shape(new)
+    if shapes[0] != shapes[1]:
+        raise RuntimeError(
+            "the old policy's distribution has shape {}, but the policy's has {}: are its parameters, in the data, those "
+            "of this policy?".format(*map(tuple, shapes))
+        )
     if isinstance(old, Deferred) and isinstance(new, Deferred) and old.module is new.module:
         return new.gaussian.divergence_from(old.gaussian)  # of one module, which squashes them alike
     old, new = built(old), built(new)
@@ -81,6 +92,12 @@ def divergence(old: PolicyDistribution, new: PolicyDistribution, samples: int) -
         with torch.no_grad():  # `sample` of a normal distribution waits for the device, `rsample` doesn't
             action = old.rsample((samples,)) if old.has_rsample else old.sample((samples,))
         return (old.log_prob(action) - new.log_prob(action)).mean(0)
+
+
+def _shape(dist: PolicyDistribution) -> torch.Size:
+    """The shape of the actions; of a categorical one with the number of actions that there are."""
+    categorical = isinstance(dist, Categorical)
+    return dist.param_shape if categorical else dist.batch_shape + dist.event_shape
 
 
 WRAPPERS = (Independent, TransformedDistribution)

@@ -457,6 +457,20 @@ def test_missing_parameters_of_the_old_policy_are_named():
         KLPENPPOLoss(actor, value)(collect(actor).exclude("logits"))
 
 
+@pytest.mark.parametrize(
+    ("make", "parameters"), [(discrete_actor, ["logits"]), (gaussian_actor, ["loc", "scale"])], ids=["discrete", "normal"]
+)
+def test_parameters_of_another_old_policy_are_refused_and_beta_stays(make, parameters):
+    actor = make()
+    data = collect(actor)
+    for key in parameters:
+        data[key] = data[key][..., :1]
+    loss = KLPENPPOLoss(actor, critic())
+    with pytest.raises(RuntimeError, match="old policy's distribution has shape"):
+        loss(data)
+    assert loss.beta == 1
+
+
 def test_missing_advantage_without_a_critic_is_named():
     actor = discrete_actor()
     with pytest.raises(KeyError, match=r"PPOLoss.*'advantage'.*set_keys\(advantage=...\)"):
