@@ -77,11 +77,11 @@ def divergence(old: PolicyDistribution, new: PolicyDistribution, samples: int) -
         RuntimeError: they are of other shapes, and would broadcast.
 
     """
-    shapes = _shape(old), _shape(new)
-    if shapes[0] != shapes[1]:
+    before, now = _shape(old), _shape(new)
+    if before != now:
         raise RuntimeError(
-            "the old policy's distribution has shape {}, but the policy's has {}: are its parameters, in the data, those "
-            "of this policy?".format(*map(tuple, shapes))
+            f"the old policy's distribution has shape {tuple(before)}, but the policy's has {tuple(now)}: are the "
+            "parameters in the data those of this policy?"
         )
     if isinstance(old, Deferred) and isinstance(new, Deferred) and old.module is new.module:
         return new.gaussian.divergence_from(old.gaussian)  # of one module, which squashes them alike
@@ -96,8 +96,7 @@ def divergence(old: PolicyDistribution, new: PolicyDistribution, samples: int) -
 
 def _shape(dist: PolicyDistribution) -> torch.Size:
     """The shape of the actions; of a categorical one with the number of actions that there are."""
-    categorical = isinstance(dist, Categorical)
-    return dist.param_shape if categorical else dist.batch_shape + dist.event_shape
+    return dist.param_shape if isinstance(dist, Categorical) else dist.batch_shape + dist.event_shape
 
 
 WRAPPERS = (Independent, TransformedDistribution)

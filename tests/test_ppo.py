@@ -458,7 +458,7 @@ def test_missing_parameters_of_the_old_policy_are_named():
 
 
 @pytest.mark.parametrize(
-    ("make", "parameters"), [(discrete_actor, ["logits"]), (gaussian_actor, ["loc", "scale"])], ids=["discrete", "normal"]
+    ("make", "parameters"), [(discrete_actor, ["logits"]), (gaussian_actor, ["loc", "scale"])], ids=["logits", "normal"]
 )
 def test_parameters_of_another_old_policy_are_refused_and_beta_stays(make, parameters):
     actor = make()
