@@ -34,7 +34,8 @@ def categorical_q_loss(
 
     Args:
         log_prob: log-probabilities at s_t of the network that is trained, shape ``[*B, atoms, actions]``.
-        action: a_t, the integer index of the taken action, shape ``[*B]``.
+        action: a_t, the integer index of the taken action, shape ``[*B]``. For one that doesn't exist the Triton
+            kernel, which can't raise without waiting, gives a loss of NaN.
         next_log_prob: the target network's log-probabilities at s_{t+1}, shape ``[*B, atoms, actions]``. Of a
             terminal step they are never read into a result.
         support: z, shape ``[atoms]``, increasing, of uniform spacing.
