@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metrics
 
+# What the default compiler does, which takes operations apart and computes some anew, but for writing the code.
+DECOMPOSED = "aot_eager_decomp_partition"
 # The same float64 operations, reordered at most.
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 

@@ -158,7 +158,7 @@ def quantile(x: Tensor, q: float, mask: Tensor | None = None) -> Tensor:
     count = x.numel() if mask is None else mask.sum()
     # float32 doesn't tell the positions beyond 2²⁴ apart.
     position = (q * ascending.new_ones((), dtype=torch.float64) * (count - 1)).clamp(0, x.numel() - 1)
-    below, above = (ascending.take(at.long()) for at in (position.floor(), position.ceil()))
+    below, above = ascending.gather(0, torch.stack([position.floor(), position.ceil()]).long()).unbind()
     return torch.lerp(below, above, position.frac().to(x.dtype))
 
 
