@@ -104,6 +104,13 @@ def test_mass_is_exactly_at_the_end_beyond_the_support_and_on_a_bin(dtype):
     assert torch.equal(two_hot_encode(x, bins), expected)
 
 
+def test_a_number_on_a_bin_moves_the_mean_as_one_between_bins_does():
+    bins = torch.tensor([-2.0, -1.5, 0.0, 4.0], **DOUBLE)
+    x = torch.tensor([-9.0, -2.0, -1.5, -1.0, 0.0, 3.0, 9.0], **DOUBLE, requires_grad=True)
+    (slope,) = torch.autograd.grad((two_hot_encode(x, bins) * bins).sum(), x)
+    assert slope.tolist() == [0, 1, 1, 1, 1, 1, 0]
+
+
 def test_nan_is_not_turned_into_a_number():
     weights = two_hot_encode(torch.tensor([torch.nan, 0.0]), symexp_bins(5))
     assert weights[0].isnan().any()

@@ -101,7 +101,9 @@ def two_hot_encode(x: Tensor, bins: Tensor) -> Tensor:
     bins = bins.to(dtype)
     # How far each gap between neighbours lies behind x: 1 up to the gap that x is in, there the fraction, then 0. The
     # weights are the differences: nothing is searched for, gathered or scattered, and their sum telescopes to 1.
-    behind = ((x.to(dtype).unsqueeze(-1) - bins[:-1]) / bins.diff()).clamp(0, 1)
+    behind = (x.to(dtype).unsqueeze(-1) - bins[:-1]) / bins.diff()
+    # Not with clamp, whose gradient on a bin would be that of both gaps beside it: of these, x is in the upper one.
+    behind = _positive_part(behind.masked_fill(behind >= 1, 1))
     return (F.pad(behind, (1, 0), value=1.0) - F.pad(behind, (0, 1))).to(out_dtype)
 
 
