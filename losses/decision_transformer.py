@@ -11,7 +11,7 @@ from ..estimators.calls import distribution
 from ..estimators.modules import check_distribution
 from .functional.soft_actor_critic import temperature_loss
 from .policy import ActionHeads
-from .reduction import check_scalar_output_mode
+from .reduction import check_scalar_output_mode, has_metrics
 from .supervised import SupervisedLoss
 from .temperature import TemperatureLoss, continuous_target_entropy
 from .utils import check_distance, distance_loss
@@ -160,7 +160,8 @@ class OnlineDTLoss(SupervisedLoss, TemperatureLoss):
         self.scalar_output_mode = scalar_output_mode
         self.convert_to_functional(actor_network, "actor_network")
         self._set_temperature(alpha_init, min_alpha, max_alpha, fixed=fixed_alpha, target_entropy=wanted)
-        self.out_keys = ["loss_log_likelihood", "loss_entropy", "loss_alpha", "alpha", "entropy"]
+        metrics = ["alpha", "entropy"] if has_metrics(self.reduction, scalar_output_mode) else []
+        self.out_keys = ["loss_log_likelihood", "loss_entropy", "loss_alpha", *metrics]
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -178,6 +179,6 @@ class OnlineDTLoss(SupervisedLoss, TemperatureLoss):
             "loss_alpha": temperature_loss(entropy, self.log_alpha.exp(), self.target_entropy),
         }
         out = {name: self._reduce_loss(loss, tensordict) for name, loss in losses.items()}
-        if self.reduction != "none" or self.scalar_output_mode != "exclude":
+        if has_metrics(self.reduction, self.scalar_output_mode):
             out |= {"alpha": alpha, "entropy": self._metric(entropy, tensordict)}
         return TensorDict(out)

@@ -12,7 +12,7 @@ from ..estimators.modules import check_distribution
 from .action_value import ActionValueLoss
 from .functional.offline import advantage_weighted_objective, expectile_loss
 from .policy import ActionHeads
-from .reduction import check_scalar_output_mode
+from .reduction import check_scalar_output_mode, has_metrics
 from .utils import check_distance
 
 
@@ -129,7 +129,8 @@ class IQLLoss(ActionValueLoss):
         self.convert_to_functional(value_network, "value_network", compare_against=of_policy)
         of_others = of_policy + list(value_network.parameters()) if separate_losses else []
         self._take_qvalue_network(qvalue_network, num_qvalue_nets, delay=True, shared=of_others, one_alone=True)
-        self.out_keys = ["loss_actor", "loss_qvalue", "loss_value", "entropy"]
+        metrics = ["entropy"] if has_metrics(self.reduction, scalar_output_mode) else []
+        self.out_keys = ["loss_actor", "loss_qvalue", "loss_value", *metrics]
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -153,7 +154,7 @@ class IQLLoss(ActionValueLoss):
                 "loss_value": self._reduce_loss(expectile_loss(advantage, self.expectile), tensordict),
             }
         )
-        if self.reduction != "none" or self.scalar_output_mode != "exclude":
+        if has_metrics(self.reduction, self.scalar_output_mode):
             out["entropy"] = self._metric(-log_prob, tensordict)
         self._write_priority(tensordict, priority)
         return out

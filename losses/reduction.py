@@ -28,6 +28,11 @@ def check_scalar_output_mode(mode: str | None) -> None:
         raise ValueError(f"scalar_output_mode is {mode!r}; it can be {', '.join(map(repr, SCALAR_OUTPUT_MODES))}")
 
 
+def has_metrics(reduction: str, mode: str | None) -> bool:
+    """Whether numbers that hold for the whole batch are in the output of a loss, under the scalar output ``mode``."""
+    return not (mode == "exclude" and reduction == "none")
+
+
 def align(x: Tensor, loss: Tensor, name: str) -> Tensor:
     """``x``, one value per sample of shape ``[*B]`` or ``[*B, 1]``, expanded to the shape of ``loss``, ``[*B, *F]``.
 

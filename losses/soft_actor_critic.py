@@ -18,7 +18,7 @@ from ..kernels import soft_policy_loss
 from .action_value import ActionValueLoss
 from .functional.soft_actor_critic import temperature_loss
 from .policy import ActionHeads
-from .reduction import check_scalar_output_mode
+from .reduction import check_scalar_output_mode, has_metrics
 from .temperature import TemperatureLoss
 from .utils import check_distance
 
@@ -127,7 +127,7 @@ class SoftActorCriticLoss(TemperatureLoss, ActionValueLoss):
         return ["loss_actor", "loss_qvalue", "loss_alpha", *(METRICS if self._has_metrics() else ()), *more]
 
     def _has_metrics(self) -> bool:
-        return not (self.scalar_output_mode == "exclude" and self.reduction == "none")
+        return has_metrics(self.reduction, self.scalar_output_mode)
 
     def _result(self, losses: dict[str, Tensor], alpha: Tensor, entropy: Tensor) -> TensorDictBase:
         """The loss's output: reduced ``losses``, and the metrics."""

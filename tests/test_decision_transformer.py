@@ -112,8 +112,9 @@ def test_padding_does_not_count_in_the_metrics():
 
 
 def test_metrics_can_be_left_out_of_losses_per_sample():
-    excluded = online(reduction="none", scalar_output_mode="exclude")(demonstrations())
-    assert set(excluded.keys()) == {"loss_log_likelihood", "loss_entropy", "loss_alpha"}
+    loss, data = online(reduction="none", scalar_output_mode="exclude"), demonstrations()
+    assert set(loss(data).keys()) == set(loss.out_keys) == {"loss_log_likelihood", "loss_entropy", "loss_alpha"}
+    assert len(loss(observation=data["observation"], action=data["action"])) == len(loss.out_keys)
     assert {"alpha", "entropy"} < set(online(reduction="none")(demonstrations()).keys())
     with pytest.raises(ValueError, match="scalar_output_mode is 'mean'"):
         online(scalar_output_mode="mean")

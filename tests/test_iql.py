@@ -270,6 +270,7 @@ def test_losses_per_sample_come_with_a_scalar_entropy_unless_it_is_excluded(mode
     out = loss(data)
     assert all(out[name].shape == data.shape for name in NETWORKS)
     assert set(out.keys()) - set(NETWORKS) == ({"entropy"} if mode != "exclude" else set())
+    assert set(loss.out_keys) == set(out.keys())
 
 
 # --- faults -----------------------------------------------------------------------------------------------------
