@@ -1,5 +1,6 @@
 """Action chunking with transformers."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -70,6 +71,11 @@ class ACTLoss(SupervisedLoss):
         self.kl_weight = kl_weight
         self.convert_to_functional(actor_network, "actor_network")
         self.out_keys = ["loss_act", "loss_reconstruction", "loss_kl"]
+
+    def _find_in_keys(self) -> Iterator[NestedKey]:
+        for name in self._data_keys:
+            yield from self._keys(name)
+        yield from (key for key in keys_read(self.actor_network) if key not in self._data_keys)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

@@ -49,6 +49,14 @@ def test_a_model_can_read_the_chunk_by_the_name_it_has_in_the_data():
     assert torch.equal(ACTLoss(own)(data)["loss_act"], ACTLoss(given)(data)["loss_act"])
 
 
+def test_in_keys_are_the_names_in_the_data():
+    loss, data = ACTLoss(chunk_actor()), chunks()
+    assert loss.in_keys == ["observation", ("vla_action", "chunk")]
+    assert torch.equal(loss(data["observation"], data["vla_action", "chunk"])[0], loss(data)["loss_act"])
+    loss.set_keys(observation="seen")
+    assert loss.in_keys == ["seen", ("vla_action", "chunk")]
+
+
 def test_whatever_else_the_model_reads_must_be_there():
     actor = TensorDictModule(
         lambda s, a, gain: (gain * a, s, s), ["observation", "action_chunk", "gain"], ["action_pred", "mu", "log_var"]
