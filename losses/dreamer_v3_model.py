@@ -161,7 +161,7 @@ class DreamerV3ModelLoss(FullPrecisionBuffers, ModelLoss):
     def _find_in_keys(self) -> Iterator[NestedKey]:
         yield from super()._find_in_keys()
         if self.lambda_continue:
-            yield from self._keys("terminated")
+            yield from (*self._keys("done"), *self._keys("terminated"))
 
     def _losses(self, tensordict: TensorDictBase) -> tuple[TensorDictBase, dict[str, Tensor]]:
         heads = self._heads()

@@ -509,6 +509,13 @@ def test_called_with_tensors_it_returns_the_tuple_of_its_outputs(name):
             torch.testing.assert_close(x, wanted[key], **CLOSE)
 
 
+def test_called_with_tensors_the_end_of_an_episode_stands_in_for_its_termination():
+    loss, data = model_loss(), experience().exclude(("next", "terminated"))
+    wanted = loss(data)[0]["loss_model_continue"]
+    found = loss(**{"_".join(k) if isinstance(k, tuple) else k: data[k] for k in loss.in_keys if k in data.keys(True)})
+    torch.testing.assert_close(found[loss.out_keys.index("loss_model_continue")], wanted, **CLOSE)
+
+
 @pytest.mark.parametrize("name", ["model", "actor", "value", "two_hot"])
 def test_reductions(name):
     make, data = LOSSES[name]
