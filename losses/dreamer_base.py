@@ -36,7 +36,7 @@ class DreamerLoss(LossModule):
     @dispatch
     def forward(self, tensordict: TensorDictBase, *, data: list[TensorDictBase] | None = None) -> TensorDictBase:
         """The losses; the data that they were computed from is appended to ``data``."""
-        found, losses = self._losses(tensordict)
+        found, losses = self._losses(_leveled(tensordict) if data is None else tensordict)
         if data is not None:
             data.append(found)
         return TensorDict(losses)
@@ -108,6 +108,18 @@ class ModelLoss(DreamerLoss):
         """A loss as TorchRL returns it: of shape ``[1]``, unless there is one for each step."""
         loss = self._reduce_loss(loss, data)
         return loss if self.reduction == "none" else loss.unsqueeze(-1)
+
+
+def _leveled(tensordict: TensorDictBase) -> TensorDictBase:
+    """A shallow copy whose nested TensorDicts have its batch size, so that what a network writes fits into them.
+
+    From `dispatch` they have all the dimensions that their entries share, be they of features.
+    """
+    tensordict = tensordict.copy()
+    for x in tensordict.values(include_nested=True):
+        if isinstance(x, TensorDictBase):
+            x.batch_size = tensordict.batch_size
+    return tensordict
 
 
 def held_constant(network: nn.Module) -> AbstractContextManager[None]:

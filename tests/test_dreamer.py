@@ -340,6 +340,15 @@ def test_called_with_tensors_a_loss_returns_the_losses_in_order(name):
     assert all(isinstance(x, torch.Tensor) and x.requires_grad for x in losses)
 
 
+def test_called_with_tensors_a_loss_has_room_for_what_a_network_writes_beside_them():
+    value, data = value_model(), imagined()
+    nested = TensorDictModule(value.module, ["state", ("latent", "belief")], [("latent", "value")])
+    loss = DreamerValueLoss(nested)
+    loss.set_keys(value=("latent", "value"))
+    found = loss(state=data["state"], latent_belief=data["belief"], lambda_target=data["lambda_target"])
+    assert torch.equal(found, DreamerValueLoss(value)(data)[0]["loss_value"])
+
+
 def test_selected_losses_are_all_that_is_returned():
     loss, data = made("model")
     loss.select_out_keys("loss_model_kl", "loss_model_reward")
