@@ -175,4 +175,8 @@ class WorldModelLoss(SupervisedLoss):
         moved = [self._true(name) for name in ("reward", "done", "terminated")]
         yield from (key for key in keys_read(self.world_model) if key not in moved)
         for name in self.losses:
-            yield from self._keys({"reconstruction": "observation", "latent": "target_latent"}.get(name, name))
+            if name == "latent":  # what the model doesn't write of the two is in the data
+                latents = (*self._keys("predicted_latent"), *self._keys("target_latent"))
+                yield from (key for key in latents if key not in self.world_model.out_keys)
+            else:
+                yield from self._keys("observation" if name == "reconstruction" else name)

@@ -66,6 +66,14 @@ def test_only_what_the_chosen_losses_need_must_be_there():
     assert_rejected(WorldModelLoss(world_model(), losses=["latent"]), data, KeyError, r"'predicted_latent'")
 
 
+def test_latents_that_the_model_does_not_write_are_among_the_in_keys():
+    loss, data = WorldModelLoss(world_model(), losses=["latent"]), steps_of_a_world()
+    assert loss.in_keys == ["observation", "action", "predicted_latent", "target_latent"]
+    assert torch.equal(loss(*(data[key] for key in loss.in_keys)), loss(data)["loss_latent"])
+    loss.set_keys(predicted_latent=("next", "latent"), target_latent="latent")
+    assert loss.in_keys == ["observation", "action"]
+
+
 def test_a_latent_of_the_model_is_compared_by_its_name():
     loss, data = WorldModelLoss(world_model(), losses=["latent"]), steps_of_a_world()
     loss.set_keys(predicted_latent=("next", "latent"), target_latent="goal")
