@@ -109,9 +109,11 @@ class hold_out_net(ContextDecorator):
             p.requires_grad_(requires_grad)
 
 
-def hold_out_params(params: Iterable[Tensor]) -> AbstractContextManager[tuple[Tensor, ...]]:
-    """The ``params`` detached, for use inside the block."""
-    return nullcontext(tuple(p.detach() for p in params))
+def hold_out_params(
+    params: Iterable[Tensor] | TensorDictBase,
+) -> AbstractContextManager[tuple[Tensor, ...] | TensorDictBase]:
+    """The ``params`` detached, for use inside the block: a TensorDict if they are in one, else a tuple."""
+    return nullcontext(params.detach() if isinstance(params, TensorDictBase) else tuple(p.detach() for p in params))
 
 
 def next_state_value(

@@ -76,6 +76,14 @@ def test_held_out_parameters_are_detached():
     assert p.requires_grad
 
 
+def test_parameters_in_a_tensordict_are_held_out_under_their_names():
+    params = TensorDict.from_module(nn.Sequential(nn.Linear(2, 1)))
+    with losses.hold_out_params(params) as held:
+        assert set(held.keys(True, True)) == set(params.keys(True, True))
+        assert not any(p.requires_grad for p in held.values(True, True))
+    assert all(p.requires_grad for p in params.values(True, True))
+
+
 # --- next_state_value -------------------------------------------------------------------------------------------
 
 
