@@ -69,7 +69,9 @@ class RNDLoss(SupervisedLoss):
         if not 0 <= update_fraction <= 1:
             raise ValueError(f"update_fraction must be between 0 and 1, but is {update_fraction}")
         self.predictor_network = predictor_network
-        self.target_network = target_network.requires_grad_(False)
+        for parameter in target_network.parameters():
+            parameter.requires_grad = False  # not with requires_grad_, which a lazy network refuses
+        self.target_network = target_network
         self.obs_rms = obs_rms
         self.obs_clip = obs_clip
         self.update_fraction = update_fraction

@@ -40,6 +40,13 @@ def test_only_the_predictor_is_trained():
     assert not any(p.requires_grad for p in target.parameters())
 
 
+def test_lazy_networks_are_initialised_by_the_first_call_and_the_target_stays_frozen():
+    predictor, target = (nn.LazyLinear(3, **DOUBLE) for _ in range(2))
+    RNDLoss(predictor, target, update_fraction=1.0)(next_observations())["loss_predictor"].backward()
+    assert predictor.weight.grad.any()
+    assert not any(p.requires_grad for p in target.parameters())
+
+
 def test_observations_are_standardized_and_clipped():
     predictor, target, data = features(), features(), next_observations((50,))
     x = ((data["next", "observation"] - 1) / 2).clamp(-0.3, 0.3)
