@@ -51,13 +51,18 @@ class SupervisedLoss(LossModule):
 
         Raises:
             KeyError: the network doesn't write there, so that what is found would be the data itself.
+            TypeError: it writes integers, such as an action that was drawn, which have no gradient.
 
         """
         keys = [self._keys(name)[0] for name in names]
         self._require_written(getattr(self, network), network, dict(zip(names, keys, strict=True)))
         with self._parameters_in(network):
             out = getattr(self, network)(data.copy())
-        return [out.get(key) for key in keys]
+        found = [out.get(key) for key in keys]
+        for key, x in zip(keys, found, strict=True):
+            if not x.is_floating_point():
+                raise TypeError(f"{type(self).__name__}: the {network} writes {key!r} as {x.dtype}, without a gradient")
+        return found
 
     def _require_written(self, module: torch.nn.Module, network: str, keys: dict[str, NestedKey]) -> None:
         written = [unravel_key(key) for key in module.out_keys]  # type: ignore[union-attr]  # a TensorDictModule

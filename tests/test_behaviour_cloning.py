@@ -129,6 +129,11 @@ def test_actions_that_would_broadcast_are_refused(policy):
     assert_rejected(BCLoss(policy()), data, RuntimeError, r"'action' has shape \(3, 5")
 
 
+def test_a_distance_from_an_action_that_was_drawn_as_an_integer_is_refused():
+    loss = BCLoss(discrete_actor(), loss_function="l1")
+    assert_rejected(loss, demonstrations((3, 5), "categorical"), TypeError, r"writes 'action' as torch.int64")
+
+
 def test_an_unknown_distance_is_refused_when_the_loss_is_made():
     with pytest.raises(ValueError, match="loss_function is 'huber'"):
         BCLoss(deterministic_actor(), loss_function="huber")
