@@ -359,3 +359,13 @@ def test_networks_called_one_by_one_are_not_called_under_vmap(name, monkeypatch)
     monkeypatch.setattr(action_value, "MEMBERS_IN_TURN", 0)
     monkeypatch.delattr("torch.vmap")
     loss(data)
+
+
+@every_loss
+def test_an_argument_that_may_be_left_out_means_what_it_does_in_torchrl(name):
+    ours, theirs = (getattr(x, name, None) for x in (losses, pytest.importorskip("torchrl.objectives")))
+    if theirs is None:
+        pytest.skip("TorchRL has no such loss")
+    ours, theirs = (inspect.signature(cls.__init__).parameters for cls in (ours, theirs))
+    common = {key: x.default for key, x in ours.items() if key in theirs and x.default is not x.empty}
+    assert common == {key: theirs[key].default for key in common}
