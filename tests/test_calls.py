@@ -78,6 +78,13 @@ def test_a_policy_is_trained_through_what_it_writes_whole_and_reads_below():
     assert whole.module.weight.grad is not None
 
 
+def test_an_entry_that_was_just_written_below_one_is_in_the_whole():
+    below = linear(OBSERVATION, writes=("hidden", "x"))
+    network = TensorDictSequential(below, TensorDictModule(lambda hidden: 2 * hidden["x"], ["hidden"], ["action"]))
+    for entries in ({}, {"hidden": TensorDict({"x": torch.randn(5, OBSERVATION, **DOUBLE)}, [5])}):
+        assert_as_the_network_itself(network, observations(**entries))
+
+
 # --- entries that are no tensors --------------------------------------------------------------------------------
 
 
@@ -111,6 +118,19 @@ def gaussian_policy(kind=ProbabilisticTensorDictModule, distribution_class=diago
     return ProbabilisticTensorDictSequential(
         head, kind(["loc", "scale"], ["action"], distribution_class=distribution_class)
     )
+
+
+def test_a_policy_that_draws_twice_may_have_both_distributions():
+    def drawn(head):
+        parameters = [(head, "loc"), (head, "scale")]
+        last = ProbabilisticTensorDictModule(
+            dict(zip(("loc", "scale"), parameters, strict=True)), [(head, "action")], distribution_class=diagonal_normal
+        )
+        return TensorDictModule(GaussianParameters(), ["observation"], parameters), last
+
+    policy = ProbabilisticTensorDictSequential(*drawn("steer"), *drawn("brake"))
+    dist = distribution(policy, observations())
+    assert set(dist.dists) == {("steer", "action"), ("brake", "action")}
 
 
 class Tempered(ProbabilisticTensorDictModule):
