@@ -9,7 +9,7 @@ from fusedrl.estimators.steps import standardize
 from helpers_estimators import HYPERPARAMETERS, assert_close, critic, every_estimator, policy, rollout
 from helpers_estimators import estimator as build
 from tensordict import NonTensorData, NonTensorStack, TensorDict
-from tensordict.nn import TensorDictModule, TensorDictSequential, set_skip_existing
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential, set_skip_existing
 from torch import nn
 
 
@@ -450,6 +450,37 @@ def test_entries_that_the_network_reads_as_one_tensordict_reach_it_as_they_are(n
     found = estimator(name, value_network=network)(data.clone())
     wanted = estimator(name, value_network=network, deactivate_vmap=True)(data.clone())
     assert_close(found["value_target"], wanted["value_target"])
+
+
+@every_estimator
+def test_what_the_network_writes_below_an_entry_that_it_reads_stays_out_of_the_data(name):
+    def team_value(team):
+        mean = team["obs"].mean(-2)
+        return mean, mean.sum(-1, keepdim=True)
+
+    network = TensorDictModule(team_value, ["team"], [("team", "mean"), "state_value"])
+    data = rollout((2, 5))
+    for entries in (data, data["next"]):
+        entries["team"] = TensorDict({"obs": torch.randn(2, 5, 4, 3, dtype=torch.float64)}, [2, 5])
+    estimator(name, value_network=network, deactivate_vmap=True)(data)
+    for entries in (data, data["next"]):
+        assert set(entries["team"].keys()) == {"obs"}
+
+
+class Baseline(TensorDictModuleBase):
+    """The same value everywhere."""
+
+    in_keys, out_keys = (), ("state_value",)
+
+    def forward(self, tensordict):
+        return tensordict.set("state_value", torch.full((*tensordict.shape, 1), 2.0, dtype=torch.float64))
+
+
+@every_estimator
+def test_a_network_may_read_nothing(name):
+    td = estimator(name, value_network=Baseline())(rollout((2, 5)))
+    assert (td["state_value"] == 2).all()
+    assert (td["next", "state_value"] == 2).all()
 
 
 class Normalised(nn.Module):
