@@ -285,6 +285,16 @@ def test_padded_steps_enter_no_estimate_no_gradient_and_no_statistic():
     assert_close(results[0][1][:1, :6], alone["value_target"])
 
 
+def test_a_policy_that_checks_its_parameters_is_not_shown_what_padding_holds(monkeypatch):
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
+    data = steps()
+    data["collector", "mask"] = mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, 6:] = False
+    wanted = estimator()(data.clone())["value_target"]
+    data["obs"][~mask] = torch.nan
+    assert_close(estimator()(data)["value_target"], wanted)
+
+
 @pytest.mark.parametrize("batch", [(3, 1), (3, 0), (0, 4)], ids=str)
 def test_degenerate_batches_give_the_shape_of_the_reward(batch, monkeypatch):
     monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", False)  # can't check an empty batch
