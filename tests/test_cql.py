@@ -29,6 +29,7 @@ from helpers_q import (
 )
 from tensordict.nn import TensorDictModule
 from torch import nn
+from torch.distributions import Independent, Normal
 
 
 @pytest.fixture(autouse=True)
@@ -295,6 +296,33 @@ def test_each_network_backs_up_the_action_that_is_best_to_itself():
     action = data["action"].sum(-1, keepdim=True)
     expected = ((action - target).square() + (-action - target).square()).squeeze(-1)
     torch.testing.assert_close(out["loss_qvalue"], expected, rtol=0.2, atol=0.3)
+
+
+class Grid(nn.Module):
+    """A network whose actions are 2 by 1."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, observation, *action):
+        out = self.network(observation, *(x.flatten(-2) for x in action))
+        return out if action else tuple(x.unflatten(-1, (ACTION, 1)) for x in out)
+
+
+def test_an_action_of_several_dimensions_counts_as_one_of_as_many_numbers():
+    def on_grid(loc, scale):
+        return Independent(Normal(loc, scale), 2)
+
+    flat, data = make(), transitions()
+    actor, qvalue = stochastic_actor(on_grid), qvalue_network()
+    actor[0].module, qvalue.module = Grid(actor[0].module), Grid(qvalue.module)
+    grid = make(actor=actor, qvalue=qvalue)
+    values = dict(zip(grid.state_dict(), flat.state_dict().values(), strict=True))
+    grid.load_state_dict(values)
+    wanted, _ = run(flat, data)
+    data["action"] = data["action"].unflatten(-1, (ACTION, 1))
+    torch.testing.assert_close(run(grid, data)[0].to_dict(), wanted.to_dict(), **CLOSE)
 
 
 def with_multiplier(log_alpha_prime=0.0, **options):
