@@ -159,6 +159,12 @@ def test_values_of_other_actions_than_the_policy_s_are_refused():
     assert_rejected(loss, discrete(), RuntimeError, r"'action_value' has shape \(3, 5, 1\).*logits.*\(3, 5, 3\)")
 
 
+def test_a_policy_that_has_no_distribution_for_each_sample_is_refused():
+    loss, data = made("discrete_sac")
+    data["observation"] = data["observation"].unsqueeze(-2)
+    assert_rejected(loss, data, RuntimeError, r"logits of the policy.*\(3, 5, 1, 1\).*one value per sample")
+
+
 def test_an_action_of_another_shape_is_refused():
     loss, data = made("discrete_sac")
     data["action"] = data["action"].unsqueeze(-1).expand(3, 5, 3).clone()

@@ -238,9 +238,10 @@ def test_estimators_of_several_steps_are_refused_by_tqc():
         tqc().make_value_estimator("TDLambda")
 
 
-def test_several_heads_are_refused_by_discrete_cql():
-    with pytest.raises(ValueError, match="mult_one_hot"):
-        discrete_cql(action_space="mult-one-hot")
+@pytest.mark.parametrize(("space", "match"), [("mult-one-hot", "mult_one_hot"), ("binary", "'binary'.*one head")])
+def test_several_heads_are_refused_by_discrete_cql(space, match):
+    with pytest.raises(ValueError, match=match):
+        discrete_cql(action_space=space)
 
 
 # --- TorchRL ----------------------------------------------------------------------------------------------------
