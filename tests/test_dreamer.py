@@ -518,6 +518,14 @@ def test_a_world_model_may_do_without_some_of_its_inputs():
     torch.testing.assert_close(loss(data)[0].to_dict(), expected.to_dict(), **CLOSE)
 
 
+def test_a_world_model_may_read_the_reward_of_the_data():
+    model, data = world_model(), sequences()
+    noted = TensorDictModule(nn.Identity(), [("next", "true_reward")], [("next", "noted")])
+    loss = DreamerModelLoss(TensorDictSequential(*model, noted))
+    assert ("next", "true_reward") not in loss.in_keys
+    torch.testing.assert_close(loss(data)[1]["next", "noted"], data["next", "reward"])
+
+
 def test_free_nats_are_free_of_the_average_where_that_is_clamped():
     losses, _ = run(model_loss(delayed_clamp=True, free_nats=1000.0, lambda_kl=2.0), sequences())
     assert losses["loss_model_kl"].item() == 2000.0

@@ -324,9 +324,10 @@ def test_a_cast_keeps_bins_range_and_discount(dtype):
     assert all(p.dtype == dtype for p in loss.parameters())
 
 
+@pytest.mark.parametrize("symlogs", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_losses_are_finite_and_near(dtype):
-    loss, data = made("model")
+def test_half_precision_losses_are_finite_and_near(dtype, symlogs):
+    loss, data = made("model", reco_symlog=symlogs)
     data["next", "pixels"] *= 200  # whose squares float16 can't hold
     data["next", "reward"] *= 1000
     other, halved = copy.deepcopy(loss).to(dtype), data.apply(lambda x: x.to(dtype) if x.is_floating_point() else x)
@@ -576,6 +577,13 @@ def test_shapes_that_would_broadcast_by_accident_are_refused(make, data, key, er
     data[key] = torch.cat([data[key]] * 3, -1)
     with pytest.raises(error, match=match):
         make()(data)
+
+
+def test_latents_of_different_shapes_are_refused():
+    loss = model_loss()
+    loss.set_keys(posterior_logits="reco_pixels")
+    with pytest.raises(RuntimeError, match=r"'reco_pixels'.*'prior_logits'"):
+        loss(experience())
 
 
 @pytest.mark.parametrize(
