@@ -41,7 +41,7 @@ def align(x: Tensor, loss: Tensor, name: str) -> Tensor:
 
     """
     shape = x.shape
-    if x.ndim > loss.ndim and shape[-1] == 1:
+    if x.ndim > loss.ndim:
         x = x.squeeze(-1)
     x = x.reshape(x.shape + (1,) * (loss.ndim - x.ndim))
     if not broadcasts(x.shape, loss.shape):
