@@ -194,6 +194,12 @@ def test_what_is_masked_gets_no_gradient():
     assert loss.grad.tolist() == [1, 0]
 
 
+def test_a_weight_that_is_masked_may_be_nan():
+    loss = torch.tensor([1.0, 2.0], requires_grad=True)
+    reduce_loss(loss, "mean", torch.tensor([True, False]), torch.tensor([2.0, torch.nan])).backward()
+    assert loss.grad.tolist() == [1, 0]
+
+
 @pytest.mark.parametrize("shape", [(2,), (2, 1), (2, 3)])
 def test_one_value_per_sample_is_spread_over_features(shape):
     x = torch.arange(2.0).reshape(2, *(1,) * (len(shape) - 1)).expand(shape)
