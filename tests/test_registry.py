@@ -46,6 +46,14 @@ def test_default_kwargs_are_the_callers_to_change():
     assert E.default_value_kwargs("gae")["gamma"] == 0.99
 
 
+@pytest.mark.usefixtures("clean_registry")
+def test_default_kwargs_stay_as_they_were_registered():
+    defaults = {"gamma": 0.3}
+    E.register_value_estimator("mine", default_kwargs=defaults)(E.TD0Estimator)
+    defaults["gamma"] = 0.0
+    assert E.default_value_kwargs("mine") == {"gamma": 0.3}
+
+
 def test_a_member_of_an_enum_that_nothing_is_registered_under_says_so():
     class Other(Enum):
         ESTIMATE = 1
@@ -85,16 +93,17 @@ def test_dispatch_builds_sets_keys_and_keeps_the_estimator_on_the_loss():
     assert_close(built(rollout())["adv"], E.GAE(gamma=0.99, lmbda=0.5, value_network=critic())(rollout())["advantage"])
 
 
-def test_dispatch_takes_gamma_from_the_loss_unless_it_is_given():
-    loss = Loss(value_network=critic(), gamma=0.7)
-    assert E.dispatch_value_estimator(loss, "td0", supported=EVERY).gamma.item() == 0.7
+@pytest.mark.parametrize("gamma", [0.7, 0.0])
+def test_dispatch_takes_gamma_from_the_loss_unless_it_is_given(gamma):
+    loss = Loss(value_network=critic(), gamma=gamma)
+    assert E.dispatch_value_estimator(loss, "td0", supported=EVERY).gamma.item() == gamma
     assert E.dispatch_value_estimator(loss, "td0", supported=EVERY, gamma=0.2).gamma.item() == 0.2
 
 
 def test_an_estimator_that_the_loss_does_not_support_is_an_error_that_lists_those_it_does():
     loss = Loss(value_network=critic())
     with pytest.raises(NotImplementedError, match=r"Loss does not support.*GAE.*supports: TD0, TD1$"):
-        E.dispatch_value_estimator(loss, "gae", supported=[ValueEstimators.TD0, ValueEstimators.TD1])
+        E.dispatch_value_estimator(loss, "gae", supported=iter([ValueEstimators.TD0, ValueEstimators.TD1]))
     assert not hasattr(loss, "_value_estimator")
 
 
