@@ -190,6 +190,13 @@ def test_casting_a_module_leaves_gamma_and_lambda_alone(name, cast):
 
 
 @every_estimator
+def test_a_cast_to_another_device_moves_what_keeps_its_precision(name):
+    moved = estimator(name).to("meta", torch.bfloat16)
+    for key in HYPERPARAMETERS[name]:
+        assert (getattr(moved, key).device.type, getattr(moved, key).dtype) == ("meta", torch.float64)
+
+
+@every_estimator
 def test_moving_a_module_moves_gamma_and_lambda(name):
     e = estimator(name).to("meta").to(torch.bfloat16)
     assert all(x.device.type == "meta" and x.dtype == torch.float64 for x in e.buffers())

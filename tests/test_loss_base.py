@@ -617,6 +617,13 @@ def test_hyperparameters_keep_their_precision_in_a_cast(network, cast):
     assert next(loss.parameters()).dtype != torch.float32
 
 
+def test_other_buffers_of_a_loss_are_cast(network):
+    loss = ValueLoss(network)
+    loss.register_buffer("scale", torch.ones(2))
+    loss.register_buffer("nothing", None)
+    assert loss.half().scale.dtype == torch.float16
+
+
 # --- reduction --------------------------------------------------------------------------------------------------
 
 

@@ -42,7 +42,7 @@ def of_each(data, *keys):
 
 
 @every_backend
-@pytest.mark.parametrize("own", [SHARED[:n] for n in range(4)] + [SHARED[1:], SHARED[2:]], ids=str)
+@pytest.mark.parametrize("own", [SHARED[:n] for n in range(4)] + [SHARED[1:2], SHARED[1:], SHARED[2:]], ids=str)
 def test_what_the_team_shares_is_that_of_each_agent(own, backend):
     data = collect_team()
     network = team_critic()
@@ -182,6 +182,11 @@ def test_shapes_that_do_not_fit_are_named_and_nothing_is_changed(spoil, match):
     assert_untouched(data, before)
 
 
+def test_a_dimension_of_agents_that_the_value_lacks_is_not_another_one():
+    with pytest.raises(RuntimeError, match="shape"):
+        estimator(agent_dim=6)(collect_team())  # of 4
+
+
 # --- the losses ---------------------------------------------------------------------------------------------------
 
 
@@ -285,6 +290,7 @@ def test_filled_padding_keeps_mean_and_variance_for_each_index():
 def test_a_cast_keeps_the_statistics():
     norm = Statistics()
     norm.mean.fill_(0.1)
+    norm.register_buffer("count", None)
     loss = loss_of(value_norm=norm).to(torch.bfloat16)
     assert norm.mean.dtype == torch.float64
     assert norm.mean == 0.1
