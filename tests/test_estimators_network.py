@@ -245,6 +245,16 @@ def test_shifted_time_can_be_any_dimension():
         assert torch.equal(a.transpose(0, 1), e)
 
 
+def test_an_input_of_a_shifted_call_may_be_one_number_for_each_step():
+    columns, numbers = trajectory(truncated=[2]), trajectory(truncated=[2])
+    for data in (numbers, numbers["next"]):
+        data["obs"] = data["obs"].squeeze(-1)
+    flat = TensorDictModule(lambda obs: obs.unsqueeze(-1), ["obs"], ["state_value"])
+    found = estimator("GAE", value_network=flat, shifted=True)(numbers)
+    wanted = estimator("GAE", value_network=recording()[1], shifted=True)(columns)
+    assert torch.equal(found["advantage"], wanted["advantage"])
+
+
 class Cumulative(nn.Module):
     """A recurrent network over dimension 1: observations summed since the last start of an episode."""
 
