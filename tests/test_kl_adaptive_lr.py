@@ -86,6 +86,12 @@ def test_settings_that_make_no_sense_are_refused(options, match):
         KLAdaptiveLR(optimizer, **{"target_kl": 0.01, **options})
 
 
+def test_bounds_that_are_one_number_are_the_rate():
+    schedule = schedule_of(1e-3, min_lr=0.5, max_lr=0.5)
+    schedule.step(0.0)
+    assert schedule.get_last_lr() == [0.5]
+
+
 def test_the_state_restores_the_settings():
     a, b = schedule_of(1e-3, factor=3.0), schedule_of(torch.tensor(1e-3))
     a.step(0.5)

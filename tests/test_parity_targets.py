@@ -79,6 +79,11 @@ def test_targets_and_states_agree_step_by_step(name, arguments, options):
         assert updaters[0].state_dict() == updaters[1].state_dict()
 
 
+def test_an_interval_that_is_left_out_is_torchrls():
+    for library, kind in ((our_targets, OURS), (theirs, THEIRS)):
+        assert library.HardUpdate(kind(mlp())).value_network_update_interval == 1000
+
+
 def test_each_loads_the_state_of_the_other():
     updaters = [
         library.HardUpdate(kind(mlp()), value_network_update_interval=5)

@@ -358,6 +358,18 @@ def test_an_updater_of_ones_own_says_how_targets_move():
     with pytest.raises(NotImplementedError, match="TargetNetUpdater doesn't say how"):
         TargetNetUpdater(Delayed(mlp())).step()
 
+    class Halfway(TargetNetUpdater):
+        def _step(self, p_source, p_target):
+            p_target.lerp_(p_source, 0.5)
+
+    loss = Delayed(mlp())
+    updater = Halfway(loss)
+    train(loss)
+    targets, params = both(loss)
+    updater.step()
+    torch.testing.assert_close(both(loss)[0], {key: (x + params[key]) / 2 for key, x in targets.items()})
+    assert not any(x.requires_grad for x in loss.target_value_network_params.values(True, True))
+
 
 def test_an_updater_says_in_its_name_what_it_updates():
     assert repr(SoftUpdate(Delayed(mlp()), tau=0.1)) == "SoftUpdate(Delayed: value_network)"
