@@ -122,6 +122,13 @@ def _check_two_ranks(rank, port):
                 torch.testing.assert_close(
                     gradient(loss), expected / 2, **CLOSE, msg=lambda m, case=(cls, way): f"{case}: {m}"
                 )
+    with wrapped.no_sync():
+        loss.zero_grad()
+        sum(terms_of(wrapped(data))).backward()
+        summed = gradient(loss)
+    loss.zero_grad()
+    sum(terms_of(loss(data))).backward()
+    torch.testing.assert_close(summed, gradient(loss), **CLOSE, msg="no_sync() shares gradients")
     distributed.barrier()
     # Gloo's threads may hold Python objects, for which they wait if they are joined by the thread that runs Python.
     os._exit(0)
