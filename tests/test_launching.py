@@ -1,12 +1,14 @@
 """Launches that are planned once for each form of their arguments, with a kernel that only notes what it gets."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from fusedrl.kernels import launching
-from fusedrl.kernels.launching import Launch, Launcher, Plan, Workspace, scalar, scalar_arguments, strided
+from fusedrl.kernels.launching import Launch, Launcher, Number, Plan, Workspace, scalar, scalar_arguments, strided
 
 
 class Kernel:
@@ -180,3 +182,101 @@ def test_a_scalar_of_any_type_is_a_number_or_a_tensor() -> None:
     assert scalar(None, like) is None
     tensor = torch.tensor(0.5, dtype=torch.float64)
     assert scalar(tensor, like) is tensor
+
+
+def test_a_scalar_goes_where_the_tensors_are() -> None:
+    like = torch.zeros(2, device="meta")
+    assert scalar(torch.tensor(0.5), like).device == like.device
+
+
+def test_a_kernel_gets_a_number_and_a_tensor_of_which_one_counts() -> None:
+    x = torch.zeros(())
+    assert scalar_arguments(0.5) == (0.5, None)
+    assert scalar_arguments(None) == (0.0, None)
+    assert scalar_arguments(x) == (0.0, x)
+    assert scalar_arguments(x, 0, 0) == (0.0, (x, 0, 0))
+
+
+# --- past Triton's dispatch -------------------------------------------------------------------------------------
+
+
+class Compiled:
+    """What Triton launched: a binary for a GPU, which notes what it is run with."""
+
+    function, packed_metadata = "binary", "metadata"
+
+    def __init__(self, backend) -> None:
+        self.metadata = SimpleNamespace(target=SimpleNamespace(backend=backend))
+        self.ran = []
+
+    def run(self, *arguments) -> None:
+        self.ran.append(arguments)
+
+
+class CompiledKernel(Kernel):
+    backend = "cuda"
+
+    def __getitem__(self, grid):
+        def dispatch(*arguments, **options):
+            self.launched.append(Compiled(self.backend))
+            return self.launched[-1]
+
+        return dispatch
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """A kernel that was compiled, and a launch of it on x, y and a number."""
+    monkeypatch.setattr(launching, "_is_known", True)
+    monkeypatch.setattr(launching, "current_device", lambda: -1)  # that of tensors on a CPU
+    monkeypatch.setattr(launching, "current_stream", lambda device: f"stream of {device}")
+    kernel = CompiledKernel()
+    return kernel, Launch(kernel, 4, [strided(FIRST), SECOND, Number(), None, 2.0], BLOCK=8)
+
+
+def test_what_triton_launched_is_launched_again_on_other_tensors_and_numbers(on_gpu) -> None:
+    kernel, launch = on_gpu
+    launch(-1, [FIRST, SECOND], [0.5])
+    (compiled,) = kernel.launched
+    for number in (0.25, 0.75):
+        x, y = torch.zeros(2, 4, 5)
+        launch(-1, [x, y], [number])
+        grid_and_hooks = (4, 1, 1, "stream of -1", "binary", "metadata", None, None, None)
+        assert compiled.ran.pop() == (*grid_and_hooks, (x.data_ptr(), 5, 1), y.data_ptr(), number, None, 2.0, 8)
+    assert kernel.launched == [compiled]
+
+
+def test_addresses_that_16_does_not_divide_have_a_binary_of_their_own(on_gpu) -> None:
+    kernel, launch = on_gpu
+    memory = torch.zeros(64, dtype=torch.float64)
+    whole, odd = memory[:20].view(4, 5), memory[1:21].view(4, 5)
+    assert whole.data_ptr() % 16 == 0
+    forms = [(whole, whole), (odd, whole), (whole, odd), (odd, odd)]
+    for given in forms:
+        launch(-1, given, [0.5])
+    assert len(kernel.launched) == len(forms)
+    for (x, y), compiled in zip(forms, list(kernel.launched), strict=True):
+        launch(-1, [x, y], [0.5])
+        assert compiled.ran[0][9][0] == x.data_ptr()
+        assert compiled.ran[0][10] == y.data_ptr()
+    assert len(kernel.launched) == len(forms)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value"),
+    [
+        (launching, "_is_known", False),
+        (launching, "current_device", lambda: 1),
+        (launching._runtime, "launch_enter_hook", print),
+        (launching._runtime, "launch_exit_hook", print),
+        (CompiledKernel, "pre_run_hooks", (print,)),
+        (CompiledKernel, "backend", "hip"),
+    ],
+)
+def test_triton_dispatches_what_only_it_knows_to_launch(on_gpu, monkeypatch, owner, name, value) -> None:
+    kernel, launch = on_gpu
+    monkeypatch.setattr(owner, name, value)
+    for _ in range(2):
+        launch(-1, [FIRST, SECOND], [0.5])
+    assert len(kernel.launched) == 2
+    assert not any(compiled.ran for compiled in kernel.launched)
