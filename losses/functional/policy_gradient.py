@@ -265,7 +265,7 @@ def normalize_advantage(
 def _sum_over_ranks(x: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
     if group is None:
         return x
-    x = x.detach().clone()
+    x = x.detach()
     dist.all_reduce(x, group=group)
     return x
 
