@@ -42,6 +42,9 @@ def test_clip_objective_has_no_gradient_where_the_gain_is_bounded():
     advantage = tensor([1.0, -1.0, 1.0, -1.0, 1.0])
     F.clip_ppo_objective(log_weight, advantage, 0.2, 0.2).sum().backward()
     torch.testing.assert_close(log_weight.grad, tensor([0.0, -1.5, 0.5, 0.0, 1.0]), **CLOSE)
+    log_weight.grad = None
+    F.clip_ppo_objective(log_weight, advantage, 0.2, 0.2, log_weight.detach()).sum().backward()
+    torch.testing.assert_close(log_weight.grad, tensor([0.0, -1.5, 0.5, 0.0, 1.0]), **CLOSE)
 
 
 @pytest.mark.parametrize("proximal", [False, True])
@@ -190,6 +193,10 @@ def test_clip_fraction_counts_both_sides():
     assert F.clip_fraction(ratio, 0.1, 0.3, tensor([True, True, True, False])).item() == pytest.approx(1 / 3)
 
 
+def test_a_ratio_on_the_bound_is_not_clipped():
+    assert F.clip_fraction(torch.zeros(2), 0.0, 0.0) == 0
+
+
 def test_effective_sample_size_by_hand():
     # (1 + 3)² / (1 + 9) / 2, and at any scale
     for shift in (0.0, 300.0, -300.0):
@@ -198,8 +205,16 @@ def test_effective_sample_size_by_hand():
     assert F.effective_sample_size(log(1.0, 3.0, 9.0), MASK).item() == pytest.approx(0.8)
 
 
-def test_effective_sample_size_is_taken_along_the_first_dimension():
-    assert F.effective_sample_size(torch.randn(5, 3, 1)).shape == (3, 1)
+def test_metrics_along_the_first_dimension_are_those_of_each_column():
+    log_weight = torch.randn(5, 3) + tensor([0.0, 300.0, -300.0])
+    value, target = torch.randn(2, 5, 3)
+    for metric in (F.effective_sample_size(log_weight), F.explained_variance(value, target)):
+        assert metric.shape == (3,)
+    for i in range(3):
+        alone = F.effective_sample_size(log_weight[:, i])
+        torch.testing.assert_close(F.effective_sample_size(log_weight)[i], alone, **CLOSE)
+        alone = F.explained_variance(value[:, i], target[:, i])
+        torch.testing.assert_close(F.explained_variance(value, target)[i], alone, **CLOSE)
 
 
 def test_explained_variance_by_hand():
@@ -226,10 +241,17 @@ def test_masked_mean_of_a_large_float16_batch_does_not_overflow():
     mean = F.masked_mean(ones, ones == 1)
     assert mean.dtype == torch.float16
     assert mean == 1
+    assert F.masked_mean(ones, ones == 1, dim=0) == 1
 
 
 def test_largest_ratio_of_no_samples_is_zero():
     assert F.largest_ratio(torch.zeros(3, 0, 1)) == 0
+
+
+def test_the_largest_ratio_is_of_a_sample_that_counts():
+    assert F.largest_ratio(log(1.0, 2.0, 9.0)).item() == pytest.approx(9.0)
+    assert F.largest_ratio(log(1.0, 2.0, 9.0), MASK).item() == pytest.approx(2.0)
+    assert F.largest_ratio(log(1.0, 2.0, 9.0), MASK & False) == 0
 
 
 def test_targets_of_integers_explain_a_variance():
