@@ -59,6 +59,12 @@ def test_a_hand_computed_cross_entropy():
         torch.testing.assert_close(classification_loss(table, action), wanted, **CLOSE)
 
 
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (4,), (2, 2), (3, 1, 1)], ids=str)
+def test_actions_of_another_batch_than_the_logits_are_refused(shape):
+    with pytest.raises(RuntimeError, match="one index for each sample"):
+        classification_loss(torch.zeros(3, 4), torch.zeros(shape, dtype=torch.long))
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
 def test_classes_are_the_last_dimension_whatever_the_batch(dtype):
     data, policy = demonstrations((3, 5), "categorical"), logits()

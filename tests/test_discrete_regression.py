@@ -185,6 +185,7 @@ def test_gradients_of_logits_and_target_are_right():
         (lambda: two_hot_encode(torch.zeros(2), torch.zeros(1)), r"bins .* shape \(1,\)"),
         (lambda: two_hot_encode(torch.zeros(2), torch.zeros(3, 3)), r"bins .* shape \(3, 3\)"),
         (lambda: two_hot_decode(torch.zeros(2, 4), torch.arange(3.0)), r"\(2, 4\).* 3 bins"),
+        (lambda: two_hot_decode(torch.zeros(()), torch.arange(3.0)), r"shape \(\).* 3 bins"),
         (lambda: two_hot_cross_entropy(torch.zeros(2, 4), torch.zeros(2), torch.arange(3.0)), r"\(2, 4\).* 3 bins"),
         (lambda: two_hot_cross_entropy(torch.zeros(2, 3), torch.zeros(5), torch.arange(3.0)), r"\(5,\)"),
         (lambda: two_hot_cross_entropy(torch.zeros(4, 2, 3), torch.zeros(2), torch.arange(3.0)), r"\(2,\)"),

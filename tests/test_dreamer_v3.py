@@ -215,6 +215,11 @@ def test_the_quantile_of_more_elements_than_float32_counts_is_among_them(masked)
     assert quantile(x, 1.0, mask) == 1
 
 
+def test_nothing_has_no_quantile():
+    assert quantile(torch.zeros(0, 3), 0.5).isnan()
+    assert not quantile(torch.zeros(1), 1.0, torch.tensor([False])).isfinite()
+
+
 def test_returns_that_are_not_finite_do_not_stay_in_their_range():
     loss = actor_loss(return_normalization_rate=0.5)
     loss.retnorm.move_to(*loss.retnorm.moved(torch.linspace(0, 100, 101)))
