@@ -95,7 +95,21 @@ def with_one_linear():
     return module(nn.Sequential(layer, nn.Tanh(), layer))
 
 
+def with_a_fixed_weight():
+    layer = nn.Linear(4, 2)
+    del layer.weight
+    layer.weight = torch.ones(2, 4)
+    return module(nn.Sequential(layer))
+
+
+def with_an_unflattened_output():
+    modules = pytest.importorskip("torchrl.modules")
+    return module(modules.MLP(in_features=4, out_features=(2, 3), num_cells=[5]))
+
+
 OTHERS = {
+    "fixed_weight": with_a_fixed_weight,
+    "unflattened_output": with_an_unflattened_output,
     "one_linear_twice": with_one_linear,
     "own_linear": lambda: module(nn.Sequential(Doubled(4, 2))),
     "dropout": lambda: module(nn.Sequential(nn.Linear(4, 2), nn.Dropout())),

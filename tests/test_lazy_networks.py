@@ -101,10 +101,11 @@ def lazy_judge():
     [
         lambda: losses.SACLoss(stochastic_actor(), lazy_judge(), target_entropy=-2.0),
         lambda: losses.SACLoss(stochastic_actor(), [lazy_judge(), lazy_judge()], target_entropy=-2.0),
+        lambda: losses.SACLoss(stochastic_actor(), [qvalue_network(), lazy_judge()], target_entropy=-2.0),
         lambda: losses.DDPGLoss(lazy(2, "action"), qvalue_network(), delay_actor=True),
         lambda: losses.DreamerV3ValueLoss(lazy(1, "state_value"), slow_critic_regularization=1.0),
     ],
-    ids=["ensemble", "list", "target", "slow value"],
+    ids=["ensemble", "list", "one of a list", "target", "slow value"],
 )
 def test_what_would_be_copied_is_refused_and_the_error_says_what_to_do(make):
     with pytest.raises(RuntimeError, match="call the network once on data before"):

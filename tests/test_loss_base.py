@@ -321,6 +321,26 @@ def test_ensemble_members_differ_and_keep_their_scale():
     assert target["module", "0", "weight"].data_ptr() != weight.data_ptr()
 
 
+@pytest.mark.parametrize("members", [1, 2])
+def test_what_a_user_froze_stays_frozen_in_an_ensemble(members):
+    nets = [TensorDictModule(nn.Linear(3, 1), ["observation"], ["state_value"]) for _ in range(members)]
+    for net in nets:
+        net.module.weight.requires_grad_(False)
+    loss = LossModule()
+    loss.convert_to_functional(nets if members > 1 else nets[0], "qvalue_network", expand_dim=2)
+    assert [name for name, p in loss.named_parameters() if p.requires_grad] == ["qvalue_network_params.module.bias"]
+
+
+def test_each_member_has_statistics_of_its_own():
+    net = TensorDictModule(nn.BatchNorm1d(3), ["observation"], ["state_value"])
+    loss = LossModule()
+    loss.convert_to_functional(net, "qvalue_network", expand_dim=2)
+    mean = loss.qvalue_network_params["module", "running_mean"]
+    mean[0] += 1
+    assert not mean[1].any()
+    assert not net.module.running_mean.any()
+
+
 def test_list_of_networks_becomes_an_ensemble_as_it_is():
     nets = [TensorDictModule(nn.Linear(3, 1), ["observation"], ["state_value"]) for _ in range(2)]
     loss = LossModule()
