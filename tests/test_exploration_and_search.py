@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from fusedrl.losses.functional.exploration import distillation_error
 from fusedrl.losses.functional.policy_search import saturating_cost
 from fusedrl.losses.pilco import ExponentialQuadraticCost
 from fusedrl.losses.rnd import RNDLoss
@@ -45,6 +46,13 @@ def test_lazy_networks_are_initialised_by_the_first_call_and_the_target_stays_fr
     RNDLoss(predictor, target, update_fraction=1.0)(next_observations())["loss_predictor"].backward()
     assert predictor.weight.grad.any()
     assert not any(p.requires_grad for p in target.parameters())
+
+
+def test_the_distance_to_the_target_does_not_train_the_target():
+    prediction, target = (torch.randn(4, 3, requires_grad=True) for _ in range(2))
+    distillation_error(prediction, target).sum().backward()
+    assert prediction.grad.any()
+    assert target.grad is None
 
 
 def test_observations_are_standardized_and_clipped():

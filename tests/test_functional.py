@@ -319,10 +319,11 @@ def test_a_shape_that_differs_is_an_error_that_names_the_argument(name, backend,
         call(name, backend, **inputs)
 
 
+@pytest.mark.parametrize("shape", [(4, 1, 1), (2, 9, 2), (1, 2, 9, 1)], ids=str)
 @every_case
-def test_a_gamma_that_does_not_broadcast_is_an_error(name, backend):
+def test_a_gamma_that_does_not_broadcast_is_an_error(name, backend, shape):
     with pytest.raises(RuntimeError, match="gamma"):
-        call(name, backend, **signals(), gamma=torch.full((4, 1, 1), GAMMA))
+        call(name, backend, **signals(), gamma=torch.full(shape, GAMMA))
 
 
 @pytest.mark.parametrize("name", VECTORISED)

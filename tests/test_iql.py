@@ -340,6 +340,7 @@ def test_a_square_beyond_float16_is_finite_under_autocast():
     with torch.autocast("cpu", dtype=torch.float16):
         error = torch.full((4,), 300.0, dtype=torch.float16)
         assert expectile_loss(error, 0.5).allclose(torch.tensor(45000.0))
+        assert expectile_loss(error.double(), 0.5).dtype == torch.float64
     assert expectile_loss(error / 300, 0.5).dtype == torch.float16
 
 
