@@ -10,6 +10,7 @@ from fusedrl.kernels import dispatch, recognition, scan_operators
 from fusedrl.kernels.recognition import Recognition, items
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 MATRIX = torch.zeros(4, 5)
@@ -324,6 +325,29 @@ def test_whether_an_operator_runs_plainly_is_remembered_of_its_tensors_alone() -
             assert not dispatch.runs_plainly("a", [MATRIX, 0.5])
         with torch.profiler.profile():
             assert not dispatch.runs_plainly("a", [MATRIX, 0.5])
+
+
+class FunctionMode(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_nothing_runs_plainly_where_functions_are_watched_traced_or_transformed() -> None:
+    seen = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        assert not dispatch.runs_plainly("a", [MATRIX, 0.5])
+        return 2 * x
+
+    assert dispatch.runs_plainly("a", [MATRIX, 0.5])
+    with FunctionMode():
+        look(MATRIX)
+    torch.jit.trace(look, MATRIX, check_trace=False)
+    torch.func.vmap(look)(MATRIX)
+    assert dispatch.runs_plainly("a", [MATRIX, 0.5])
+    assert not dispatch.runs_plainly("a", [seen[-1], 0.5]), "nor of what has outlived a transform"
 
 
 def test_a_negative_threshold_is_refused_after_any_number_of_right_calls(device) -> None:
