@@ -136,6 +136,7 @@ def test_shifted_has_no_target_parameters_and_no_n_step_data(name):
         ({"shifted_budget": 0}, ValueError, "shifted_budget.*0"),
         ({"value_chunk_size": 0}, ValueError, "value_chunk_size.*0"),
         ({"num_chunks": 2.5}, TypeError, "num_chunks.*float"),
+        ({"num_chunks": True}, TypeError, "num_chunks.*bool"),
         ({"value_chunk_size": 1, "num_chunks": 2}, ValueError, "only one"),
         ({"num_chunks": 1, "num_chunk": 2}, ValueError, "num_chunk"),
         ({"value_chunk_dim": "a"}, TypeError, "value_chunk_dim.*str"),
