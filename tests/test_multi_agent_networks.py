@@ -248,11 +248,15 @@ def test_parameters_of_a_common_trunk_are_trained_by_the_policy_alone(share):
     networks = TensorDictSequential(trunk, act), TensorDictSequential(trunk, judge)
     data = transitions("ddpg")
     together = trained(theirs.DDPGLoss(*copy.deepcopy(networks)), data)
-    apart = trained(ours.DDPGLoss(*networks, separate_losses=True), data)
+    loss = ours.DDPGLoss(*networks, separate_losses=True)
+    copied = copy.deepcopy(loss)
+    apart = trained(loss, data)
     torch.testing.assert_close(apart[0], together[0], **CLOSE)
     wanted = {key: x for key, x in together[1].items() if not ("loss_value" in key and "params.module.0." in key)}
     assert len(wanted) == len(together[1]) - 4
     torch.testing.assert_close(apart[1], wanted, **CLOSE)
+    held = [id(p) for network in (copied.actor_network, copied.value_network) for p in network.parameters()]
+    assert set(held) == {id(p) for p in copied.parameters()}
 
 
 @shared
