@@ -192,6 +192,7 @@ def test_gradients_of_logits_and_target_are_right():
         (lambda: symexp_bins(1), "at least 2, but is 1"),
         (lambda: categorical_kl_balanced(torch.zeros(2, 3, 4), torch.zeros(2, 3, 1)), r"\(2, 3, 1\)"),
         (lambda: categorical_kl_terms(torch.zeros(2, 3, 4), torch.zeros(1, 3, 4)), r"\(1, 3, 4\)"),
+        (lambda: categorical_kl_terms(torch.zeros(4), torch.zeros(4)), r"\(4,\).* \[\*B, variables, classes\]"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(call, match):

@@ -735,7 +735,9 @@ def test_priorities_can_be_ignored(network, data):
 def test_mean_of_a_large_float16_batch_does_not_overflow(network):
     loss = torch.full((300, 300), 2.0, dtype=torch.float16)
     mask = torch.ones(300, 300, dtype=torch.bool)
-    assert LossModule()._reduce_loss(loss, mask=mask) == 2
+    mean = LossModule()._reduce_loss(loss, mask=mask)
+    assert mean == 2
+    assert mean.dtype == torch.float16
 
 
 def test_a_coefficient_of_one_element_can_be_assigned_and_one_of_more_is_named():
