@@ -296,7 +296,8 @@ class ReturnRange(FullPrecisionBuffers):
 def _moved(average: Tensor, new: Tensor, rate: float) -> Tensor:
     """The moving ``average`` with ``new`` in it, unless that isn't finite: it would stay in it for good."""
     new = new.to(average.dtype)
-    return average.lerp(torch.where(new.isfinite(), new, average), rate)
+    # Not with lerp, which the compiler takes apart in a way that rounds differently.
+    return average + rate * torch.where(new.isfinite(), new - average, 0)
 
 
 def _joint(x: Tensor) -> Tensor:
