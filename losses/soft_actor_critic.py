@@ -124,12 +124,11 @@ class SoftActorCriticLoss(TemperatureLoss, ActionValueLoss):
 
     def _names_of_output(self, *more: str) -> list[str]:
         """The names of the three losses and the metrics, and ``more``, in the order of TorchRL's."""
-        return ["loss_actor", "loss_qvalue", "loss_alpha", *(METRICS if self._has_metrics() else ()), *more]
-
-    def _has_metrics(self) -> bool:
-        return has_metrics(self.reduction, self.scalar_output_mode)
+        metrics = METRICS if has_metrics(self.reduction, self.scalar_output_mode) else ()
+        return ["loss_actor", "loss_qvalue", "loss_alpha", *metrics, *more]
 
     def _result(self, losses: dict[str, Tensor], alpha: Tensor, entropy: Tensor) -> TensorDictBase:
         """The loss's output: reduced ``losses``, and the metrics."""
-        metrics = dict(zip(METRICS, (alpha, entropy), strict=True)) if self._has_metrics() else {}
-        return TensorDict({**losses, **metrics})
+        if has_metrics(self.reduction, self.scalar_output_mode):
+            losses = {**losses, **dict(zip(METRICS, (alpha, entropy), strict=True))}
+        return TensorDict(losses)

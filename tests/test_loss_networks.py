@@ -23,12 +23,17 @@ def with_common_trunk(kind, **options):
     return kind(discrete_actor(reads="hidden", trunk=trunk), TensorDictSequential(trunk, head), **options)
 
 
-def train(loss, data):
+def train(loss, data, call=None, updater=None):
+    """Two steps, by way of ``call`` if it is given, and of the ``updater``."""
     optimizer = torch.optim.SGD(loss.parameters(), lr=0.1)
-    for _ in range(2):
-        out = loss(data.clone())
+    for step in range(2):
+        torch.manual_seed(step)
+        out = (loss if call is None else call)(data.clone())
+        optimizer.zero_grad()
         sum(x for key, x in out.items() if key.startswith("loss")).backward()
         optimizer.step()
+        if updater is not None:
+            updater.step()
 
 
 @pytest.mark.parametrize("kind", [A2CLoss, ClipPPOLoss])
@@ -94,17 +99,8 @@ TRUNK = ("module", "0", "module", "weight")
 
 
 def trained(loss, data, call=None):
-    """What is in ``loss`` after two steps of training and of its targets."""
-    updater = SoftUpdate(loss, tau=0.3) if loss._has_update_associated else None
-    optimizer = torch.optim.SGD(loss.parameters(), lr=0.1)
-    for step in range(2):
-        torch.manual_seed(step)
-        out = (loss if call is None else call)(data.clone())
-        optimizer.zero_grad()
-        (out["loss_qvalue"] + out["loss_actor"]).backward()
-        optimizer.step()
-        if updater is not None:
-            updater.step()
+    """What is in ``loss`` after training it and its targets."""
+    train(loss, data, call, SoftUpdate(loss, tau=0.3) if loss._has_update_associated else None)
     return loss.state_dict()
 
 
