@@ -82,7 +82,7 @@ class ActionSpace:
             )
 
 
-def find_action_space(action_space: Any, network: nn.Module | None = None) -> ActionSpace:
+def find_action_space(action_space: Any, network: nn.Module | None = None, *, one_choice: bool = False) -> ActionSpace:
     """The action space that an argument ``action_space`` means, or that ``network`` says if that is None.
 
     Args:
@@ -90,9 +90,11 @@ def find_action_space(action_space: Any, network: nn.Module | None = None) -> Ac
             underscores; or a spec: OneHot, MultiOneHot, Binary, Categorical, or a Composite with a leaf ``"action"``.
         network: a network one of whose modules has an attribute ``action_space`` (and for several heads ``var_nums``,
             the number of actions of each), as TorchRL's Q-value modules do.
+        one_choice: an action must be one of those that there are values of.
 
     Raises:
-        ValueError: it is something else; or of several heads, and nobody says how many actions each has.
+        ValueError: it is something else; more than one choice, though ``one_choice``; or of several heads, and nobody
+            says how many actions each has.
 
     Examples:
         >>> find_action_space("one-hot")
@@ -107,6 +109,10 @@ def find_action_space(action_space: Any, network: nn.Module | None = None) -> Ac
             raise ValueError(f"action_space is not given, and the network doesn't say; it can be {_ACCEPTED}")
     spec = None if isinstance(action_space, str) else _leaf(action_space)
     name = _normalised(action_space) if spec is None else _name_of(spec)
+    if one_choice and name not in ("one_hot", "categorical"):
+        raise ValueError(
+            f"action_space is {name!r}, but an action must be one choice, which 'one-hot' and 'categorical' can write"
+        )
     if name != "mult_one_hot":
         return ActionSpace(name)
     heads = getattr(spec, "nvec", None)

@@ -59,6 +59,8 @@ class DiscreteCQLLoss(DQNLoss):
         pred_val: NestedKey = "pred_val"
         priority_weight: NestedKey = "priority_weight"
 
+    _one_choice = True
+
     def __init__(
         self,
         value_network: nn.Module,
@@ -77,11 +79,6 @@ class DiscreteCQLLoss(DQNLoss):
             reduction=reduction,
             use_prioritized_weights=use_prioritized_weights,
         )
-        if self.action_space not in ("one_hot", "categorical"):
-            raise ValueError(
-                f"action_space is {self.action_space!r}: the values of all actions that DiscreteCQLLoss compares are "
-                "those of one head, 'one_hot' or 'categorical'"
-            )
         self.out_keys = ["loss_qvalue", "loss_cql"]
 
     @dispatch

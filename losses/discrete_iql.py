@@ -92,12 +92,7 @@ class DiscreteIQLLoss(IQLLoss):
             scalar_output_mode=scalar_output_mode,
             use_prioritized_weights=use_prioritized_weights,
         )
-        self._actions = find_action_space("one_hot" if action_space is None else action_space)
-        if self.action_space not in ("one_hot", "categorical"):
-            raise ValueError(
-                f"action_space is {action_space!r}: the policy chooses one of the actions, which 'one-hot' and "
-                "'categorical' can write"
-            )
+        self._actions = find_action_space("one_hot" if action_space is None else action_space, one_choice=True)
 
     @property
     def action_space(self) -> str:

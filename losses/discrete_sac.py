@@ -134,12 +134,7 @@ class DiscreteSACLoss(SoftActorCriticLoss):
             scalar_output_mode=scalar_output_mode,
         )
         self.skip_done_states = skip_done_states  # a public attribute in TorchRL; here nothing reads it
-        self._actions = find_action_space("one_hot" if action_space is None else action_space)
-        if self.action_space not in ("one_hot", "categorical"):
-            raise ValueError(
-                f"action_space is {action_space!r}: the policy chooses one of the actions, which 'one-hot' and "
-                "'categorical' can write"
-            )
+        self._actions = find_action_space("one_hot" if action_space is None else action_space, one_choice=True)
         if target_entropy == "auto":
             if num_actions is None:
                 raise ValueError("target_entropy is 'auto', which needs num_actions")

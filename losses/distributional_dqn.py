@@ -81,6 +81,7 @@ class DistributionalDQNLoss(QLearningLoss):
 
     SUPPORTED_VALUE_ESTIMATORS: tuple[ValueEstimators, ...] = (ValueEstimators.TD0,)
     _schedulable_buffers = frozenset({"gamma"})
+    _one_choice = True
 
     gamma: Tensor
 
@@ -103,11 +104,6 @@ class DistributionalDQNLoss(QLearningLoss):
             reduction=reduction,
             use_prioritized_weights=use_prioritized_weights,
         )
-        if self.action_space not in ("one_hot", "categorical"):
-            raise ValueError(
-                f"DistributionalDQNLoss knows the action spaces one_hot and categorical, but the network's is "
-                f"{self.action_space}"
-            )
         self._support_owner = _owner_of_support(self.value_network)
         masks = (getattr(module, "action_mask_key", None) for module in self.value_network.modules())
         self._masks_actions = any(key is not None for key in masks)

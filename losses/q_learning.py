@@ -1,6 +1,6 @@
 """What DQN and its distributional form share: one network, its delayed copy, and a choice of actions."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -34,6 +34,8 @@ class QLearningLoss(ActionValueLoss):
     """
 
     value_network: TensorDictModuleBase
+    _one_choice: ClassVar[bool] = False
+    """Whether an action must be one of those that there are values of."""
 
     def __init__(
         self,
@@ -46,7 +48,7 @@ class QLearningLoss(ActionValueLoss):
         use_prioritized_weights: bool | str,
     ) -> None:
         super().__init__(reduction)
-        self._actions = find_action_space(action_space, value_network)
+        self._actions = find_action_space(action_space, value_network, one_choice=self._one_choice)
         self.delay_value = delay_value
         self.double_dqn = double_dqn
         self.use_prioritized_weights = use_prioritized_weights

@@ -299,7 +299,7 @@ def test_a_q_network_that_writes_elsewhere_is_told_so():
     [
         ({"actor": deterministic_actor}, TypeError, r"DiscreteIQLLoss needs an actor_network.*distribution"),
         ({"action_space": "foo"}, ValueError, r"action_space is 'foo'"),
-        ({"action_space": "binary"}, ValueError, r"action_space is 'binary'.*one of the actions"),
+        ({"action_space": "binary"}, ValueError, r"action_space is 'binary'.*one choice"),
         ({"expectile": 1.5}, ValueError, r"expectile"),
         ({"scalar_output_mode": "foo"}, ValueError, r"scalar_output_mode is 'foo'"),
         ({"num_qvalue_nets": 0}, ValueError, r"num_qvalue_nets"),

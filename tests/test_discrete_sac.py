@@ -146,7 +146,7 @@ def test_the_automatic_target_entropy_is_a_share_of_the_greatest(options, expect
     [
         ({"num_actions": None}, "target_entropy is 'auto', which needs num_actions"),
         ({"action_space": "foo"}, "action_space is 'foo'"),
-        ({"action_space": "binary"}, "action_space is 'binary': the policy chooses one of the actions"),
+        ({"action_space": "binary"}, "action_space is 'binary', but an action must be one choice"),
     ],
 )
 def test_what_leaves_the_actions_open_is_refused(options, message):

@@ -336,7 +336,7 @@ def test_networks_that_cannot_be_used_are_refused():
     with pytest.raises(ValueError, match="as an attribute 'support'"):
         DistributionalDQNLoss(network, gamma=GAMMA)
     network.action_space = "binary"
-    with pytest.raises(ValueError, match="one_hot and categorical, but the network's is binary"):
+    with pytest.raises(ValueError, match="action_space is 'binary', but an action must be one choice"):
         DistributionalDQNLoss(network, gamma=GAMMA)
     with pytest.raises(ValueError, match="nonsense"):
         random_loss(backend="nonsense")
