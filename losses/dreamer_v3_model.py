@@ -206,8 +206,13 @@ class DreamerV3ModelLoss(FullPrecisionBuffers, ModelLoss):
     def _reward(self, data: TensorDictBase) -> Tensor:
         reward = self._get(data, "true_reward")
         if self.reward_two_hot:
-            logits = data.get(*self._keys("reward_logits"), None)
-            logits = self._get(data, "reward") if logits is None else logits
+            named = "reward_logits" if data.get(*self._keys("reward_logits"), None) is not None else "reward"
+            logits = self._get(data, named)
+            if reward.shape not in (logits.shape[:-1], (*logits.shape[:-1], 1)):
+                raise RuntimeError(
+                    f"{type(self).__name__}: {self._keys('true_reward')[0]!r} has shape {tuple(reward.shape)}, but "
+                    f"{self._keys(named)[0]!r} has shape {tuple(logits.shape)}: one reward for each distribution"
+                )
             return two_hot_cross_entropy(logits, reward, self.reward_bins)
         prediction = self._get(data, "reward")
         self._require_alike(data, "reward", "true_reward")
