@@ -8,7 +8,7 @@ import torch
 from fusedrl.losses import A2CLoss, ClipPPOLoss, ReinforceLoss
 from helpers_losses import collect, critic, discrete_actor
 from tensordict import TensorDictBase
-from torch import distributed
+from torch import distributed, nn
 from torch import multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
@@ -87,6 +87,27 @@ def test_other_settings_of_the_wrapper_are_left_alone(process_group):
     keywords = {"action": data["action"], "observation": data["observation"]}
     keywords |= {f"next_{key}": x for key, x in data["next"].items()}
     assert len(DistributedDataParallel(loss, find_unused_parameters=True)(**keywords)) == 2
+
+
+def test_a_loss_inside_the_module_that_is_wrapped_returns_what_it_does_elsewhere(process_group):
+    class Total(nn.Module):
+        def __init__(self, loss):
+            super().__init__()
+            self.loss = loss
+
+        def forward(self, data):
+            out = self.loss(data)
+            assert isinstance(out, TensorDictBase)
+            return sum(terms_of(out))
+
+    torch.manual_seed(0)
+    loss, data = A2CLoss(discrete_actor(), critic()), collect(discrete_actor())
+    sum(terms_of(loss(data))).backward()
+    expected = gradient(loss)
+    loss.zero_grad()
+    wrapped = DistributedDataParallel(Total(loss), find_unused_parameters=True)
+    wrapped(data).backward()
+    torch.testing.assert_close(gradient(loss), expected, **CLOSE)
 
 
 def test_gradients_accumulate_without_synchronisation(process_group):
