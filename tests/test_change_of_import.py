@@ -1,4 +1,4 @@
-"""Scripts on TorchRL's environments, collectors, modules and buffers learn the same after a change of import."""
+"""Scripts on TorchRL's environments, collectors, modules, buffers, trainers learn the same after a change of import."""
 
 import pytest
 import torch
@@ -34,6 +34,8 @@ from torchrl.modules import (  # noqa: E402
     set_recurrent_mode,
 )
 from torchrl.objectives import value as objectives_value  # noqa: E402
+from torchrl.objectives.utils import TargetNetUpdater  # noqa: E402
+from torchrl.trainers.algorithms import DQNTrainer, PPOTrainer, SACTrainer  # noqa: E402
 
 
 def environment(name):
@@ -58,20 +60,56 @@ def discrete_policy(module, env):
     )
 
 
-def ppo(losses, estimators):
+def learn(trainer, loss, collector, total_frames, **options):
+    """Train by a ``trainer`` of TorchRL; the losses of each step."""
+    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3)
+    trainer = trainer(
+        collector=collector,
+        total_frames=total_frames,
+        frame_skip=1,
+        loss_module=loss,
+        optimizer=optimizer,
+        progress_bar=False,
+        enable_logging=False,
+        **options,
+    )
+    found = []
+
+    def keep(_, losses):
+        found.append({key: value.detach().clone() for key, value in losses.items() if key.startswith("loss")})
+        return losses
+
+    trainer.register_op("process_loss", keep)
+    trainer.train()
+    return found
+
+
+def ppo_parts(losses, estimators):
     env = environment("CartPole-v1")
     actor = discrete_policy(TensorDictModule(MLP(4, 2, num_cells=[16]), ["observation"], ["logits"]), env)
     critic = ValueOperator(MLP(4, 1, num_cells=[16]), ["observation"])
     advantage = estimators.GAE(gamma=0.99, lmbda=0.95, value_network=critic, average_gae=True)
     loss = losses.ClipPPOLoss(actor, critic, clip_epsilon=0.2, entropy_coeff=0.01, normalize_advantage=True)
-    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3)
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(64), sampler=SamplerWithoutReplacement(), batch_size=32)
-    for data in Collector(env, actor, frames_per_batch=64, total_frames=192):
+    return advantage, loss, buffer, Collector(env, actor, frames_per_batch=64, total_frames=192)
+
+
+def ppo(losses, estimators):
+    advantage, loss, buffer, collector = ppo_parts(losses, estimators)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3)
+    for data in collector:
         for _ in range(2):
             with torch.no_grad():
                 advantage(data)
             buffer.extend(data.reshape(-1))
             yield from [step(loss, batch, optimizer) for batch in buffer]
+
+
+def ppo_by_trainer(losses, estimators):
+    advantage, loss, buffer, collector = ppo_parts(losses, estimators)
+    return learn(
+        PPOTrainer, loss, collector, 192, replay_buffer=buffer, gae=advantage, num_epochs=2, optim_steps_per_batch=2
+    )
 
 
 def recurrent_a2c(losses, estimators):
@@ -92,7 +130,7 @@ def recurrent_a2c(losses, estimators):
             yield step(loss, data, optimizer)
 
 
-def sac(losses, _):
+def sac_parts(losses):
     env = environment("Pendulum-v1")
     network = nn.Sequential(MLP(3, 2, num_cells=[16]), NormalParamExtractor())
     actor = ProbabilisticActor(
@@ -105,28 +143,50 @@ def sac(losses, _):
     qvalues = [ValueOperator(MLP(4, 1, num_cells=[16]), ["observation", "action"]) for _ in range(2)]
     loss = losses.SACLoss(actor, qvalues, action_spec=env.action_spec)
     loss.make_value_estimator(gamma=0.98)
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(200), batch_size=32)
+    return loss, buffer, Collector(env, actor, frames_per_batch=50, total_frames=200, init_random_frames=50)
+
+
+def sac(losses, _):
+    loss, buffer, collector = sac_parts(losses)
     updater = losses.SoftUpdate(loss, eps=0.9)
     optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3)
-    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(200), batch_size=32)
-    for data in Collector(env, actor, frames_per_batch=50, total_frames=200, init_random_frames=50):
+    for data in collector:
         buffer.extend(data.reshape(-1))
         for _ in range(3):
             yield step(loss, buffer.sample(), optimizer)
             updater.step()
 
 
-def dqn(losses, _):
+def sac_by_trainer(losses, _):
+    class SoftUpdate(losses.SoftUpdate, TargetNetUpdater):  # trainers ask whether it is TorchRL's
+        pass
+
+    loss, buffer, collector = sac_parts(losses)
+    updater = SoftUpdate(loss, eps=0.9)
+    return learn(
+        SACTrainer, loss, collector, 200, replay_buffer=buffer, target_net_updater=updater, optim_steps_per_batch=3
+    )
+
+
+def dqn_parts(losses):
     env = environment("CartPole-v1")
     actor = QValueActor(MLP(4, 2, num_cells=[16]), in_keys=["observation"], spec=env.action_spec)
     explorer = EGreedyModule(annealing_num_steps=100, spec=env.action_spec)
     loss = losses.DQNLoss(actor, loss_function="l2", double_dqn=True, delay_value=True)
     loss.make_value_estimator(gamma=0.97)
-    updater = losses.HardUpdate(loss, value_network_update_interval=4)
-    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3)
     buffer = TensorDictReplayBuffer(
         storage=LazyTensorStorage(200), batch_size=32, transform=MultiStepTransform(n_steps=3, gamma=0.97)
     )
-    for data in Collector(env, TensorDictSequential(actor, explorer), frames_per_batch=50, total_frames=200):
+    collector = Collector(env, TensorDictSequential(actor, explorer), frames_per_batch=50, total_frames=200)
+    return loss, explorer, buffer, collector
+
+
+def dqn(losses, _):
+    loss, explorer, buffer, collector = dqn_parts(losses)
+    updater = losses.HardUpdate(loss, value_network_update_interval=4)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3)
+    for data in collector:
         buffer.extend(data)
         explorer.step(data.numel())
         for _ in range(3):
@@ -134,11 +194,33 @@ def dqn(losses, _):
             updater.step()
 
 
-@pytest.mark.parametrize("script", [ppo, recurrent_a2c, sac, dqn], ids=lambda script: script.__name__)
+def dqn_by_trainer(losses, _):
+    class HardUpdate(losses.HardUpdate, TargetNetUpdater):
+        pass
+
+    loss, explorer, buffer, collector = dqn_parts(losses)
+    return learn(
+        DQNTrainer,
+        loss,
+        collector,
+        200,
+        replay_buffer=buffer,
+        target_net_updater=HardUpdate(loss, value_network_update_interval=4),
+        greedy_module=explorer,
+        optim_steps_per_batch=3,
+    )
+
+
+SCRIPTS = [ppo, ppo_by_trainer, recurrent_a2c, sac, sac_by_trainer, dqn, dqn_by_trainer]
+
+
+@pytest.mark.filterwarnings("ignore:.*Trainer is an experimental", "ignore:.*replaced by OptimizationStepper")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_a_script_learns_the_same_after_a_change_of_import(script):
     found = []
     for modules in ((losses, estimators), (objectives, objectives_value)):
         torch.manual_seed(0)
         found.append(list(script(*modules)))
+    assert len(found[0]) >= 4
     # In float32, and both learn from what they did: what differs in the last digit is differing more and more.
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
