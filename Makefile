@@ -22,7 +22,7 @@ demo: $(INSTALLED)
 # As many workers as cores: a worker with several threads would only keep the others waiting.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST)
-	$(if $(PYTEST),,$(MAKE) emulate PYTEST='-k "hand_computed or share or one_program or loaded"')
+	$(if $(PYTEST),,$(MAKE) emulate PYTEST='-k "hand_computed or share or one_program or loaded or nan"')
 
 # The tests of the kernels once more, on what they compile to for sm_90: an emulator runs it, which needs a C compiler.
 # `make emulate TESTS=tests/test_parity_*.py` runs others on it.

@@ -1,5 +1,6 @@
 """Host side of the categorical kernels: tiles, strides and launches; the ``triton`` backend."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -7,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import launching
 from .categorical_kernel import gradient_kernel, loss_kernel, projection_kernel
 from .categorical_problem import Bellman, Transition, loss_dtype, new_gradient
 from .dtypes import compute_dtype
@@ -16,10 +18,9 @@ from .launching import TRITON_DTYPE, Launch, Launcher, Plan, scalar, scalar_argu
 _WARPS = 1
 # Bytes of a tile [atoms, actions]: 16 elements per thread in float32, all of their loads in flight.
 _TILE_BYTES = 2048
-# Bytes of the targets that a warp projects onto at once: 2 per thread in float32. Twice as many spill in float64.
+# Bytes of the targets that a warp projects onto at once: 2 per thread in float32.
 _TARGET_BYTES = 256
-# One source for each lane of a warp. With fewer sources than lanes the compiler would have every lane prepare all of
-# them, exponential included.
+# Of the atoms whose clipped mass is summed, one for each lane of a warp: of fewer, several lanes would have the same.
 _SOURCES = 64 if torch.version.hip else 32
 
 
@@ -59,25 +60,30 @@ def _plan_loss(_: None, *arguments: Any) -> Plan:
     *transition, support, reward, terminated, gamma, loss, projected = arguments
     samples, atoms, actions = transition[0].shape
     dtype = compute_dtype(transition[0].dtype)
+    each = _samples_of_program(samples, launching.processors(loss.device))
     tile = tiling(atoms, actions, dtype.itemsize)
     launch = Launch(
         loss_kernel,
-        samples,
+        triton.cdiv(samples, each),
         [
-            *map(strided, transition),
+            *map(_strided, transition),
             *map(strided, (support, reward, terminated)),
             *_discount(gamma),
             loss,
             projected,
-            atoms,
-            actions,
+            samples,
         ],
+        ATOMS=atoms,
+        ACTIONS=actions,
         DTYPE=TRITON_DTYPE[dtype],
         INDEX=_index(*transition, support[None]),
         ACTIONS_POWER=tile.actions_power,
         TILE_ATOMS=tile.atoms,
         TARGETS=tile.targets,
         SOURCES=tile.sources,
+        UNEVEN=_uneven(support),
+        ROUNDING=16 * torch.finfo(dtype).eps,
+        SAMPLES=each,
         num_warps=_WARPS,
     )
     return Plan([launch])
@@ -95,15 +101,19 @@ def backward(log_prob: Tensor, action: Tensor, projected: Tensor, grad: Tensor) 
 
 def _plan_gradient(_: None, action: Tensor, projected: Tensor, grad: Tensor, found: Tensor) -> Plan:
     samples, atoms, actions = found.shape
+    each = _samples_of_program(samples, launching.processors(found.device))
     tile = tiling(atoms, actions, projected.dtype.itemsize)
     launch = Launch(
         gradient_kernel,
-        samples,
-        [strided(action), projected, strided(grad), strided(found), atoms, actions],
+        triton.cdiv(samples, each),
+        [strided(action), projected, strided(grad), _strided(found), samples],
+        ATOMS=atoms,
+        ACTIONS=actions,
         DTYPE=TRITON_DTYPE[projected.dtype],
         INDEX=_index(found),
         ACTIONS_POWER=tile.actions_power,
         TILE_ATOMS=tile.atoms,
+        SAMPLES=each,
         num_warps=_WARPS,
     )
     return Plan([launch])
@@ -123,15 +133,20 @@ def _plan_projection(_: None, *arguments: Any) -> Plan:
     prob, support, reward, terminated, gamma, projected = arguments
     samples, atoms = prob.shape
     dtype = compute_dtype(prob.dtype)
+    each = _samples_of_program(samples, launching.processors(prob.device))
     tile = tiling(atoms, 1, dtype.itemsize)
     launch = Launch(
         projection_kernel,
-        samples,
-        [*map(strided, (prob, support, reward, terminated)), *_discount(gamma), projected, atoms],
+        triton.cdiv(samples, each),
+        [*map(strided, (prob, support, reward, terminated)), *_discount(gamma), projected, samples],
+        ATOMS=atoms,
         DTYPE=TRITON_DTYPE[dtype],
         INDEX=_index(prob, support[None]),
         TARGETS=tile.targets,
         SOURCES=tile.sources,
+        UNEVEN=_uneven(support),
+        ROUNDING=16 * torch.finfo(dtype).eps,
+        SAMPLES=each,
         num_warps=_WARPS,
     )
     return Plan([launch])
@@ -143,6 +158,23 @@ _projection = Launcher(_plan_projection)
 def _discount(gamma: Any) -> tuple[Any, Any]:
     """γ as a number and a tensor with its stride, of which one counts."""
     return scalar_arguments(gamma, *(gamma.stride() or (0,) if isinstance(gamma, Tensor) else ()))
+
+
+def _samples_of_program(samples: int, processors: int) -> int:
+    """One, or 4 of many: programs don't start faster than three in two nanoseconds. Of one warp 32 run at once."""
+    return 4 if samples >= 4 * 32 * processors else 1
+
+
+def _uneven(support: Tensor) -> float:
+    """How far from evenly spaced the support may be, rounded to its dtype, as a part of its greatest number."""
+    return 2 * torch.finfo(support.dtype).eps if support.is_floating_point() else 0.0
+
+
+def _strided(x: Tensor | None) -> tuple[Any, ...] | None:
+    """`strided`, with strides that are constants where samples are dense: then they say little but how many atoms."""
+    if x is None or x.stride(0) != math.prod(x.shape[1:]):
+        return strided(x)
+    return (x, *map(tl.constexpr, x.stride()))
 
 
 def _index(*tensors: Tensor | None) -> tl.dtype:

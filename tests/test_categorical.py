@@ -6,6 +6,7 @@ import pytest
 import torch
 from fusedrl.kernels import VerificationError, categorical, categorical_projection, categorical_q_loss, use_backend
 from helpers_categorical import BACKENDS, TOLERANCE, in_float64, problem
+from helpers_launches import plan_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,6 +46,7 @@ def project(prob, support, reward, backend, device, *, terminated=False, gamma=1
         ([0.25, 0.5, 0.25], [-1.0, 0.0, 1.0], 9.0, 1.0, [0.0, 0.0, 1.0]),
         ([0.25, 0.5, 0.25], [-1.0, 0.0, 1.0], -9.0, 1.0, [1.0, 0.0, 0.0]),
         ([0.25, 0.5, 0.25], [-1.0, 0.0, 1.0], INF, 1.0, [0.0, 0.0, 1.0]),
+        ([0.25, 0.5, 0.25], [-1.0, 0.0, 1.0], -1e12, 1.0, [1.0, 0.0, 0.0]),
         # A support that isn't symmetric: 2 + ½·(0, 4, 8) = (2, 4, 6), that is b = (½, 1, 1½).
         ([0.2, 0.4, 0.4], [0.0, 4.0, 8.0], 2.0, 0.5, [0.1, 0.7, 0.2]),
         # Negative only: −1 + 0.5·(−4, −3, −2) = (−3, −2.5, −2).
@@ -162,6 +164,46 @@ def test_many_atoms(backend, device, atoms) -> None:
     loss, _ = categorical_q_loss(**arguments, backend=backend)
     expected, _ = categorical_q_loss(**in_float64(arguments), backend="reference")
     assert torch.allclose(loss.double(), expected, rtol=1e-4)  # 512 / 5 atoms per unit of value: 100 roundings of b
+
+
+@pytest.mark.parametrize("gamma", [-0.5, 0.0, 0.01, 0.045, 0.3, 0.95, 1.0, 1.6])
+@pytest.mark.parametrize("support_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bounds", [(-10.0, 10.0), (0.0, 1.0), (-60.0, -40.0)])
+def test_atoms_land_where_the_reference_says_they_do(backend, device, bounds, support_dtype, gamma) -> None:
+    """However many of them land near a target, and though a support of half precision isn't quite even."""
+    support = torch.linspace(*bounds, 67).to(device, support_dtype)
+    prob = torch.rand(12, 67, generator=torch.Generator().manual_seed(0)).softmax(-1).to(device)
+    inside = torch.tensor([-0.8, -0.1, 0.0, 1e-4, 0.3, 0.5, 0.99, 1.0, 1.7], device=device)  # where z_0 lands
+    moved = bounds[0] * (1 - gamma) + inside * (bounds[1] - bounds[0])
+    reward = torch.cat([moved, torch.tensor([-INF, INF, 1e30], device=device)])
+    ended = torch.zeros(12, dtype=torch.bool, device=device)
+    m = categorical_projection(prob, support, reward, ended, gamma, backend=backend)
+    expected = categorical_projection(
+        prob.double(), support.double(), reward.double(), ended, gamma, backend="reference"
+    )
+    assert (m - expected).abs().max() < 5e-5
+
+
+def test_a_program_may_have_several_samples(monkeypatch, device) -> None:
+    from fusedrl.kernels import categorical_launch
+
+    plan_with(monkeypatch, categorical_launch, _samples_of_program=lambda samples, processors: 4)
+    arguments = problem((10,), 51, 3, device=device)
+    found = categorical_q_loss(**arguments, backend="triton")[0]
+    expected = categorical_q_loss(**arguments, backend="reference")[0]
+    weight = torch.arange(10.0, dtype=torch.float64, device=device)
+    gradients = [torch.autograd.grad(loss @ weight, arguments["log_prob"])[0] for loss in (found, expected)]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*gradients)
+    projected = [
+        categorical_projection(
+            arguments["next_log_prob"][..., 0].exp(),
+            *(arguments[name] for name in ("support", "reward", "terminated", "gamma")),
+            backend=backend,
+        )
+        for backend in ("triton", "reference")
+    ]
+    torch.testing.assert_close(*projected)
 
 
 @given(

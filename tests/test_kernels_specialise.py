@@ -78,7 +78,8 @@ def compile_with(*, kernel, atoms, actions, strides, member, index, gamma, doubl
     tile = tiling(atoms, actions, 8 if dtype == "fp64" else 4, sources=32)
     compute = tl.float64 if dtype == "fp64" else tl.float32
     pointer = "*" + dtype
-    distribution = Strided(pointer, strides)
+    dense = len(strides) == 3 and strides[0] == atoms * actions
+    distribution = Strided(pointer, tuple(map(tl.constexpr, strides)) if dense else strides)
     gammas = {"number": None, "0-d": Strided("*fp64", (0,)), "per sample": Strided("*fp32", (member,))}
     projected = None if not keep else pointer if kernel == "projection" else f"*{compute}"
     compile_as_launched(getattr(categorical_kernel, kernel + "_kernel"), {
@@ -87,8 +88,9 @@ def compile_with(*, kernel, atoms, actions, strides, member, index, gamma, doubl
         "action": Strided(action_type, (member,)), "support": Strided("*fp32", (member,)),
         "reward": Strided(pointer, (member,)), "terminated": Strided(mask_type, (member,)),
         "grad": Strided(pointer, (member,)), "gamma": "fp64", "gamma_tensor": gammas[gamma], "loss": pointer,
-        "projected": projected, "atoms": atoms, "actions": actions, "DTYPE": compute, "INDEX": index,
+        "projected": projected, "samples": 7, "ATOMS": atoms, "ACTIONS": actions, "DTYPE": compute, "INDEX": index,
         "ACTIONS_POWER": tile.actions_power, "TILE_ATOMS": tile.atoms, "TARGETS": tile.targets, "SOURCES": tile.sources,
+        "UNEVEN": 2.0**-22, "ROUNDING": 2.0**-19, "SAMPLES": 4,
     }, GPUTarget("cuda", 90, 32), warps=1)
 
 base = dict(atoms=5, actions=3, strides=(15, 3, 1), member=1, index=tl.int32, gamma="number", double=False, keep=True,

@@ -59,3 +59,16 @@ def test_split_rows_that_end_are_loaded_twice_only_up_to_their_ends(steps, time_
     close = 0.2 if time_major else 0.01  # tiles of few rows share sectors of masks
     assert 1 + (shares - 1) / shares == pytest.approx(loaded[0], rel=close)
     assert loaded[1] < (1.4 if time_major else 1.2)
+
+
+@pytest.mark.parametrize("gamma", [0.99, 0.5])
+def test_what_is_loaded_for_a_projection_grows_with_its_atoms_and_not_with_their_square(gamma) -> None:
+    loaded = []
+    for atoms in (64, 512):
+        prob, support = torch.rand(8, atoms).softmax(-1), torch.linspace(-10, 10, atoms)
+        with counted() as traffic:
+            kernels.categorical_projection(
+                prob, support, torch.randn(8), torch.zeros(8, dtype=torch.bool), gamma, backend="triton"
+            )
+        loaded.append(traffic.loaded)
+    assert loaded[1] < 10 * loaded[0]

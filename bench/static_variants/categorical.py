@@ -9,11 +9,13 @@ from triton.backends.compiler import GPUTarget
 
 from .compiling import COMPUTE, Strided, compile_as_launched
 
+_SAMPLES = 4096
+
 
 class Categorical(NamedTuple):
     """A kernel of the categorical loss.
 
-    The element is one of the tile that dominates: a hat function of loss and projection, an element of the gradient.
+    The element is one of a tile [atoms, actions], in the projection a target.
     """
 
     kernel: str  # "loss" (with the online network's choice), "gradient" or "projection"
@@ -29,7 +31,7 @@ class Categorical(NamedTuple):
 
     @property
     def minimum_bytes(self) -> None:
-        """None: the element of a hat function isn't one of memory."""
+        """None: of most elements one tensor alone is read or written."""
         return None
 
     def compile(self, target: GPUTarget) -> tuple[Any, float]:
@@ -40,7 +42,7 @@ class Categorical(NamedTuple):
             self.atoms, self.actions, compute.primitive_bitwidth // 8, sources=target.warp_size
         )
         inner = (self.actions, 1) if self.layout == "actions last" else (1, self.atoms)
-        distribution = Strided(floating, (self.atoms * self.actions, *inner))
+        distribution = Strided(floating, tuple(map(tl.constexpr, (self.atoms * self.actions, *inner))))
         arguments = {
             "log_prob": distribution,
             "next_log_prob": distribution,
@@ -55,18 +57,22 @@ class Categorical(NamedTuple):
             "gamma": "fp64",
             "loss": floating,
             "projected": floating if self.kernel == "projection" else precise,
-            "atoms": self.atoms,
-            "actions": self.actions,
+            "samples": _SAMPLES,
+            "ATOMS": self.atoms,
+            "ACTIONS": self.actions,
             "DTYPE": compute,
             "INDEX": tl.int32,
             "ACTIONS_POWER": tile.actions_power,
             "TILE_ATOMS": tile.atoms,
             "TARGETS": tile.targets,
             "SOURCES": tile.sources,
+            "UNEVEN": 2.0**-22,
+            "ROUNDING": 2.0**-19,
+            "SAMPLES": 1,
         }
         kernel = getattr(categorical_kernel, f"{self.kernel}_kernel")
         compiled = compile_as_launched(kernel, arguments, target, categorical_launch._WARPS)
-        elements = tile.atoms * tile.actions_power if self.kernel == "gradient" else tile.sources * tile.targets
+        elements = tile.targets if self.kernel == "projection" else tile.atoms * tile.actions_power
         return compiled, elements / (categorical_launch._WARPS * target.warp_size)
 
 

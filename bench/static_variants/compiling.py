@@ -15,10 +15,10 @@ _DIVISIBLE = [["tt.divisibility", 16]]
 
 
 class Strided(NamedTuple):
-    """A tensor passed as (pointer, strides …)."""
+    """A tensor passed as (pointer, strides …); a stride may be a ``tl.constexpr``."""
 
     pointer: str
-    strides: tuple[int, ...]
+    strides: tuple[Any, ...]
 
 
 class Variant(Protocol):
@@ -47,6 +47,9 @@ def compile_as_launched(kernel: Any, arguments: Mapping[str, Any], target: GPUTa
     attributes: dict[tuple[int, ...], Any] = {}
 
     def declare(at: tuple[int, ...], x: Any) -> str:
+        if isinstance(x, tl.constexpr):
+            constants[at] = x.value
+            return "constexpr"
         if isinstance(x, str) and x.startswith("*"):
             attributes[at] = _DIVISIBLE
             return x
