@@ -198,7 +198,7 @@ class DreamerV3ValueLoss(FullPrecisionBuffers, DreamerLoss):
         with torch.no_grad():
             slow = self._predicted(data, target=True)
             if self.value_loss == "two_hot":
-                slow = two_hot_decode(slow, self.value_bins)
+                slow = two_hot_decode(wide(slow), self.value_bins)  # a mean of bins that float16 can't hold
         slow_loss = self._distance(prediction, slow)
         return loss + self.slow_critic_regularization * slow_loss, slow_loss
 

@@ -16,6 +16,7 @@ from fusedrl.losses.targets import SoftUpdate
 from helpers_dreamer import ACTION, BACKENDS, STATE, Gaussian, actor_model, imagined
 from helpers_dreamer_v3 import BINS, FEATURES, Env, continuation_model, critic, experience, world_model
 from helpers_q import CLOSE, NoHostSync
+from tensordict import TensorDict
 from tensordict.nn import (
     CompositeDistribution,
     ProbabilisticTensorDictModule,
@@ -393,6 +394,14 @@ def test_without_a_weight_nothing_is_learnt_from_replay_and_the_model_may_be_det
     assert set(out.keys()) == set(loss.out_keys)
     with pytest.raises(ValueError, match="detach_output=False"):
         DreamerV3Loss(*losses)
+
+
+def test_a_slow_value_beyond_float16_is_not_infinite():
+    logits = torch.randn(4, BINS).half()  # on bins up to 5e8
+    value = TensorDictModule(nn.Identity(), ["x"], ["state_value_logits"])
+    loss = DreamerV3ValueLoss(value, "two_hot", num_value_bins=BINS, slow_critic_regularization=1.0)
+    half, full = (loss(TensorDict({"x": x, "lambda_target": torch.zeros(4)}, [4]))[0] for x in (logits, logits.float()))
+    torch.testing.assert_close(half["value_slow_loss"], full["value_slow_loss"])
 
 
 def test_an_updater_moves_the_slow_value_halfway():
