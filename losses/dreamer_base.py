@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..estimators.modules import keys_read
 from .base import LossModule
-from .parameters import swapped_in
+from .parameters import require_initialised, swapped_in
 
 
 class DreamerLoss(LossModule):
@@ -124,4 +124,7 @@ def _leveled(tensordict: TensorDictBase) -> TensorDictBase:
 
 def held_constant(network: nn.Module) -> AbstractContextManager[None]:
     """Within the block no gradient reaches the parameters of ``network``, but it passes through to its inputs."""
-    return swapped_in(TensorDict.from_module(network).detach(), network)
+    params = TensorDict.from_module(network)
+    if not torch.compiler.is_compiling():  # which can't ask whether a parameter is lazy
+        require_initialised(params)
+    return swapped_in(params.detach(), network)

@@ -31,7 +31,7 @@ def stacked(members: Sequence[TensorDictParams], shared: set[int]) -> TensorDict
     Of those in ``shared`` (by id), which all have in common, all members see the one tensor, without gradient.
     """
     for params in members:
-        _require_initialised(params)
+        require_initialised(params)
     values: TensorDictBase = torch.stack([params.data for params in members])
 
     def stack(key: NestedKey, x: Tensor) -> Tensor:
@@ -311,11 +311,11 @@ def _mapped(
             result.set(key, level(x, path) if nested else function(unravel_key(path), x))
         return result
 
-    _require_initialised(params)
+    require_initialised(params)
     return TensorDictParams(level(params))
 
 
-def _require_initialised(params: TensorDictBase) -> None:
+def require_initialised(params: TensorDictBase) -> None:
     """Refuse to copy what has no shape yet, since its module is lazy and has not seen data."""
     for key, x in params.items(True, True):
         if nn.parameter.is_lazy(x):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from fusedrl import losses
+from helpers_dreamer import actor_model, sequences, value_model
+from helpers_dreamer_v3 import Env, continuation_model
 from helpers_imitation import demonstrations, demonstrations_and_attempts, single
 from helpers_losses import DOUBLE, collect, critic, gaussian_actor
 from helpers_q import losses_of, qvalue_network, stochastic_actor, transitions
@@ -110,6 +112,22 @@ def lazy_judge():
 def test_what_would_be_copied_is_refused_and_the_error_says_what_to_do(make):
     with pytest.raises(RuntimeError, match="call the network once on data before"):
         make()
+
+
+def imagining(*lazy_ones):
+    model, value, continuation = Env(), value_model(), continuation_model()
+    networks = {"reward": model.reward, "value": value.module, "continuation": continuation.module}
+    for name in lazy_ones:
+        networks[name][0] = nn.LazyLinear(networks[name][0].out_features, **DOUBLE)
+    return losses.DreamerV3ActorLoss(actor_model(), value, model, continuation_model=continuation)
+
+
+@pytest.mark.parametrize("name", ["reward", "value", "continuation"])
+def test_what_imagination_holds_constant_is_refused_likewise(name):
+    data = sequences((3,)).select("state", "belief")
+    assert imagining()(data)[0]["loss_actor"].isfinite()
+    with pytest.raises(RuntimeError, match="call the network once on data before"):
+        imagining(name)(data)
 
 
 def test_a_lazy_network_that_was_called_once_is_like_any_other():
