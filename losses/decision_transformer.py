@@ -57,6 +57,7 @@ class DTLoss(SupervisedLoss):
         action_pred: NestedKey = "action"
 
     _data_keys = ("action_target",)
+    _sorts_in_keys = True
 
     def __init__(
         self,
@@ -135,6 +136,7 @@ class OnlineDTLoss(SupervisedLoss, TemperatureLoss):
 
     _schedulable_buffers = frozenset({"target_entropy"})
     _data_keys = ("action_target",)
+    _sorts_in_keys = True
     _target_entropy_name = "target_entropy"
 
     target_entropy: torch.Tensor

@@ -60,6 +60,7 @@ class DiscreteCQLLoss(DQNLoss):
         priority_weight: NestedKey = "priority_weight"
 
     _one_choice = True
+    _sorts_in_keys = True
 
     def __init__(
         self,

@@ -65,6 +65,7 @@ class GAILLoss(SupervisedLoss):
         discriminator_pred: NestedKey = "d_logits"
 
     _data_keys = ("expert_action", "expert_observation", "collector_action", "collector_observation")
+    _sorts_in_keys = True
 
     def __init__(
         self,

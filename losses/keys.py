@@ -28,6 +28,8 @@ class KeyedModule(TensorDictModuleBase):
 
     default_keys: type = _AcceptedKeys
     _in_keys_of_class: ClassVar[list[NestedKey] | None] = None
+    _sorts_in_keys: ClassVar[bool] = False
+    """Whether positional tensors are taken in the alphabetic order of their keys, as by some of TorchRL's losses."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -86,6 +88,8 @@ class KeyedModule(TensorDictModuleBase):
         if self._in_keys is not None:
             return self._in_keys
         found = list(dict.fromkeys(self._find_in_keys()))
+        if self._sorts_in_keys:
+            found.sort(key=str)
         if not torch.compiler.is_compiling():  # what is kept now would be found changed in the next call
             self._in_keys = found
         return found

@@ -11,6 +11,7 @@ from fusedrl.losses.act import ACTLoss
 from fusedrl.losses.behaviour_cloning import BCLoss
 from fusedrl.losses.decision_transformer import DTLoss, OnlineDTLoss
 from fusedrl.losses.diffusion_bc import DiffusionBCLoss
+from fusedrl.losses.discrete_cql import DiscreteCQLLoss
 from fusedrl.losses.gail import GAILLoss
 from helpers_imitation import chunk_actor, chunks, demonstrations, demonstrations_and_attempts, discriminator, single
 from helpers_losses import DOUBLE, OBSERVATION, squashed_normal
@@ -190,3 +191,30 @@ def test_action_chunks_by_other_names():
 def test_diffusion(batch, reduction):
     actor = DiffusionActor(action_dim=2, obs_dim=OBSERVATION, num_steps=10)
     compare("DiffusionBCLoss", DiffusionBCLoss, actor, single(demonstrations(batch)), reduction=reduction)
+
+
+# --- calls --------------------------------------------------------------------------------------------------------
+
+
+def discrete_cql(cls):
+    return cls(nn.Linear(OBSERVATION, ACTIONS), action_space="categorical")
+
+
+@pytest.mark.parametrize(
+    ("ours", "make", "keys"),
+    [
+        (DTLoss, lambda cls: cls(deterministic_actor()), {}),  # TorchRL's keep their order when they are renamed
+        (OnlineDTLoss, lambda cls: cls(stochastic_actor(), target_entropy=-2.0), {}),
+        (GAILLoss, lambda cls: cls(discriminator()), {}),
+        (GAILLoss, lambda cls: cls(discriminator()), {"collector_action": "z"}),
+        (DiscreteCQLLoss, discrete_cql, {}),
+        (DiscreteCQLLoss, discrete_cql, {"action": ("nested", "action")}),
+    ],
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)
+def test_positional_tensors_are_taken_in_the_same_order(ours, make, keys):
+    pair = [make(cls) for cls in (ours, getattr(theirs, ours.__name__))]
+    for loss in pair:
+        if keys:
+            loss.set_keys(**keys)
+    assert pair[0].in_keys == pair[1].in_keys
