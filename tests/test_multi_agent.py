@@ -277,14 +277,21 @@ def test_padded_steps_do_not_move_a_value_norm():
         assert_close(padded, alone)
 
 
-def test_filled_padding_keeps_mean_and_variance_for_each_index():
-    x = torch.randn(4, 6, 3, 1, dtype=torch.float64)
-    mask = (torch.arange(6) < 4).view(6, 1, 1).expand_as(x)
+@pytest.mark.parametrize("rows", [1, 3, 4])
+@pytest.mark.parametrize("valid", [1, 3, 4])  # of 6: also an odd number of padded steps
+def test_filled_padding_keeps_mean_and_variance_for_each_index(rows, valid):
+    x = torch.randn(rows, 6, 3, 1, dtype=torch.float64)
+    mask = (torch.arange(6) < valid).view(6, 1, 1).expand_as(x)
     filled = fill_padding(x, mask, 2)
-    assert_close(filled[:, :4], x[:, :4])
-    assert_close(filled.mean((0, 1)), x[:, :4].mean((0, 1)))
-    assert_close(filled.var((0, 1), correction=0), x[:, :4].var((0, 1), correction=0))
+    assert_close(filled[:, :valid], x[:, :valid])
+    assert_close(filled.mean((0, 1)), x[:, :valid].mean((0, 1)))
+    assert_close(filled.var((0, 1), correction=0), x[:, :valid].var((0, 1), correction=0))
     assert_close(fill_padding(x, torch.zeros_like(mask), 2), torch.zeros_like(x))
+
+
+def test_a_single_padded_step_is_filled_with_the_mean():
+    x = torch.tensor([1.0, 5.0, 99.0])
+    assert fill_padding(x, torch.tensor([True, True, False]), 1).tolist() == [1.0, 5.0, 3.0]
 
 
 def test_a_cast_keeps_the_statistics():

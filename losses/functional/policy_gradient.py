@@ -44,7 +44,9 @@ def fill_padding(x: Tensor, mask: Tensor | None, batch_ndim: int) -> Tensor:
     """``x`` in which the samples that don't count have the mean and the variance of those that do.
 
     For statistics that can't be told which samples count. The others are set to one standard deviation above and
-    below the mean in turn, for each index of the dimensions after the first ``batch_ndim`` by itself.
+    below the mean in turn, for each index of the dimensions after the first ``batch_ndim`` by itself. Of an odd number
+    the first three are further from it, one on either side, and on it. A single one is set to the mean, and the
+    variance is then smaller.
 
     Examples:
         >>> fill_padding(torch.tensor([1.0, 3.0, 7.0, 8.0]), torch.tensor([True, True, False, False]), 1)
@@ -57,8 +59,11 @@ def fill_padding(x: Tensor, mask: Tensor | None, batch_ndim: int) -> Tensor:
     count = mask.sum(dims, keepdim=True).clamp_min(1)
     mean = torch.where(mask, x, 0).sum(dims, keepdim=True) / count
     std = (torch.where(mask, x - mean, 0).square().sum(dims, keepdim=True) / count).sqrt()
-    padding = (~mask).flatten(0, batch_ndim - 1).cumsum(0).view(mask.shape)
-    return torch.where(mask, x, torch.where(padding % 2 == 1, mean + std, mean - std))
+    padding = ~mask
+    number, total = padding.flatten(0, batch_ndim - 1).cumsum(0).view(mask.shape), padding.sum(dims, keepdim=True)
+    offset = torch.where(number % 2 == 1, std, -std)
+    odd = torch.where((number == 3) | (total == 1), 0, 1.5**0.5 * offset)  # its squares add up to 3 variances
+    return torch.where(mask, x, mean + torch.where((total % 2 == 1) & (number <= 3), odd, offset))
 
 
 # --- REINFORCE and A2C ------------------------------------------------------------------------------------------
