@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from .backend import resolve_backend
 from .checks import check_agrees, check_tensor
-from .dispatch import in_transform
+from .dispatch import as_input, in_transform
 from .function import apply
 
 Run = Callable[..., list[Tensor]]
@@ -76,6 +76,8 @@ def solver(
 
     def solve(x: Tensor, constants: Any, backend: str | None) -> Sequence[Tensor]:
         name = resolve_backend(backend, x)
+        if torch.compiler.is_compiling():
+            constants = constants._make(as_input(constant, x) for constant in constants)
         if name == "reference" or _goes_beyond_the_slope(constants) or not x.numel():
             return compose(x, constants)
         if name == "torch":

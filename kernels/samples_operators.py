@@ -55,7 +55,7 @@ def loss_operator(
     def run(backend: str, keep: bool, x: Tensor, fields: Any) -> list[Tensor]:
         if runs_plainly(operator, (x, *fields)):
             return solved(backend, keep, x, fields)
-        scalars = [part for scalar in fields[first:last] for part in number_or_tensor(scalar, x)]
+        scalars = [part for scalar in fields[first:last] for part in number_or_tensor(scalar)]
         return operator(backend, keep, x, *fields[:first], *scalars, *fields[last:])
 
     def gathered(arguments: Sequence[Any]) -> Any:

@@ -663,6 +663,24 @@ def test_compiled_equals_eager_and_a_new_clip_range_compiles_nothing(any_backend
     assert counts[0] == counts[1]
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_new_numbers_compile_once_more_at_most(any_backend, device, full) -> None:
+    arguments = problem(full=full, device=device)
+    names = ("clip_low", "clip_high", *(("max_ratio",) if full else ()))
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def loss(log_prob, x):
+        return loss_of(log_prob, arguments, any_backend, **dict.fromkeys(names, x))
+
+    compiled = torch.compile(loss, fullgraph=True, backend=graphs)
+    for x in (0.2, 0.3, 0.1, 0.25):
+        found, expected = (
+            torch.autograd.grad(f(arguments["log_prob"], x), arguments["log_prob"]) for f in (compiled, loss)
+        )
+        assert torch.allclose(found[0], expected[0], rtol=1e-12, atol=1e-14)
+    assert graphs.frame_count <= 2
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_inductor_gives_the_same_numbers(device, layout) -> None:
     arguments = problem((4, 3), full=True, device=device) | {"reduction": "none"}

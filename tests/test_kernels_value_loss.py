@@ -518,6 +518,21 @@ def test_compiled_equals_eager_and_a_new_coefficient_compiles_nothing(any_backen
     assert counts[0] == counts[1]
 
 
+def test_new_numbers_compile_once_more_at_most(any_backend, device) -> None:
+    arguments = problem(full=True, device=device)
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def loss(value, x):
+        changed = {"value": value, "clip": x, "coefficient": x}
+        return value_loss(**arguments | changed, backend=any_backend).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend=graphs)
+    for x in (0.2, 0.3, 0.1, 0.25):
+        found, expected = (torch.autograd.grad(f(arguments["value"], x), arguments["value"]) for f in (compiled, loss))
+        assert torch.allclose(found[0], expected[0], rtol=1e-12, atol=1e-14)
+    assert graphs.frame_count <= 2
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
