@@ -63,7 +63,8 @@ class ValueEstimatorBase(KeyedEstimator):
             `tensordict.nn.set_skip_existing` says.
         advantage_key, value_target_key, value_key: shorthands for `set_keys`.
         device: where γ (and λ) are put; by default where the parameters of the value network are.
-        deactivate_vmap: call the network twice instead of once under `torch.vmap`; recurrent networks need it.
+        deactivate_vmap: call the network twice instead of once under `torch.vmap`, for networks that don't work there.
+            One with PyTorch's recurrent layers is always called twice.
         value_chunk_size: call the network on at most so many elements of ``value_chunk_dim`` at a time.
         num_chunks: call it on so many parts of ``value_chunk_dim`` in turn. ``num_chunk`` is the same.
         value_chunk_dim: the batch dimension that is cut.

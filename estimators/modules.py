@@ -45,6 +45,11 @@ def is_random(network: nn.Module) -> bool:
     return any(isinstance(module, tuple(_random_modules)) for module in network.modules())
 
 
+def is_recurrent(network: Any) -> bool:
+    """Whether the network has a recurrent layer of PyTorch, which has no rule for `torch.vmap`."""
+    return isinstance(network, nn.Module) and any(isinstance(module, nn.RNNBase) for module in network.modules())
+
+
 def device_of(module: Any) -> torch.device | None:
     """Where the parameters of ``module`` are; None if it has none."""
     return next((p.device for p in module.parameters()), None) if isinstance(module, nn.Module) else None

@@ -13,7 +13,7 @@ from tensordict.nn import skip_existing
 from torch import Tensor
 
 from ..kernels.checks import check_positive
-from .modules import is_random
+from .modules import is_random, is_recurrent
 
 
 class ValueNetwork:
@@ -102,7 +102,8 @@ class ValueNetwork:
         present = any(_present(x, value_key) for x in (data, next_data))
         chunked = self.chunk_size is not None or self.num_chunks is not None
         # Compiled code fails under vmap once a length is dynamic. One draw for both takes one call all the same.
-        compiling = torch.compiler.is_compiling() and self.vmap_randomness != "same"
+        in_turn = torch.compiler.is_compiling() or is_recurrent(self.module)
+        in_turn = self.deactivate_vmap or (in_turn and self.vmap_randomness != "same")
         keys = list(data.keys(True, True))
         # Inputs that a network can do without, such as a first hidden state, may be there for one and not the other.
         alike = bool(keys) and set(keys) == set(next_data.keys(True, True))
@@ -110,7 +111,7 @@ class ValueNetwork:
         inputs = (x.get(key, None) for x in (data, next_data) for key in self.in_keys)
         alike = alike and all(x is None or isinstance(x, Tensor) for x in inputs)
         alike = alike and not _keeps_statistics(self.module)
-        if present or chunked or compiling or not alike or self.deactivate_vmap or params is not next_params:
+        if present or chunked or in_turn or not alike or params is not next_params:
             return (
                 self.value(data, value_key, params, **kwargs),
                 self.value(next_data, value_key, next_params, **kwargs),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..estimators.calls import written_by
 from ..estimators.keys import is_locked_at
-from ..estimators.modules import keys_read
+from ..estimators.modules import is_recurrent, keys_read
 from ..estimators.steps import any_right, expand_right, widened_right
 from ..estimators.td import TD0Estimator
 from ..kernels import EnsembleLoss, Target, ensemble_loss, value_target
@@ -31,7 +31,8 @@ class ActionValueLoss(LossModule):
     error of each sample is written to the input as its priority in a replay buffer, the only entry that changes.
 
     An ensemble of networks (`convert_to_functional` with ``expand_dim``) is one batched computation; a network that
-    can't run under `torch.vmap` is called once for each member if ``deactivate_vmap`` is set.
+    can't run under `torch.vmap` is called once for each member: if PyTorch's recurrent layers are in it, or
+    ``deactivate_vmap`` is set.
     """
 
     default_value_estimator = ValueEstimators.TD0
@@ -202,7 +203,8 @@ class ActionValueLoss(LossModule):
                 return values
         # Compiled, a linear layer under vmap would be good for data [B, T, F] of one B and T alone.
         few = compiling or len(parts[0]) <= MEMBERS_IN_TURN
-        if self.deactivate_vmap or (few and self.vmap_randomness != "same"):
+        in_turn = few or is_recurrent(getattr(self, name))
+        if self.deactivate_vmap or (in_turn and self.vmap_randomness != "same"):
             each: Any = zip(*(x.unbind(0) for x in parts), strict=True)
             if isinstance(params, TensorDictBase):
                 each = params.unbind(0)

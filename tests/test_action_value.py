@@ -158,6 +158,23 @@ def test_networks_that_refuse_vmap_work_without_it():
     assert out["loss_qvalue"].isfinite()
 
 
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.memory = nn.GRU(6, 1, dtype=torch.float64)
+
+    def forward(self, observation, action):
+        return self.memory(torch.cat([observation, action], -1))[0]
+
+
+def test_many_recurrent_networks_are_called_in_turn():
+    network = TensorDictModule(Recurrent(), ["observation", "action"], ["state_action_value"])
+    loss, data = FittedQ(deterministic_actor(), network, members=6), transitions()
+    found = loss(data)["loss_qvalue"]
+    loss.deactivate_vmap = True
+    torch.testing.assert_close(loss(data)["loss_qvalue"], found, **CLOSE)
+
+
 def test_members_start_from_different_parameters():
     weights = make().qvalue_network_params["module", "layers", "0", "weight"]
     assert not torch.equal(weights[0], weights[1])

@@ -513,6 +513,25 @@ def test_a_network_that_keeps_statistics_is_called_in_turn_while_it_trains(name)
     estimator(name, value_network=network)(data.clone())  # one call, under vmap
 
 
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.layer = kind(3, 1, batch_first=True, dtype=torch.float64)
+
+    def forward(self, obs):
+        return self.layer(obs)[0]
+
+
+@every_estimator
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_a_recurrent_network_is_called_in_turn(name, kind):
+    network = TensorDictModule(Recurrent(kind), ["obs"], ["state_value"])
+    data = rollout((2, 5))
+    found = estimator(name, value_network=network)(data.clone())
+    wanted = estimator(name, value_network=network, deactivate_vmap=True)(data.clone())
+    assert_close(found["value_target"], wanted["value_target"])
+
+
 def with_tasks(tasks):
     data = rollout((2, 5))
     for entries in (data, data["next"]):
