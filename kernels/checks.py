@@ -1,6 +1,7 @@
 """What arguments of every operation may be, and the errors that say that one isn't."""
 
 from collections.abc import Iterable
+from operator import index
 from reprlib import repr as short  # an array may be long
 from typing import Any
 
@@ -70,10 +71,24 @@ def check_0d(name: str, x: Any) -> None:
         raise RuntimeError(f"{name} has shape {tuple(x.shape)}: a number or a 0-d tensor is wanted")
 
 
+def check_not_negative(name: str, x: Any) -> None:
+    """Raise ValueError for a number that is negative or NaN; nothing is known here of what a tensor holds."""
+    if not isinstance(x, Tensor) and not x >= 0:
+        raise ValueError(f"{name} is {x}, but must not be negative")
+
+
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """Raise ValueError if ``value`` isn't one of the ``choices``."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; it can be {', '.join(map(repr, choices))}")
+
+
+def as_index(name: str, x: Any) -> int:
+    """``x`` as an int; TypeError, naming the argument, if it stands for none."""
+    try:
+        return index(x)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, but is {short(x)}") from None
 
 
 def check_positive(name: str, count: Any) -> None:

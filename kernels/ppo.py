@@ -84,7 +84,7 @@ def clip_ppo_loss(
     Raises:
         RuntimeError: shapes or devices differ, or a scalar has dimensions.
         TypeError: ``log_prob`` isn't floating-point, or ``mask`` not bool.
-        ValueError: the reduction or the backend doesn't exist, or the cap isn't positive.
+        ValueError: the reduction or the backend doesn't exist, the cap isn't positive, or a number ε is negative.
 
     Examples:
         >>> import torch

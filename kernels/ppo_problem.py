@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import REDUCTIONS, check_0d, check_choice
+from .checks import REDUCTIONS, check_0d, check_choice, check_not_negative
 from .dtypes import compute_dtype, result_dtype
 from .samples import check_samples, new_outputs
 
@@ -49,8 +49,9 @@ def check(log_prob: Tensor, constants: PPOConstants) -> None:
     others = {"old_log_prob": old_log_prob, "advantage": advantage}
     optional = {"proximal_log_prob": proximal_log_prob, "weights": weights}
     check_samples("log_prob", log_prob, others, optional, mask)
-    check_0d("clip_low", clip_low)
-    check_0d("clip_high", clip_high)
+    for name, bound in (("clip_low", clip_low), ("clip_high", clip_high)):
+        check_0d(name, bound)
+        check_not_negative(name, bound)
     if max_ratio is not None:
         check_0d("max_ratio", max_ratio)
         if isinstance(max_ratio, (int, float)) and not max_ratio > 0:

@@ -75,7 +75,7 @@ def value_loss(
         RuntimeError: shapes or devices differ, or a scalar has dimensions.
         TypeError: ``value`` isn't floating-point, or ``mask`` not bool.
         ValueError: the distance, the reduction or the backend doesn't exist, or ``clip`` and ``old_value`` aren't
-            given together.
+            given together, or ``clip`` is a negative number.
 
     Examples:
         >>> import torch

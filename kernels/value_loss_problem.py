@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import REDUCTIONS, check_0d, check_choice
+from .checks import REDUCTIONS, check_0d, check_choice, check_not_negative
 from .distances import DISTANCES
 from .dtypes import compute_dtype, result_dtype
 from .samples import check_samples, new_outputs
@@ -56,6 +56,8 @@ def check(value: Tensor, constants: ValueConstants) -> None:
     for name, x in (("clip", clip), ("coefficient", coefficient)):
         if x is not None:
             check_0d(name, x)
+    if clip is not None:
+        check_not_negative("clip", clip)
 
 
 def dtypes(value: Tensor, constants: ValueConstants) -> tuple[torch.dtype, torch.dtype]:

@@ -56,7 +56,7 @@ def vtrace(
         The advantage and the value target, each of the common shape.
 
     Raises:
-        TypeError: an argument is no real tensor.
+        TypeError: an argument is no real tensor, or γ or a threshold no number either.
         RuntimeError: shapes or devices differ, or the backend doesn't run here.
         IndexError: ``time_dim`` is out of range.
         ValueError: a threshold is a negative number; the backend doesn't exist.

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_agrees, check_broadcasts, check_real, check_scalar
+from .checks import check_agrees, check_broadcasts, check_not_negative, check_real, check_scalar
 from .dtypes import compute_dtype, floating, result_dtype
 from .scan_problem import GAE, Recurrence
 from .scan_problem import checked as checked_recurrence
@@ -103,8 +103,6 @@ def checked(problem: VTrace, time_dim: int, names: Mapping[str, str] | None = No
     recurrence, dim = checked_recurrence(
         Recurrence(GAE, gamma, 1.0, reward, value, next_value, done, terminated), time_dim, names
     )
-    check_scalar("rho_thresh", rho)
-    check_scalar("c_thresh", c)
     check_real("log_pi", log_pi)
     if log_mu is not None:
         check_real("log_mu", log_mu)
@@ -118,7 +116,7 @@ def checked(problem: VTrace, time_dim: int, names: Mapping[str, str] | None = No
 
 
 def check_thresholds(rho_thresh: Any, c_thresh: Any) -> None:
-    """Raise ValueError if a threshold is negative, as far as the host knows."""
+    """Raise TypeError for a threshold that is no number or tensor, ValueError if it is known to be negative."""
     for name, x in (("rho_thresh", rho_thresh), ("c_thresh", c_thresh)):
-        if not isinstance(x, Tensor) and not x >= 0:
-            raise ValueError(f"{name} is {x}, but must not be negative")
+        check_scalar(name, x)
+        check_not_negative(name, x)

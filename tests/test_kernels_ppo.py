@@ -843,6 +843,8 @@ def test_verify_names_what_is_wrong(monkeypatch, device, output, message) -> Non
         ({"mask": torch.ones(6, 5)}, TypeError, "mask has dtype torch.float32: torch.bool is wanted"),
         ({"clip_low": torch.zeros(1)}, RuntimeError, r"clip_low has shape \(1,\): a number or a 0-d tensor"),
         ({"clip_high": torch.zeros(1)}, RuntimeError, "clip_high has shape"),
+        ({"clip_low": -0.2}, ValueError, "clip_low is -0.2, but must not be negative"),
+        ({"clip_high": NAN}, ValueError, "clip_high is nan, but must not be negative"),
         ({"max_ratio": torch.zeros(1)}, RuntimeError, "max_ratio has shape"),
         ({"reduction": "avg"}, ValueError, "reduction is 'avg'; it can be 'none', 'mean', 'sum'"),
         ({"backend": "cuda"}, ValueError, "backend is 'cuda'"),

@@ -645,6 +645,8 @@ def test_verify_names_what_is_wrong(monkeypatch, device, output, message) -> Non
         ({"mask": torch.ones(5).bool()}, RuntimeError, r"mask has shape \(5,\)"),
         ({"mask": torch.ones(6, 5)}, TypeError, "mask has dtype torch.float32: torch.bool is wanted"),
         ({"clip": torch.zeros(1)}, RuntimeError, r"clip has shape \(1,\): a number or a 0-d tensor"),
+        ({"clip": -0.2}, ValueError, "clip is -0.2, but must not be negative"),
+        ({"clip": NAN}, ValueError, "clip is nan, but must not be negative"),
         ({"coefficient": torch.zeros(1)}, RuntimeError, "coefficient has shape"),
         ({"clip": None}, ValueError, "old_value is given, but clip isn't"),
         ({"old_value": None}, ValueError, "clip is given, but old_value isn't"),
