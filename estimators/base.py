@@ -13,7 +13,7 @@ from tensordict.nn import dispatch
 from torch import Tensor
 
 from ..kernels.backend import check_backend
-from ..kernels.checks import Scalar, broadcasts, check_positive
+from ..kernels.checks import Scalar, as_index, broadcasts, check_positive
 from .functional import widened
 from .keys import KeyedEstimator, check_written, is_locked_at, under_next
 from .modules import VMAP_RANDOMNESS, can_lack, device_of
@@ -114,7 +114,7 @@ class ValueEstimatorBase(KeyedEstimator):
         self.shifted = shifted
         self.shifted_budget = shifted_budget
         self.differentiable = differentiable
-        self.time_dim = time_dim
+        self.time_dim = None if time_dim is None else as_index("time_dim", time_dim)
         self.average_rewards = average_rewards
         self.backend = check_backend(backend)
         self._network = ValueNetwork(
@@ -316,7 +316,7 @@ class ValueEstimatorBase(KeyedEstimator):
         if dim is None:
             names = tensordict.names
             return names.index("time") if "time" in names else ndim - 1
-        if not -ndim <= dim < ndim:
+        if not -ndim <= as_index("time_dim", dim) < ndim:
             raise IndexError(f"time_dim is {dim}, but the TensorDict has batch size {tuple(tensordict.batch_size)}")
         return dim % ndim
 

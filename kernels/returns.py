@@ -50,7 +50,7 @@ def gae(
         The advantage and the value target, each of the common shape.
 
     Raises:
-        TypeError: an argument isn't a real tensor, or γ or λ not a number either.
+        TypeError: an argument isn't a real tensor, or γ or λ not a number either; ``time_dim`` is no int.
         RuntimeError: shapes or devices differ, or the backend doesn't run there.
         IndexError: ``time_dim`` is out of range.
         ValueError: the backend doesn't exist.

@@ -5,7 +5,6 @@ so that compile time doesn't depend on the length of time and nothing inside is 
 """
 
 from collections.abc import Mapping, Sequence
-from operator import index
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.autograd import forward_ad
 
 from . import scan_batching
 from .backend import resolve_backend
+from .checks import as_index
 from .dispatch import (
     are_plain,
     backend_modules,
@@ -80,7 +80,7 @@ def _recognised_or_checked(
     unwatched = is_unwatched()
     if unwatched:
         # The kind is no part of the arguments' form, which has the types of strings alone.
-        setting = problem.kind, index(time_dim)
+        setting = problem.kind, as_index("time_dim", time_dim)
         tensors, known = _checked_forms(setting, problem)
         if known is not None:
             dim, requires = known

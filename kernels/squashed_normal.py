@@ -56,7 +56,7 @@ def normal_log_prob(
 
     Raises:
         RuntimeError: shapes or devices differ, or there is no dimension.
-        TypeError: an argument isn't floating point.
+        TypeError: an argument isn't floating point, or ``squash`` no pair of numbers or tensors.
         ValueError: low isn't less than high (of numbers), the margin isn't in [0, 1), or the backend doesn't exist.
 
     Examples:
@@ -106,7 +106,7 @@ def normal_sample(
 
     Raises:
         RuntimeError: shapes or devices differ, or there is no dimension.
-        TypeError: an argument isn't floating point.
+        TypeError: an argument isn't floating point, or ``squash`` no pair of numbers or tensors.
         ValueError: low isn't less than high (of numbers), the margin isn't in [0, 1), or the backend doesn't exist.
 
     Examples:

@@ -6,6 +6,8 @@ and ``fusedrl::normal_sample`` and their backwards. Inputs are all that these ke
 """
 
 from collections.abc import Callable, Sequence
+from numbers import Real
+from reprlib import repr as short  # an array may be long
 from typing import Any
 
 import torch
@@ -182,7 +184,7 @@ def _checked(
 
     Raises:
         RuntimeError: a shape or device isn't that of loc, or there is no dimension.
-        TypeError: a tensor is none, or isn't floating point.
+        TypeError: a tensor is none, or isn't floating point; ``squash`` is no pair of numbers or tensors.
         ValueError: of two numbers low isn't less than high, or the margin isn't in [0, 1).
 
     """
@@ -199,12 +201,24 @@ def _checked(
         return None
     if margin is not None and not 0 <= margin < 1:
         raise ValueError(f"margin is {margin}: a number from 0 to below 1 is wanted")
-    low, high = squash
+    low, high = _pair(squash)
     if not isinstance(low, Tensor) and not isinstance(high, Tensor):
         if not low < high:
             raise ValueError(f"squash is ({low}, {high}): the first must be less than the second")
         return Squash(low, high, margin)
     return Squash(_checked_bound("low", low, loc), _checked_bound("high", high, loc), margin)
+
+
+def _pair(squash: Any) -> tuple[Any, Any]:
+    """Both bounds; a tensor may be one as well as hold both."""
+    try:
+        low, high = squash
+    except (TypeError, ValueError):
+        raise TypeError(f"squash must be a pair (low, high), but is {short(squash)}") from None
+    for name, bound in (("low", low), ("high", high)):
+        if type(bound) is not float and not isinstance(bound, (Tensor, Real)):
+            raise TypeError(f"{name} of squash must be a number or a tensor, but is {short(bound)}")
+    return low, high
 
 
 def _checked_bound(name: str, bound: float | Tensor, loc: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """From a V-trace problem to its solution: opaque operators of the fused backends, and the autograd.Function around."""
 
 from collections.abc import Mapping, Sequence
-from operator import index
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backend import resolve_backend
+from .checks import as_index
 from .dispatch import (
     are_plain,
     backend_modules,
@@ -76,7 +76,7 @@ def _recognised_or_checked(
     # Forward-mode tangents don't show in requires_grad, and the fused backends have no rule for them.
     unwatched = is_unwatched() and forward_ad._current_level < 0
     if unwatched:
-        time_dim = index(time_dim)
+        time_dim = as_index("time_dim", time_dim)
         # The default dtype is that of integers.
         setting = backend, time_dim, torch.is_grad_enabled(), torch.get_default_dtype()
         tensors, known = _fused_forms(setting, problem)

@@ -140,6 +140,8 @@ def test_shifted_has_no_target_parameters_and_no_n_step_data(name):
         ({"value_chunk_size": 1, "num_chunks": 2}, ValueError, "only one"),
         ({"num_chunks": 1, "num_chunk": 2}, ValueError, "num_chunk"),
         ({"value_chunk_dim": "a"}, TypeError, "value_chunk_dim.*str"),
+        ({"time_dim": "time"}, TypeError, "time_dim must be an int, but is 'time'"),
+        ({"time_dim": 1.0}, TypeError, "time_dim must be an int, but is 1.0"),
         ({"backend": "tritn"}, ValueError, "'tritn'.*reference"),
         ({"value_key": "other"}, KeyError, r"'other'.*\['state_value'\]"),
         ({"foo": 1}, TypeError, "foo"),

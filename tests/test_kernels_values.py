@@ -211,6 +211,12 @@ def test_an_array_is_told_to_be_no_tensor(name):
         kernels.gae(0.9, 0.9, **arguments)
 
 
+@pytest.mark.parametrize("dim", [1.0, "time", None])
+def test_a_time_dim_that_is_no_int_is_named(dim):
+    with pytest.raises(TypeError, match=f"time_dim must be an int, but is {dim!r}"):
+        kernels.reverse_scan(0.9, torch.ones(3, 2), time_dim=dim)
+
+
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 @pytest.mark.parametrize("number", [1.0, -1.0])
 def test_a_step_that_is_done_or_terminal_alone_ends_the_trajectory(backend, device, number) -> None:

@@ -162,6 +162,8 @@ def test_verify_names_what_is_wrong_where_no_kernel_solves_it(device, monkeypatc
     [
         ({"rho_thresh": -1.0}, ValueError, "rho_thresh is -1.0"),
         ({"c_thresh": float("nan")}, ValueError, "c_thresh is nan"),
+        ({"rho_thresh": None}, TypeError, "rho_thresh must be a number or a real tensor, but is None"),
+        ({"c_thresh": "1"}, TypeError, "c_thresh must be a number or a real tensor, but is '1'"),
         ({"c_thresh": torch.ones(3)}, RuntimeError, r"c_thresh has shape \(3,\).*\(2, 9, 1\)"),
         ({"log_pi": torch.zeros(2, 9)}, RuntimeError, r"log_pi has shape \(2, 9\).*\(2, 9, 1\)"),
         ({"value": torch.zeros(2, 9)}, RuntimeError, r"value has shape \(2, 9\)"),
@@ -173,6 +175,12 @@ def test_verify_names_what_is_wrong_where_no_kernel_solves_it(device, monkeypatc
 def test_what_cannot_be_used_is_named(wrong, error, match):
     with pytest.raises(error, match=match):
         vtrace(GAMMA, **{**weighted(), **wrong}, time_dim=1)
+
+
+@pytest.mark.parametrize("dim", [1.0, "time", None])
+def test_a_time_dim_that_is_no_int_is_named(dim):
+    with pytest.raises(TypeError, match=f"time_dim must be an int, but is {dim!r}"):
+        vtrace(GAMMA, **weighted(), time_dim=dim)
 
 
 # --- the estimator ------------------------------------------------------------------------------------------------
