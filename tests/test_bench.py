@@ -476,7 +476,10 @@ def test_a_wrong_result_is_not_profiled(tmp_path, monkeypatch, capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        ([], "say what to profile: gae, td_lambda"),
         (["gea", "--shape", "2x8"], "nothing named 'gea'"),
+        (["SACLoss", "--shape", "8", "--dtype", "float64"], "SACLoss has no --dtype"),
+        (["categorical", "--shape", "8", "--layout", "time-major"], "categorical has no --layout"),
         (["gae"], "needs --shape BxT"),
         (["gae", "--shape", "8"], "a shape is BxT, positive numbers such as 4096x128, not '8'"),
         (["gae", "--shape", "2x0"], "not '2x0'"),

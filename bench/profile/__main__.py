@@ -46,8 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("name", nargs="?", help="an operator or a loss, see --list")
     parser.add_argument("--shape", nargs="+", default=[], metavar="BxT", help="BxT, or B where there is no time")
     parser.add_argument("--list", action="store_true", help="print the names and the shapes that they take")
-    parser.add_argument("--layout", choices=LAYOUTS, default="batch-major", help="what is contiguous in memory")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of an operator over time")
+    over_time = "of an operator over time (default: %s)"
+    parser.add_argument("--layout", choices=LAYOUTS, help="what is contiguous in memory, " + over_time % "batch-major")
+    parser.add_argument("--dtype", choices=DTYPES, help=over_time % "float32")
     parser.add_argument("--backend", choices=BACKENDS, help="which implementation runs")
     parser.add_argument("--device", type=options.device, help="default: the CUDA device if there is one")
     parser.add_argument("--budget", type=options.seconds, default=0.5, help="seconds per direction on a CPU")
@@ -58,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, shape in NAMES.items():
             console.print(f"{name} --shape {shape}", highlight=False)
         return 0
+    if chosen.name is None:
+        parser.error(f"say what to profile: {', '.join(NAMES)}")
     if chosen.name not in NAMES:
         parser.error(f"there is nothing named {chosen.name!r} to profile; there are {', '.join(NAMES)}")
     if not chosen.shape:
@@ -66,13 +69,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shapes = [parsed(shape, NAMES[chosen.name]) for shape in chosen.shape]
     except ValueError as error:
         parser.error(f"{chosen.name}: {error}")
+    for option in ("layout", "dtype"):
+        if getattr(chosen, option) is not None and chosen.name not in scans.OPERATORS:
+            parser.error(f"{chosen.name} has no --{option}: only operators over time have")
     device = chosen.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolve_backend(chosen.backend, torch.empty(0, device=device))
         chosen.output.mkdir(parents=True, exist_ok=True)
     except (RuntimeError, OSError) as error:
         parser.error(str(error))
-    build = builder(chosen.name, device, LAYOUTS[chosen.layout], DTYPES[chosen.dtype])
+    layout, dtype = LAYOUTS[chosen.layout or "batch-major"], DTYPES[chosen.dtype or "float32"]
+    build = builder(chosen.name, device, layout, dtype)
     with use_backend(chosen.backend) if chosen.backend else nullcontext():
         return profile(chosen.name, [build(*shape) for shape in shapes], device, chosen.budget, chosen.output, console)
 
