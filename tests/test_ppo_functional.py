@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 from fusedrl.losses import functional as F
 from torch import distributed as dist
 from torch import tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 # A handful of float32 operations, each within an ulp of numbers of order one.
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -257,3 +258,22 @@ def test_the_largest_ratio_is_of_a_sample_that_counts():
 def test_targets_of_integers_explain_a_variance():
     target, value = torch.tensor([0, 4, 2]), torch.tensor([0.0, 4.0, 2.0])
     assert F.explained_variance(value, target) == 1
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda log_weight, x: F.weight_excess(log_weight, 1 + x),
+        lambda log_weight, x: F.clip_ppo_objective(log_weight, torch.ones(4), x, 2 * x),
+        lambda log_weight, x: F.clip_ppo_objective(log_weight, torch.ones(4), 1, x),
+    ],
+    ids=["cap", "range", "lower bound that is an int"],
+)
+def test_new_numbers_compile_once_more_at_most(function):
+    log_weight = torch.linspace(-1, 1, 4)
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=graphs)
+    for x in (0.2, 0.3, 0.1, 0.25):
+        torch.testing.assert_close(compiled(log_weight, x), function(log_weight, x))
+    assert graphs.frame_count <= 2

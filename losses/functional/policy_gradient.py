@@ -150,8 +150,9 @@ def clip_ppo_objective(
     """
     center = log_weight if proximal_log_weight is None else proximal_log_weight
     proximal_weight = center.detach().exp()
-    low, high = 1 - clip_low, 1 + clip_high
-    clipped_weight = proximal_weight.clamp(low, high)  # type: ignore[arg-type]  # takes numbers and tensors alike
+    low, high = 1 - as_input(clip_low, center), 1 + as_input(clip_high, center)
+    # One after the other, which may be a number and a tensor.
+    clipped_weight = proximal_weight.clamp(min=low).clamp(max=high)
     if center is not log_weight:
         clipped_weight = clipped_weight * (log_weight - center).detach().exp()  # r/p, which holds no gradient
     # The minimum is the clipped one where p is past the end that A pushes it to. It is selected before the exponential,
@@ -212,7 +213,7 @@ def weight_excess(log_weight: Tensor, max_ratio: Scalar) -> Tensor:
         tensor([1., 2.])
 
     """
-    return (log_weight.detach() - torch.as_tensor(max_ratio).log()).clamp_min(0)
+    return (log_weight.detach() - torch.as_tensor(as_input(max_ratio, log_weight)).log()).clamp_min(0)
 
 
 # --- PPO: the advantage -----------------------------------------------------------------------------------------
