@@ -262,6 +262,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.seed < 0 or arguments.steps < 1:
         parser.error("--seed must be at least 0, --steps at least 1")
+    try:
+        resolve_backend(arguments.backend, torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        parser.error(f"--backend: {error}")
     try:  # before the training, not after it
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -35,6 +35,17 @@ def test_it_refuses_numbers_that_mean_nothing(example, capsys):
         assert "--envs" in refused(example, capsys, "--envs", "0").splitlines()[-1]
 
 
+def test_it_refuses_a_backend_that_cannot_run(example, capsys, monkeypatch):
+    if not hasattr(example, "resolve_backend"):
+        pytest.skip("has no such option")
+
+    def resolved(*_):
+        raise RuntimeError("backend 'triton' can't run: of reasons")
+
+    monkeypatch.setattr(example, "resolve_backend", resolved)
+    assert "backend 'triton' can't run: of reasons" in refused(example, capsys, "--backend", "triton").splitlines()[-1]
+
+
 def test_it_refuses_a_folder_that_cannot_be_made(example, capsys, tmp_path):
     (tmp_path / "file").touch()
     assert "--out can't be made" in refused(example, capsys, "--out", str(tmp_path / "file" / "out"))
