@@ -77,6 +77,29 @@ class ValueEstimatorBase(KeyedEstimator):
         ValueError, TypeError: an argument that can't be used, when constructed.
         KeyError: an entry that is missing from the TensorDict, when called. It is then as it was.
         RuntimeError: shapes that differ, or a locked TensorDict, when called. It is as it was.
+        NotImplementedError: a subclass doesn't say how, when called.
+
+    Examples:
+        The rewards to the end, of which those to come count a factor κ less with each step:
+        target_t = r_t + γκ(1 − done_t) target_{t+1}. Any such recurrence is a `fusedrl.kernels.reverse_scan`. A loss
+        takes the class, or an object of it, in ``make_value_estimator``.
+
+        >>> from fusedrl.kernels import reverse_scan
+        >>> from tensordict import TensorDict
+        >>> class FadingEstimator(ValueEstimatorBase):
+        ...     def __init__(self, *, kappa, **kwargs):
+        ...         super().__init__(**kwargs)
+        ...         self.kappa = kappa
+        ...     def _value_target(self, steps, next_value, time_dim):
+        ...         ends = (steps.done != 0) | (steps.terminated != 0)
+        ...         coefficient = torch.where(ends, 0, self.kappa * steps.gamma)
+        ...         return reverse_scan(coefficient, steps.reward, time_dim=time_dim, backend=self.backend)
+        >>> zero, one = torch.zeros(3, 1), torch.ones(3, 1)
+        >>> rollout = TensorDict(
+        ...     {"state_value": zero, "next": {"state_value": zero, "reward": one, "done": zero}}, batch_size=[3]
+        ... )
+        >>> FadingEstimator(gamma=1.0, kappa=0.5, value_network=None)(rollout)["advantage"].flatten()
+        tensor([1.7500, 1.5000, 1.0000])
 
     """
 
@@ -261,7 +284,9 @@ class ValueEstimatorBase(KeyedEstimator):
 
     def _value_target(self, steps: Steps, next_value: Tensor, time_dim: int) -> Tensor:
         """The value target of each step."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} doesn't say what its value target is: it needs a method _value_target"
+        )
 
     def _estimate(self, steps: Steps, value: Tensor, next_value: Tensor, time_dim: int) -> tuple[Tensor, Tensor]:
         """Advantage and value target of each step."""

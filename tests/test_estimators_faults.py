@@ -154,6 +154,16 @@ def test_an_option_that_can_not_be_used_is_an_error_at_construction(name, option
         estimator(name, **options)
 
 
+def test_an_estimator_that_does_not_say_what_its_value_target_is_says_so():
+    class Mine(E.ValueEstimatorBase):
+        pass
+
+    mine, data = Mine(gamma=0.9, value_network=critic()), rollout((2, 5))
+    for call in (mine, mine.value_estimate):
+        with pytest.raises(NotImplementedError, match=r"Mine doesn't say .* value target .* _value_target"):
+            call(data)
+
+
 @every_estimator
 @pytest.mark.parametrize("missing", ["gamma", "lmbda", "value_network"])
 def test_hyperparameters_and_network_must_be_given(name, missing):
