@@ -69,6 +69,18 @@ def check_distribution(actor_network: object, owner: str) -> None:
         )
 
 
+def check_keyed(network: Any, name: str, owner: str) -> None:
+    """Raise TypeError, in the name of its ``owner``, for a module that doesn't say what it reads and writes.
+
+    What is no module at all is refused by what takes it apart.
+    """
+    if isinstance(network, nn.Module) and not (hasattr(network, "in_keys") and hasattr(network, "out_keys")):
+        raise TypeError(
+            f"{owner} needs {name} to have in_keys and out_keys, as a TensorDictModule has, but it is a "
+            f"{type(network).__name__}"
+        )
+
+
 def keys_read(network: nn.Module) -> list[NestedKey]:
     """The entries that ``network`` reads and doesn't itself write a part of."""
     written = [_as_tuple(key) for key in getattr(network, "out_keys", ())]

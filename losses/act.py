@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, dispatch
 
-from ..estimators.modules import keys_read
+from ..estimators.modules import check_keyed, keys_read
 from .functional.imitation import standard_normal_divergence
 from .supervised import SupervisedLoss
 from .utils import distance_loss
@@ -69,6 +69,7 @@ class ACTLoss(SupervisedLoss):
     ) -> None:
         super().__init__(reduction)
         self.kl_weight = kl_weight
+        check_keyed(actor_network, "actor_network", type(self).__name__)
         self.convert_to_functional(actor_network, "actor_network")
         self.out_keys = ["loss_act", "loss_reconstruction", "loss_kl"]
 

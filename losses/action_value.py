@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..estimators.calls import written_by
 from ..estimators.keys import is_locked_at
-from ..estimators.modules import is_recurrent, keys_read
+from ..estimators.modules import check_keyed, is_recurrent, keys_read
 from ..estimators.steps import any_right, expand_right, widened_right
 from ..estimators.td import TD0Estimator
 from ..kernels import EnsembleLoss, Target, ensemble_loss, value_target
@@ -59,7 +59,7 @@ class ActionValueLoss(LossModule):
         A single network is an ensemble of one, whose parameters have a dimension for it, unless ``one_alone``.
 
         Raises:
-            TypeError: ``size`` is no integer.
+            TypeError: ``size`` is no integer; a network doesn't say what it reads.
             ValueError: ``size`` is less than one, or not the length of a list of networks.
 
         """
@@ -69,6 +69,8 @@ class ActionValueLoss(LossModule):
                 raise ValueError(f"num_qvalue_nets is {size}, but qvalue_network is a list of {len(network)}")
             if len(network) == 1:
                 (network,) = network
+        for one in network if isinstance(network, list | tuple) else (network,):
+            check_keyed(one, "qvalue_network", type(self).__name__)
         self.num_qvalue_nets = size
         self.delay_qvalue = delay
         self.convert_to_functional(

@@ -10,7 +10,7 @@ from tensordict.nn import TensorDictModule, dispatch
 from torch import Tensor
 
 from ..estimators.calls import distribution
-from ..estimators.modules import has_distribution
+from ..estimators.modules import check_keyed, has_distribution
 from .functional.imitation import classification_loss
 from .policy import ActionHeads
 from .reduction import align, without_padding
@@ -88,6 +88,7 @@ class BCLoss(SupervisedLoss):
                 )
             self.set_keys(action=heads)
         self.loss_function = _distance(loss_function)
+        check_keyed(actor_network, "actor_network", type(self).__name__)
         self.convert_to_functional(actor_network, "actor_network")
         self.out_keys = ["loss_bc"]
 

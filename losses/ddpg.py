@@ -9,7 +9,7 @@ from tensordict.nn import TensorDictModule, dispatch, skip_existing
 from torch import Tensor
 
 from ..estimators.calls import call
-from ..estimators.modules import keys_read
+from ..estimators.modules import check_keyed, keys_read
 from .action_value import ActionValueLoss
 from .utils import check_distance
 
@@ -45,6 +45,7 @@ class DeterministicPolicyLoss(ActionValueLoss):
         self.delay_actor = delay_actor
         self.separate_losses = separate_losses
         self.use_prioritized_weights = use_prioritized_weights
+        check_keyed(actor_network, "actor_network", type(self).__name__)
         self.convert_to_functional(actor_network, "actor_network", create_target_params=delay_actor)
 
     def _trained_by_policy(self) -> Iterable[Tensor] | None:
@@ -142,6 +143,7 @@ class DDPGLoss(DeterministicPolicyLoss):
             use_prioritized_weights=use_prioritized_weights,
         )
         self.delay_value = delay_value
+        check_keyed(value_network, "value_network", type(self).__name__)
         self.convert_to_functional(
             value_network,
             "value_network",

@@ -8,7 +8,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, dispatch
 
 from ..estimators.calls import distribution
-from ..estimators.modules import check_distribution
+from ..estimators.modules import check_distribution, check_keyed
 from .functional.soft_actor_critic import temperature_loss
 from .policy import ActionHeads
 from .reduction import check_scalar_output_mode, has_metrics
@@ -69,6 +69,7 @@ class DTLoss(SupervisedLoss):
     ) -> None:
         super().__init__(reduction)
         self.loss_function = check_distance(loss_function)
+        check_keyed(actor_network, "actor_network", type(self).__name__)
         self.convert_to_functional(actor_network, "actor_network")
         self.out_keys = ["loss"]
 

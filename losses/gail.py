@@ -7,7 +7,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, dispatch
 from torch import Tensor
 
-from ..estimators.modules import keys_read
+from ..estimators.modules import check_keyed, keys_read
 from ..estimators.steps import expand_right
 from .functional.imitation import discriminator_loss, gradient_penalty
 from .supervised import SupervisedLoss
@@ -80,6 +80,7 @@ class GAILLoss(SupervisedLoss):
             raise ValueError(f"gp_lambda must be a number, but is {gp_lambda!r}")
         self.use_grad_penalty = use_grad_penalty
         self.gp_lambda = gp_lambda
+        check_keyed(discriminator_network, "discriminator_network", type(self).__name__)
         self.convert_to_functional(discriminator_network, "discriminator_network")
         self.out_keys = ["loss", "gp_loss"] if use_grad_penalty else ["loss"]
 

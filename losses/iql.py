@@ -8,7 +8,7 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, d
 from torch import Tensor
 
 from ..estimators.calls import distribution
-from ..estimators.modules import check_distribution
+from ..estimators.modules import check_distribution, check_keyed
 from .action_value import ActionValueLoss
 from .functional.offline import advantage_weighted_objective, expectile_loss
 from .policy import ActionHeads
@@ -126,6 +126,7 @@ class IQLLoss(ActionValueLoss):
 
         self.convert_to_functional(actor_network, "actor_network")
         of_policy = list(actor_network.parameters()) if separate_losses else []
+        check_keyed(value_network, "value_network", type(self).__name__)
         self.convert_to_functional(value_network, "value_network", compare_against=of_policy)
         of_others = of_policy + list(value_network.parameters()) if separate_losses else []
         self._take_qvalue_network(qvalue_network, num_qvalue_nets, delay=True, shared=of_others, one_alone=True)

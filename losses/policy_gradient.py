@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..estimators.calls import distribution, written_by
 from ..estimators.heads import one_or_list
-from ..estimators.modules import check_distribution, keys_read
+from ..estimators.modules import check_distribution, check_keyed, keys_read
 from ..estimators.vtrace import VTrace
 from ..kernels import value_loss
 from .base import LossModule
@@ -42,7 +42,7 @@ class PolicyGradientLoss(LossModule):
         device: where the coefficients are put; by default where the parameters are.
 
     Raises:
-        TypeError: an actor without a distribution.
+        TypeError: an actor without a distribution; a critic that doesn't say what it reads.
         ValueError: an option has none of its values, or needs ``functional=True``.
 
     """
@@ -89,6 +89,8 @@ class PolicyGradientLoss(LossModule):
     ) -> None:
         super().__init__(reduction)
         check_distribution(actor_network, type(self).__name__)
+        if critic_network is not None:
+            check_keyed(critic_network, "critic_network", type(self).__name__)
         self.loss_critic_type = check_distance(loss_critic_type, "loss_critic_type")
         self.separate_losses = separate_losses
         self.delay_actor = delay_actor

@@ -9,6 +9,7 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, d
 from torch import Tensor
 
 from ..estimators.heads import PolicyDistribution
+from ..estimators.modules import check_keyed
 from ..kernels import EnsembleLoss, Target
 from .functional.soft_actor_critic import soft_value
 from .soft_actor_critic import QNetworks, SoftActorCriticLoss
@@ -165,6 +166,7 @@ class SACLoss(SoftActorCriticLoss):
         if value_network is None:
             self.value_network = None
         else:
+            check_keyed(value_network, "value_network", type(self).__name__)
             self.convert_to_functional(
                 value_network, "value_network", create_target_params=delay_value, compare_against=shared
             )

@@ -5,9 +5,10 @@ import io
 
 import pytest
 import torch
+from fusedrl import losses
 from fusedrl.losses import A2CLoss, ClipPPOLoss, DiscreteSACLoss, DQNLoss, SoftUpdate, TD3Loss
 from helpers_losses import DOUBLE, OBSERVATION, collect, discrete_actor
-from helpers_q import action_values, deterministic_actor, gradients, qvalue_network, transitions
+from helpers_q import action_values, deterministic_actor, gradients, qvalue_network, stochastic_actor, transitions
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 
@@ -296,3 +297,37 @@ def test_buffers_that_a_network_assigns_to_are_kept_by_the_loss():
     kept = loss.actor_network_params["module", "0", "module", "0", "seen"]
     assert kept == 3
     assert loss.state_dict()["actor_network_params.module.0.module.0.seen"] == 3
+
+
+def plain(*_):
+    return nn.Linear(4, 1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("argument", "make"),
+    [
+        ("critic_network", lambda: losses.A2CLoss(discrete_actor(), plain())),
+        ("critic_network", lambda: losses.ClipPPOLoss(discrete_actor(), plain())),
+        ("critic_network", lambda: losses.ClipPPOLoss(discrete_actor(), plain(), functional=False)),
+        ("critic_network", lambda: losses.ReinforceLoss(discrete_actor(), plain())),
+        ("qvalue_network", lambda: losses.SACLoss(stochastic_actor(), plain(), target_entropy=-1.0)),
+        ("qvalue_network", lambda: losses.SACLoss(stochastic_actor(), [plain(), plain()], target_entropy=-1.0)),
+        ("value_network", lambda: losses.SACLoss(stochastic_actor(), qvalue_network(), plain(), target_entropy=-1.0)),
+        ("qvalue_network", lambda: losses.CQLLoss(stochastic_actor(), plain(), target_entropy=-1.0)),
+        ("qvalue_network", lambda: losses.REDQLoss(stochastic_actor(), plain(), target_entropy=-1.0)),
+        ("qvalue_network", lambda: losses.TQCLoss(stochastic_actor(), plain(), target_entropy=-1.0)),
+        ("qvalue_network", lambda: losses.CrossQLoss(stochastic_actor(), plain(), target_entropy=-1.0)),
+        ("value_network", lambda: losses.IQLLoss(stochastic_actor(), qvalue_network(), plain())),
+        ("qvalue_network", lambda: losses.TD3Loss(deterministic_actor(), plain(), bounds=(-1, 1))),
+        ("actor_network", lambda: losses.TD3Loss(plain(), qvalue_network(), bounds=(-1, 1))),
+        ("actor_network", lambda: losses.DDPGLoss(plain(), qvalue_network())),
+        ("value_network", lambda: losses.DDPGLoss(deterministic_actor(), plain())),
+        ("actor_network", lambda: losses.BCLoss(plain())),
+        ("actor_network", lambda: losses.ACTLoss(plain())),
+        ("actor_network", lambda: losses.DTLoss(plain())),
+        ("discriminator_network", lambda: losses.GAILLoss(plain())),
+    ],
+)
+def test_a_network_that_does_not_say_what_it_reads_is_refused_when_the_loss_is_made(argument, make):
+    with pytest.raises(TypeError, match=f"Loss needs {argument} to have in_keys and out_keys.*but it is a Linear"):
+        make()
