@@ -152,7 +152,7 @@ class ValueEstimatorBase(KeyedEstimator):
         if gamma is None and type(self).forward is ValueEstimatorBase.forward:
             raise TypeError(f"{type(self).__name__} needs gamma, or a forward of its own")
         if gamma is not None:
-            self.register_buffer("gamma", as_hyperparameter(gamma, device))
+            self.register_buffer("gamma", as_hyperparameter("gamma", gamma, device))
         given = {"advantage": advantage_key, "value_target": value_target_key, "value": value_key}
         self.set_keys(**{name: key for name, key in given.items() if key is not None})
 
@@ -502,11 +502,19 @@ class ValueEstimatorBase(KeyedEstimator):
         raise error
 
 
-def as_hyperparameter(x: Scalar, device: torch.device | str | None) -> Tensor:
-    """γ or λ as a buffer: numbers in float64, tensors in the floating dtype they have; see `owned`."""
+def as_hyperparameter(name: str, x: Scalar, device: torch.device | str | None) -> Tensor:
+    """γ or λ as a buffer: numbers in float64, tensors in the floating dtype they have; see `owned`.
+
+    Raises:
+        TypeError: it is neither; the message has its ``name``.
+
+    """
     if isinstance(x, Tensor) and x.is_floating_point():
         return owned(x, device)
-    return owned(torch.as_tensor(x, dtype=torch.float64), device)
+    try:
+        return owned(torch.as_tensor(x, dtype=torch.float64), device)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number or a tensor, but is {x!r}") from None
 
 
 def owned(x: Tensor, device: torch.device | str | None) -> Tensor:

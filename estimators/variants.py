@@ -40,7 +40,7 @@ class LambdaEstimatorBase(ValueEstimatorBase):
 
     def __init__(self, *, gamma: Scalar, lmbda: Scalar, vectorized: bool | None = None, **kwargs: Any) -> None:
         super().__init__(gamma=gamma, **kwargs)
-        self.register_buffer("lmbda", as_hyperparameter(lmbda, self.gamma.device))
+        self.register_buffer("lmbda", as_hyperparameter("lmbda", lmbda, self.gamma.device))
         self._vectorized: bool | None = None
         self.vectorized = vectorized
 

@@ -93,7 +93,7 @@ class VTrace(BothValuesEstimatorBase):
         check_distribution(actor_network, "VTrace")
         check_thresholds(rho_thresh, c_thresh)
         for name, threshold in (("rho_thresh", rho_thresh), ("c_thresh", c_thresh)):
-            self.register_buffer(name, as_hyperparameter(threshold, self.gamma.device))
+            self.register_buffer(name, as_hyperparameter(name, threshold, self.gamma.device))
         self.actor_network = actor_network
         self.average_adv = average_adv
         self.set_keys(

@@ -108,7 +108,7 @@ class DistributionalDQNLoss(QLearningLoss):
         masks = (getattr(module, "action_mask_key", None) for module in self.value_network.modules())
         self._masks_actions = any(key is not None for key in masks)
         self.backend = check_backend(backend)
-        self.register_buffer("gamma", as_hyperparameter(gamma, self.support.device))
+        self.register_buffer("gamma", as_hyperparameter("gamma", gamma, self.support.device))
 
     @property
     def support(self) -> Tensor:
@@ -133,7 +133,7 @@ class DistributionalDQNLoss(QLearningLoss):
         if unknown:
             raise TypeError(f"DistributionalDQNLoss has the hyperparameter gamma, but got {', '.join(sorted(unknown))}")
         if "gamma" in hyperparams:
-            self.gamma = as_hyperparameter(hyperparams["gamma"], self.gamma.device)
+            self.gamma = as_hyperparameter("gamma", hyperparams["gamma"], self.gamma.device)
         return self
 
     @dispatch

@@ -140,6 +140,7 @@ def test_shifted_has_no_target_parameters_and_no_n_step_data(name):
         ({"value_chunk_size": 1, "num_chunks": 2}, ValueError, "only one"),
         ({"num_chunks": 1, "num_chunk": 2}, ValueError, "num_chunk"),
         ({"value_chunk_dim": "a"}, TypeError, "value_chunk_dim.*str"),
+        ({"gamma": "1e-3"}, TypeError, "gamma must be a number or a tensor, but is '1e-3'"),
         ({"time_dim": "time"}, TypeError, "time_dim must be an int, but is 'time'"),
         ({"time_dim": 1.0}, TypeError, "time_dim must be an int, but is 1.0"),
         ({"backend": "tritn"}, ValueError, "'tritn'.*reference"),
@@ -162,6 +163,13 @@ def test_an_estimator_that_does_not_say_what_its_value_target_is_says_so():
     for call in (mine, mine.value_estimate):
         with pytest.raises(NotImplementedError, match=r"Mine doesn't say .* value target .* _value_target"):
             call(data)
+
+
+@pytest.mark.parametrize("name", ["GAE", "TDLambdaEstimator"])
+@pytest.mark.parametrize("lmbda", [None, "0.9"])
+def test_a_lambda_that_is_no_number_is_named(name, lmbda):
+    with pytest.raises(TypeError, match=f"lmbda must be a number or a tensor, but is {lmbda!r}"):
+        estimator(name, lmbda=lmbda)
 
 
 @every_estimator
