@@ -70,9 +70,10 @@ class LossModule(KeyedModule, FunctionalModule, metaclass=_LossType):
     keeps no copy of it. Before a loss that does is built (an ensemble, a target network), and before one that needs its
     constant parameters first (the critic that advantages are estimated with), call it once on data.
 
-    Steps that are there only as padding don't count: `loss_mask_key` says which. Importance weights of a
-    prioritised replay buffer (the key ``priority_weight``, if the loss has it and ``use_prioritized_weights`` is
-    not False) weigh the samples.
+    Steps that are there only as padding don't count. The attribute ``loss_mask_key`` says which: with ``"auto"``, its
+    default, those with a False in an entry of `AUTO_LOSS_MASK_KEYS`; with a key, those with a False there; with None,
+    none. Where the data has no such entry, all steps count. Importance weights of a prioritised replay buffer (the key
+    ``priority_weight``, if the loss has it and ``use_prioritized_weights`` is not False) weigh the samples.
 
     Args:
         reduction: ``"mean"`` (None), ``"sum"`` or ``"none"``.

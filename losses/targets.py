@@ -23,7 +23,8 @@ Group = tuple[list[Tensor], list[Tensor]]
 class TargetNetUpdater:
     """Base of the updaters: which tensors move, and when. A subclass says how: in ``_step``, of one, or in ``_move``.
 
-    The targets start as copies of the parameters: that is done when the updater is constructed.
+    The targets start as copies of the parameters: that is done when the updater is constructed, which therefore comes
+    before the state of a loss is loaded, whose targets it would overwrite.
 
     Args:
         loss_module: the loss whose target networks are updated.
