@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from fusedrl.kernels import categorical_launch, categorical_projection, categorical_q_loss
+from fusedrl.kernels import categorical_launch, categorical_projection, categorical_q_loss, launching
 from fusedrl.kernels.categorical_problem import Bellman, Transition, flat
 from fusedrl.kernels.launching import Launch
 from helpers_categorical import problem
+from helpers_launches import plan_with
 
 # From [B1, B2, atoms, actions] to another layout of the same numbers.
 LAYOUTS = {
@@ -106,6 +107,7 @@ def test_offsets_beyond_32_bits_are_computed_in_64() -> None:
 def test_the_stride_of_the_support_counts_among_the_offsets(monkeypatch) -> None:
     seen = []
     monkeypatch.setattr(Launch, "__call__", lambda self, *_: seen.append(str(self._options["INDEX"])))
+    plan_with(monkeypatch, launching, processors=lambda device: 132)
     log_prob, reward = torch.empty(3, 51, 2, device="meta"), torch.empty(3, device="meta")
     transition = Transition(log_prob, reward.long(), log_prob, log_prob)
     for stride in (1, 1 << 25):

