@@ -159,6 +159,7 @@ def test_a_warp_moves_a_sector_once_in_an_access() -> None:
     traffic = Traffic()
     launched(DOUBLE, torch.ones(64), 20, threads=64, traffic=traffic)  # 20 elements are 3 sectors
     assert (traffic.loaded, traffic.stored) == (3, 3)
+    assert traffic.executed == 8 + 6, "the second warp has no elements to load and store"
     launched("ld.global.b32 { %r3 }, [ %rd1 + 0 ];", torch.ones(1), 1, threads=64, grid=3, traffic=traffic)
     assert traffic.loaded == 3 + 6, "once for each warp of each program"
     launched("@%p1 ld.global.v2.b32 { %r3, %r4 }, [ %rd1 + 8 ];", torch.ones(8), 1, traffic=traffic)
@@ -180,6 +181,9 @@ def test_conversions_to_integers_keep_to_their_range() -> None:
     x = np.float32([2.5, -2.5, 1e20, -1e20, np.nan]).view(np.uint32)
     assert converted(x, "f32", "s32", "rzi").view(np.int32).tolist() == [2, -2, 2**31 - 1, -(2**31), 0]
     assert converted(x[:2], "f32", "s32", "rni").view(np.int32).tolist() == [2, -2]
+    halves = np.float32([1.5, -1.5]).view(np.uint32)
+    for rounding, expected in {"rmi": [1, -2], "rpi": [2, -1], "rzi": [1, -1], "rni": [2, -2]}.items():
+        assert converted(halves, "f32", "f32", rounding).view(np.float32).tolist() == expected
     assert converted(np.uint32([2**32 - 1]), "s32", "s64", "s64").view(np.int64).tolist() == [-1]
     assert converted(np.uint32([2**32 - 1]), "u32", "u64", "u64").tolist() == [2**32 - 1]
 

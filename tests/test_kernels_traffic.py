@@ -1,4 +1,4 @@
-"""What the compiled kernels load and store, counted where an emulator runs them: ``make emulate``."""
+"""What the compiled kernels execute, load and store, counted where an emulator runs them: ``make emulate``."""
 
 import os
 
@@ -10,6 +10,7 @@ if os.environ.get("FUSEDRL_EMULATE", "0") == "0":
     pytest.skip("counted by the emulator alone", allow_module_level=True)
 
 from emulator import counted
+from helpers_categorical import problem
 
 ROWS, STEPS = 2048, 32  # enough rows not to be split, and sectors that no two of them share
 
@@ -72,3 +73,15 @@ def test_what_is_loaded_for_a_projection_grows_with_its_atoms_and_not_with_their
             )
         loaded.append(traffic.loaded)
     assert loaded[1] < 10 * loaded[0]
+
+
+def test_a_categorical_loss_of_what_is_loaded_takes_few_instructions() -> None:
+    """Of 51 atoms a target meets 3, where γ is near 1."""
+    arguments = problem((8,), 51, 6, v_min=-10.0, v_max=10.0, dtype=torch.float32)
+    arguments |= {"terminated": torch.zeros(8, dtype=torch.bool), "gamma": 0.99}
+    with counted() as forward:
+        loss, _ = kernels.categorical_q_loss(**arguments, backend="triton")
+    with counted() as backward:
+        torch.autograd.grad(loss, arguments["log_prob"], torch.ones(8))
+    assert forward.executed <= 8 * 520
+    assert backward.executed <= 8 * 120

@@ -43,11 +43,15 @@ def encoded(x: Array, type: str) -> Array:
     return x.astype(np.float16 if type == "f16" else _KINDS[type[0]][bytes]).view(UNSIGNED[bytes])
 
 
+_TO_INTEGER = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
+
+
 def converted(bits: Array, source: str, target: str, rounding: str) -> Array:
     """The bits of a number in another type."""
     numbers = decoded(bits, source)
+    if source in _FLOATING and rounding in _TO_INTEGER:
+        numbers = _TO_INTEGER[rounding](numbers)
     if source in _FLOATING and target not in _FLOATING:
-        numbers = np.trunc(numbers) if rounding == "rzi" else np.rint(numbers)
         limits = np.iinfo(_KINDS[target[0]][size(target)])
         numbers = np.clip(np.nan_to_num(numbers.astype(np.longdouble)), limits.min, limits.max)
     return encoded(numbers, target)

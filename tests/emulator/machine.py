@@ -40,7 +40,7 @@ def run(
         parameters: the bytes of each.
         blocks: address and size of the memory that programs may access.
         random: a ``numpy.random.Generator``, which chooses their order.
-        traffic: counts what they load and store.
+        traffic: counts what they execute, but for branches and barriers, load and store.
 
     Raises:
         Fault: they do what a machine leaves undefined.
@@ -180,6 +180,7 @@ class _Warps:
 
     def _execute(self, i: Instruction, taking: Array) -> None:
         name = i.parts[0]
+        self._group.traffic.executed += int(taking.reshape(-1, LANES).any(1).sum())
         special = getattr(self, f"_{name}", None)
         try:
             with np.errstate(all="ignore"):

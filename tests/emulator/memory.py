@@ -13,9 +13,13 @@ class Fault(Exception):
 
 
 class Traffic:
-    """How many sectors of 32 bytes warps load and store: each once in an access, however many threads are at it."""
+    """How many instructions warps execute, and how many sectors of 32 bytes they load and store.
+
+    Each counts once for a warp, however many of its threads are at it.
+    """
 
     def __init__(self) -> None:
+        self.executed = 0
         self.loaded = 0
         self.stored = 0
 
