@@ -58,12 +58,13 @@ def loss_kernel(
     first = tl.program_id(0) * SAMPLES
     for n in range(first, tl.minimum(first + SAMPLES, samples)):
         sample = tl.full((), 0, tl.int64) + n
-        best = _greedy_action(chooser, support, sample, ATOMS, ACTIONS, DTYPE, INDEX, ACTIONS_POWER, TILE_ATOMS)
-        target = _column(next_log_prob, sample, best)
+        # What doesn't depend on the next action is asked for before it is known.
         bellman = _bellman(values, reward, terminated, gamma_tensor, sample, ATOMS, DTYPE, UNEVEN, ROUNDING)
         taken = tl.load(action[0] + sample * action[1]).to(INDEX)
         exists = (taken >= 0) & (taken < ACTIONS)
         pointer, stride = _column(log_prob, sample, taken)
+        best = _greedy_action(chooser, support, sample, ATOMS, ACTIONS, DTYPE, INDEX, ACTIONS_POWER, TILE_ATOMS)
+        target = _column(next_log_prob, sample, best)
 
         clipped = _clipped(target, True, support, bellman, ATOMS, DTYPE, INDEX, SOURCES)
         weighted = tl.zeros((TARGETS,), DTYPE)

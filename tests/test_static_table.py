@@ -161,7 +161,7 @@ def test_the_loops_of_a_categorical_kernel_over_many_atoms_are_not_unrolled(tabl
 
 def test_as_many_categorical_programs_fit_on_a_processor_as_may_run_there(table) -> None:
     """They are 32, of one warp each: 64 registers let them."""
-    rows = [row for row in table if row["kernel"].startswith("categorical") and row["target"] != "gfx942"]
+    rows = [row for row in table if row["kernel"].startswith("categorical") and row["target"] in ("sm_90", "sm_100")]
     assert [row for row in rows if row["registers"] > 64 and "fp64" not in row["kernel"]] == []
 
 
