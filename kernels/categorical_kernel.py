@@ -54,7 +54,7 @@ def loss_kernel(
 ):
     """Reads all but loss and projected; writes the loss and, if the gradient will be needed, the projection."""
     chooser = next_log_prob if next_online_log_prob is None else next_online_log_prob
-    values = _values(support, gamma, ATOMS, DTYPE)
+    values = _values(support, gamma, ATOMS, DTYPE, INDEX)
     first = tl.program_id(0) * SAMPLES
     for n in range(first, tl.minimum(first + SAMPLES, samples)):
         sample = tl.full((), 0, tl.int64) + n
@@ -132,7 +132,7 @@ def projection_kernel(
     SAMPLES: tl.constexpr,
 ):
     """The projection of ``prob``, passed as (pointer, batch stride, atom stride)."""
-    values = _values(support, gamma, ATOMS, DTYPE)
+    values = _values(support, gamma, ATOMS, DTYPE, INDEX)
     first = tl.program_id(0) * SAMPLES
     for n in range(first, tl.minimum(first + SAMPLES, samples)):
         sample = tl.full((), 0, tl.int64) + n
@@ -181,10 +181,10 @@ def _greedy_action(
 
 
 @triton.jit
-def _values(support, gamma, ATOMS: tl.constexpr, DTYPE: tl.constexpr):
+def _values(support, gamma, ATOMS: tl.constexpr, DTYPE: tl.constexpr, INDEX: tl.constexpr):
     """What all samples have in common: the ends of the support, how many atoms a return of 1 is, and γ."""
     v_min = tl.load(support[0]).to(DTYPE)
-    v_max = tl.load(support[0] + (ATOMS - 1) * support[1]).to(DTYPE)
+    v_max = tl.load(support[0] + tl.full((), ATOMS - 1, INDEX) * support[1]).to(DTYPE)
     return v_min, v_max, (ATOMS - 1) / (v_max - v_min), as_float64(gamma).to(DTYPE)
 
 
