@@ -263,7 +263,7 @@ def test_targets_of_integers_explain_a_variance():
 @pytest.mark.parametrize(
     "function",
     [
-        lambda log_weight, x: F.weight_excess(log_weight, 1 + x),
+        lambda log_weight, x: F.weight_excess(log_weight, x),
         lambda log_weight, x: F.clip_ppo_objective(log_weight, torch.ones(4), x, 2 * x),
         lambda log_weight, x: F.clip_ppo_objective(log_weight, torch.ones(4), 1, x),
     ],
