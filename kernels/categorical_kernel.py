@@ -12,7 +12,7 @@ What owns what. A program is one warp, with one sample, or some after each other
 Backward a program writes the dense gradient of its samples, zeros included, in tiles [atoms, actions].
 
 Sums run in one fixed order and nothing is added by atomics: results are bitwise reproducible. A NaN is carried on,
-which minima and maxima would not do: where the atoms land nowhere, that takes the place of their mass.
+which most minima and maxima don't do: where an atom lands nowhere, that takes the place of all mass.
 
 Distributions are passed as (pointer, batch stride, atom stride, action stride), members of the batch as (pointer, batch
 stride); a tensor that isn't there is None. γ is a number, or a tensor, whose stride is 0 if it is a 0-d one.
@@ -216,20 +216,23 @@ def _bellman(
     width = 2.0 + 2.0 * slack
     apart = tl.where(discount * ATOMS > width, discount, 0.0)
     near = tl.where(apart > 0.0, (width / tl.where(apart > 0.0, apart, 1.0)).to(tl.int32) + 1, ATOMS)
-    return start, step, terminal, start + step * v_min, slack, apart, near
+    return start, step, terminal, v_min, start + step * v_min, slack, apart, near
 
 
 @triton.jit
 def _landing(
     column, LOG: tl.constexpr, support, bellman, j, ATOMS: tl.constexpr, DTYPE: tl.constexpr, INDEX: tl.constexpr
 ):
-    """The mass of atoms j of the column's (log-)probabilities, 0 beyond the last one, and b_j."""
+    """The mass of atoms j of the column's (log-)probabilities, 0 beyond the last one, and b_j, there the first one's.
+
+    A value of 0 in its place would land nowhere if γ is infinite.
+    """
     pointer, stride = column
-    start, step, _, _, _, _, _ = bellman
+    start, step, _, v_min, _, _, _, _ = bellman
     p = tl.load(pointer + j.to(INDEX) * stride, mask=j < ATOMS, other=float("-inf") if LOG else 0.0).to(DTYPE)
     if LOG:
         p = tl.exp(p)
-    z = tl.load(support[0] + j.to(INDEX) * support[1], mask=j < ATOMS, other=0.0).to(DTYPE)
+    z = tl.load(support[0] + j.to(INDEX) * support[1], mask=j < ATOMS, other=v_min).to(DTYPE)
     return p, start + step * z
 
 
@@ -244,12 +247,16 @@ def _clipped(
     INDEX: tl.constexpr,
     SOURCES: tl.constexpr,
 ):
-    """The mass that clipping adds to the first target and to the last one: what the hat function leaves of it there."""
+    """The mass that clipping adds to the first target and to the last one: what the hat function leaves of it there.
+
+    The first target's is NaN if an atom lands nowhere, as 0 does if γ is infinite.
+    """
     below = tl.zeros((SOURCES,), DTYPE)
     above = tl.zeros((SOURCES,), DTYPE)
     for first in range(0, ATOMS, SOURCES):
         p, b = _landing(column, LOG, support, bellman, first + tl.arange(0, SOURCES), ATOMS, DTYPE, INDEX)
-        below += p * tl.minimum(tl.maximum(0.0 - b, 0.0), 1.0)
+        outside = tl.maximum(0.0 - b, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        below += p * tl.minimum(outside, 1.0, propagate_nan=tl.PropagateNan.ALL)
         above += p * tl.minimum(tl.maximum(b - (ATOMS - 1), 0.0), 1.0)
     return tl.sum(below, 0), tl.sum(above, 0)
 
@@ -267,7 +274,7 @@ def _project(
     INDEX: tl.constexpr,
 ):
     """m_i = Σ_j p_j · max(0, 1 − |clip(b_j) − i|) for some targets i."""
-    start, _, terminal, lowest, slack, apart, near = bellman
+    start, _, terminal, _, lowest, slack, apart, near = bellman
     below, above = clipped
     position = i.to(DTYPE)
     if terminal:  # everything lands at the reward, whatever is said of it
@@ -282,5 +289,5 @@ def _project(
         for k in range(near):
             p, b = _landing(column, LOG, support, bellman, first + k, ATOMS, DTYPE, INDEX)
             m += p * tl.maximum(1.0 - tl.abs(b - position), 0.0)
-        m = tl.where(lowest == lowest, m, lowest)
+        m = tl.where(below == below, m, below)
     return m

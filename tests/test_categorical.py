@@ -292,6 +292,23 @@ def test_a_nan_that_counts_is_not_hidden(any_backend, device) -> None:
     assert loss.isnan().tolist() == [True, True, True, True, False]
 
 
+@pytest.mark.parametrize(
+    ("support", "reward", "gamma", "expected"),
+    [
+        ([-1.0, 0.0, 1.0], 0.0, INF, None),  # ∞ · 0 in the middle
+        ([-2.0, -1.0, 0.0], 0.0, -INF, None),  # and at an end
+        ([-1.0, 0.5, 2.0], -INF, INF, None),  # −∞ + ∞
+        ([-2.0, 1.0, 4.0], 0.5, INF, [0.25, 0.0, 0.75]),  # a return of ±∞ is clipped as any other is
+        ([1.0, 2.0, 3.0], INF, INF, [0.0, 0.0, 1.0]),
+    ],
+)
+def test_an_infinite_gamma_gives_nan_where_a_return_is_none(
+    any_backend, device, support, reward, gamma, expected
+) -> None:
+    found = project([0.25, 0.25, 0.5], support, reward, any_backend, device, gamma=gamma)
+    assert found == expected if expected else any(map(math.isnan, found))
+
+
 def test_an_atom_without_mass_may_be_impossible(any_backend, device) -> None:
     """0 · log 0 is 0; where there is mass the cross-entropy is infinite."""
     arguments = problem((2,), 3, 1, v_min=-1.0, v_max=1.0, double=False, device=device)
