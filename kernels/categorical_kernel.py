@@ -212,7 +212,8 @@ def _bellman(
     terminal = tl.load(terminated[0] + sample * terminated[1]) != 0
     start, step = (r - v_min) * atoms_per_value, discount * atoms_per_value
     furthest = tl.abs(step) * tl.maximum(tl.abs(v_min), tl.abs(v_max))
-    slack = 1e-3 + UNEVEN * furthest + ROUNDING * (tl.abs(start) + furthest + ATOMS)
+    # A quarter of an atom costs nothing where γ is near 1, and lets a support lie less evenly than its dtype says.
+    slack = 0.25 + UNEVEN * furthest + ROUNDING * (tl.abs(start) + furthest + ATOMS)
     width = 2.0 + 2.0 * slack
     apart = tl.where(discount * ATOMS > width, discount, 0.0)
     near = tl.where(apart > 0.0, (width / tl.where(apart > 0.0, apart, 1.0)).to(tl.int32) + 1, ATOMS)

@@ -342,6 +342,16 @@ def test_integer_rewards_and_mixed_dtypes_compute_in_the_dtype_of_log_prob(any_b
     assert torch.allclose(loss.double(), expected, rtol=1e-5)
 
 
+def test_a_support_that_was_of_half_precision_keeps_all_mass(backend, device) -> None:
+    """Its atoms lie as unevenly as before, but its dtype no longer says so."""
+    support = torch.linspace(-10.0, 10.0, 51).to(device, torch.bfloat16).float()
+    rewards = torch.linspace(-1.0, 1.0, 101, device=device)
+    prob = torch.full((101, 51), 1 / 51, device=device)
+    terminated = torch.zeros(101, dtype=torch.bool, device=device)
+    m = categorical_projection(prob, support, rewards, terminated, 0.99, backend=backend)
+    assert torch.allclose(m.sum(-1), torch.ones(101, device=device), rtol=TOLERANCE[torch.float32])
+
+
 @pytest.mark.parametrize("make", [float, lambda g: torch.tensor(g, dtype=torch.float64)], ids=["number", "0-d"])
 def test_gamma_keeps_float64_precision(backend, device, make) -> None:
     """γ = 1 − 2⁻⁴⁰ rounds to 1 in float32; the mass that it moves off the last atom is 2⁻⁴⁰·V_max/Δz."""
