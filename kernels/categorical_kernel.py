@@ -60,8 +60,9 @@ def loss_kernel(
         sample = tl.full((), 0, tl.int64) + n
         # What doesn't depend on the next action is asked for before it is known.
         bellman = _bellman(values, reward, terminated, gamma_tensor, sample, ATOMS, DTYPE, UNEVEN, ROUNDING)
-        taken = tl.load(action[0] + sample * action[1]).to(INDEX)
+        taken = tl.load(action[0] + sample * action[1])
         exists = (taken >= 0) & (taken < ACTIONS)
+        taken = taken.to(INDEX)
         pointer, stride = _column(log_prob, sample, taken)
         best = _greedy_action(chooser, support, sample, ATOMS, ACTIONS, DTYPE, INDEX, ACTIONS_POWER, TILE_ATOMS)
         target = _column(next_log_prob, sample, best)
@@ -217,23 +218,21 @@ def _bellman(
     width = 2.0 + 2.0 * slack
     apart = tl.where(discount * ATOMS > width, discount, 0.0)
     near = tl.where(apart > 0.0, (width / tl.where(apart > 0.0, apart, 1.0)).to(tl.int32) + 1, ATOMS)
-    return start, step, terminal, v_min, start + step * v_min, slack, apart, near
+    return start, step, terminal, start + step * v_min, slack, apart, near
 
 
 @triton.jit
 def _landing(
     column, LOG: tl.constexpr, support, bellman, j, ATOMS: tl.constexpr, DTYPE: tl.constexpr, INDEX: tl.constexpr
 ):
-    """The mass of atoms j of the column's (log-)probabilities, 0 beyond the last one, and b_j, there the first one's.
-
-    A value of 0 in its place would land nowhere if γ is infinite.
-    """
+    """The mass of atoms j of the column's (log-)probabilities, 0 beyond the last one, and b_j."""
     pointer, stride = column
-    start, step, _, v_min, _, _, _, _ = bellman
+    start, step, _, _, _, _, _ = bellman
     p = tl.load(pointer + j.to(INDEX) * stride, mask=j < ATOMS, other=float("-inf") if LOG else 0.0).to(DTYPE)
     if LOG:
         p = tl.exp(p)
-    z = tl.load(support[0] + j.to(INDEX) * support[1], mask=j < ATOMS, other=v_min).to(DTYPE)
+    # Beyond the last atom not 0, which lands nowhere if γ is infinite.
+    z = tl.load(support[0] + j.to(INDEX) * support[1], mask=j < ATOMS, other=1.0).to(DTYPE)
     return p, start + step * z
 
 
@@ -275,7 +274,7 @@ def _project(
     INDEX: tl.constexpr,
 ):
     """m_i = Σ_j p_j · max(0, 1 − |clip(b_j) − i|) for some targets i."""
-    start, _, terminal, _, lowest, slack, apart, near = bellman
+    start, _, terminal, lowest, slack, apart, near = bellman
     below, above = clipped
     position = i.to(DTYPE)
     if terminal:  # everything lands at the reward, whatever is said of it
