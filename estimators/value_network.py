@@ -102,8 +102,9 @@ class ValueNetwork:
         present = any(_present(x, value_key) for x in (data, next_data))
         chunked = self.chunk_size is not None or self.num_chunks is not None
         # Compiled code fails under vmap once a length is dynamic. One draw for both takes one call all the same.
-        in_turn = torch.compiler.is_compiling() or is_recurrent(self.module)
-        in_turn = self.deactivate_vmap or (in_turn and self.vmap_randomness != "same")
+        in_turn = self.deactivate_vmap or (
+            (torch.compiler.is_compiling() or is_recurrent(self.module)) and self.vmap_randomness != "same"
+        )
         keys = list(data.keys(True, True))
         # Inputs that a network can do without, such as a first hidden state, may be there for one and not the other.
         alike = bool(keys) and set(keys) == set(next_data.keys(True, True))
