@@ -465,6 +465,14 @@ def test_losses_can_be_profiled(name, tmp_path, capsys) -> None:
     }  # fmt: skip
 
 
+def test_profiles_with_other_options_have_files_of_their_own(tmp_path, capsys) -> None:
+    for options in ([], ["--layout", "time-major", "--dtype", "float64"], ["--backend", "reference"]):
+        assert profile(["td1", "--shape", "2x8", "--budget", "0.01", "--output", str(tmp_path), *options]) == 0
+    names = ("td1", "td1-time-major-float64", "td1-reference")
+    assert {p.name for p in tmp_path.glob("*.png")} == {f"{name}.png" for name in names}
+    assert {p.name for p in tmp_path.glob("*-both*")} == {f"{name}-2x8-both.trace.json" for name in names}
+
+
 def test_a_wrong_result_is_not_profiled(tmp_path, monkeypatch, capsys) -> None:
     operator = scans.OPERATORS["td1"]
     monkeypatch.setitem(scans.OPERATORS, "td1", replace(operator, fusedrl=lambda *x: 1.01 * operator.fusedrl(*x)))

@@ -80,14 +80,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     layout, dtype = LAYOUTS[chosen.layout or "batch-major"], DTYPES[chosen.dtype or "float32"]
     build = builder(chosen.name, device, layout, dtype)
+    name = "-".join(filter(None, (chosen.name, chosen.layout, chosen.dtype, chosen.backend)))
     with use_backend(chosen.backend) if chosen.backend else nullcontext():
-        return profile(chosen.name, [build(*shape) for shape in shapes], device, chosen.budget, chosen.output, console)
+        return profile(name, [build(*shape) for shape in shapes], device, chosen.budget, chosen.output, console)
 
 
 def profile(
     name: str, cases: Sequence[Case], device: torch.device, budget: float, output: Path, console: Console
 ) -> int:
-    """Check, measure, trace and report all cases of ``name``."""
+    """Check, measure, trace and report all cases; ``name`` is what is profiled, and with which options."""
     found = []
     written: list[Path] = []
     for case in cases:
