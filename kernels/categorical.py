@@ -38,7 +38,8 @@ def categorical_q_loss(
             kernel, which can't raise without waiting, gives a loss of NaN.
         next_log_prob: the target network's log-probabilities at s_{t+1}, shape ``[*B, atoms, actions]``. Of a
             terminal step they are never read into a result.
-        support: z, shape ``[atoms]``, increasing, of uniform spacing.
+        support: z, shape ``[atoms]``, increasing and of uniform spacing, which the kernels rely on: of another support
+            they lose mass. It isn't looked at, since that would wait for the device.
         reward: r, shape ``[*B]``; for n-step data the discounted sum of n rewards.
         terminated: the environment terminated, shape ``[*B]``. Non-zero means true.
         gamma: γ, a number, a 0-d tensor or a tensor broadcastable to ``[*B]``; γⁿ for n-step data.
@@ -97,7 +98,8 @@ def categorical_projection(
 
     Args:
         prob: p, shape ``[*B, atoms]``.
-        support: z, shape ``[atoms]``, increasing, of uniform spacing.
+        support: z, shape ``[atoms]``, increasing and of uniform spacing, which the kernels rely on: of another support
+            they lose mass. It isn't looked at, since that would wait for the device.
         reward: r, shape ``[*B]``.
         terminated: the environment terminated, shape ``[*B]``. Non-zero means true.
         gamma: γ, a number, a 0-d tensor or a tensor broadcastable to ``[*B]``.

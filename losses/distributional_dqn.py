@@ -46,7 +46,8 @@ class DistributionalDQNLoss(QLearningLoss):
         backend: which implementation computes (see `fusedrl.kernels.backend`); None for the block's or process's.
 
     Raises:
-        ValueError: an argument that can't be used, a network without a support.
+        ValueError: an argument that can't be used, a network without a support, or one that isn't increasing and evenly
+            spaced.
         KeyError: on call, an entry is missing; the message says how to rename it.
         RuntimeError: on call, the shapes of log-probabilities, action and reward don't fit.
 
@@ -105,6 +106,7 @@ class DistributionalDQNLoss(QLearningLoss):
             use_prioritized_weights=use_prioritized_weights,
         )
         self._support_owner = _owner_of_support(self.value_network)
+        _check_evenly_spaced(self.support)
         masks = (getattr(module, "action_mask_key", None) for module in self.value_network.modules())
         self._masks_actions = any(key is not None for key in masks)
         self.backend = check_backend(backend)
@@ -195,4 +197,21 @@ def _owner_of_support(network: nn.Module) -> str:
     raise ValueError(
         "DistributionalDQNLoss needs the support of the distributions, as an attribute 'support' of the network or of "
         "a module in it"
+    )
+
+
+def _check_evenly_spaced(support: Tensor) -> None:
+    """Raise ValueError unless the atoms are increasing at equal distances, but for rounding to their dtype."""
+    if support.is_meta:
+        return
+    z = support.detach().cpu().double()
+    rounding = torch.finfo(support.dtype).eps if support.is_floating_point() else 0.0
+    if z.ndim == 1 and len(z) > 1:
+        distance = (z[-1] - z[0]) / (len(z) - 1)
+        off = z - z[0] - distance * torch.arange(len(z))
+        if distance > 0 and (off.abs() <= 0.25 * distance + 2 * rounding * z.abs().max()).all():
+            return
+    raise ValueError(
+        "the support of the network must be two or more atoms, increasing at equal distances, but is "
+        f"{str(support.detach()).replace(chr(10), '')}"
     )

@@ -342,6 +342,34 @@ def test_networks_that_cannot_be_used_are_refused():
         random_loss(backend="nonsense")
 
 
+@pytest.mark.parametrize(
+    "support", [[0, 1, 4], [2, 1, 0], [1, 1, 1], [0, 1, float("nan")], [1], [[0, 1]], [0.0, 1.0, 2.9]], ids=str
+)
+def test_a_support_that_is_not_increasing_and_even_is_refused(support):
+    network = ReturnDistribution()
+    network.support = torch.tensor(support)
+    with pytest.raises(ValueError, match="increasing at equal distances"):
+        DistributionalDQNLoss(network, gamma=GAMMA)
+
+
+@pytest.mark.parametrize(
+    "support",
+    [
+        torch.linspace(-10, 10, 51),
+        torch.linspace(-300, 100, 101).bfloat16(),
+        torch.linspace(0, 7, 601).half(),
+        torch.linspace(-10, 10, 51).bfloat16().float(),
+        torch.arange(-3, 4),
+        torch.linspace(0, 1, 3, device="meta"),
+    ],
+    ids=lambda x: f"{x.dtype} {len(x)}",
+)
+def test_a_support_is_even_if_its_rounding_makes_it_less_so(support):
+    network = ReturnDistribution()
+    network.support = support
+    assert DistributionalDQNLoss(network, gamma=GAMMA).support is support
+
+
 # --- bad input --------------------------------------------------------------------------------------------------
 
 
