@@ -61,7 +61,9 @@ def loss_kernel(
         # What doesn't depend on the next action is asked for before it is known.
         bellman = _bellman(values, reward, terminated, gamma_tensor, sample, ATOMS, DTYPE, UNEVEN, ROUNDING)
         taken = tl.load(action[0] + sample * action[1])
+        # Of an action that doesn't exist nothing is read, and the loss says so.
         exists = (taken >= 0) & (taken < ACTIONS)
+        atoms = tl.where(exists, ATOMS, 0)
         taken = taken.to(INDEX)
         pointer, stride = _column(log_prob, sample, taken)
         best = _greedy_action(chooser, support, sample, ATOMS, ACTIONS, DTYPE, INDEX, ACTIONS_POWER, TILE_ATOMS)
@@ -71,13 +73,12 @@ def loss_kernel(
         weighted = tl.zeros((TARGETS,), DTYPE)
         for start in range(0, ATOMS, TARGETS):
             i = start + tl.arange(0, TARGETS)
-            log_p = tl.load(pointer + i.to(INDEX) * stride, mask=(i < ATOMS) & exists, other=0.0).to(DTYPE)
+            log_p = tl.load(pointer + i.to(INDEX) * stride, mask=i < atoms, other=0.0).to(DTYPE)
             m = _project(target, True, support, bellman, clipped, i, ATOMS, DTYPE, INDEX)
             if projected is not None:
                 tl.store(projected + sample * ATOMS + i, m, mask=i < ATOMS)
             # Selected: an atom without mass counts for nothing even if its log-probability is −∞.
             weighted += tl.where(m == 0.0, 0.0, m * log_p)
-        # No such action: nothing outside of the tensor was read, and the loss says so.
         cross_entropy = tl.where(exists, -tl.sum(weighted, 0), float("nan"))
         tl.store(loss + sample, cross_entropy.to(loss.dtype.element_ty))
 

@@ -18,7 +18,10 @@ from torch import Tensor
 from .recognition import Recognition, items
 
 # What a compiled kernel's launcher takes was read from these versions. With any other, Triton dispatches.
-_is_known = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"], ["3", "8"])
+_is_known = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"], ["3", "8"], ["3", "9"])
+
+# A product and a sum are one instruction: Triton's default up to 3.9, which warns that it won't be in 3.10.
+OPTIONS = {"enable_fp_fusion": True}
 
 current_device: Any = getattr(torch._C, "_cuda_getDevice", None)  # absent where PyTorch is without CUDA
 current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
@@ -49,7 +52,7 @@ class Launch:
         self._kernel = kernel
         self._grid = grid
         self._positional = len(arguments)
-        self._options = constants
+        self._options = OPTIONS | constants
         # All that the launcher takes: the kernel's constants, too, where Triton compiles it.
         self._arguments = [*arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :])]
         self._tensors: list[int] = []

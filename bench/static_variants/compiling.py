@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import triton
 import triton.language as tl
+from fusedrl.kernels.launching import OPTIONS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -71,7 +72,7 @@ def compile_as_launched(kernel: Any, arguments: Mapping[str, Any], target: GPUTa
         else:
             signature[name] = declare((i,), x)
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options={"num_warps": warps})
+    return triton.compile(source, target=target, options=OPTIONS | {"num_warps": warps})
 
 
 def named(variant: Any, always: int) -> str:
