@@ -113,8 +113,8 @@ def distribution(policy: Any, tensordict: TensorDictBase, *, write: bool = False
     if last is None:
         return policy.get_dist(tensordict if write else tensordict.copy())
     if write:
-        return distribution_of(last, call(policy.det_part, tensordict))
-    found = written_in_turn([policy.det_part], tensordict)
+        return distribution_of(last, call(policy._det_part, tensordict))
+    found = written_in_turn([policy._det_part], tensordict)
     if all(key in found for key in last.in_keys):
         return distribution_of(last, found)
     tensordict = tensordict.copy()
@@ -189,11 +189,13 @@ def _log_softmax(*logits: Tensor) -> tuple[Tensor, ...]:
 
 
 def _last_of(policy: Any) -> ProbabilisticTensorDictModule | None:
-    """Its last module, if that makes the distribution of what ``det_part`` finds, and nothing else does; else None."""
+    """Its last module, if that makes the distribution of what ``_det_part`` finds, and nothing else does; else None.
+
+    Until tensordict 0.15 a policy asked its ``det_part``, which is deprecated since, and a class could have its own.
+    """
+    methods = "get_dist", "get_dist_params", "build_dist_from_params", "det_part"
     if (
-        not _has_methods_of(
-            ProbabilisticTensorDictSequential, policy, "get_dist", "get_dist_params", "build_dist_from_params"
-        )
+        not _has_methods_of(ProbabilisticTensorDictSequential, policy, *methods)
         or policy.return_composite
         or interaction_type() is None  # the policy's own decides what is drawn on the way
         or skip_existing()
@@ -217,7 +219,7 @@ def _has_methods_of(kind: type, network: Any, *names: str) -> bool:
         return True
     inherits = None if torch.compiler.is_compiling() else _known_to_inherit.get((cls, names))
     if inherits is None:
-        inherits = all(getattr(cls, name, None) is getattr(kind, name) for name in names)
+        inherits = all(getattr(cls, name, None) is getattr(kind, name, None) for name in names)
         if not torch.compiler.is_compiling():  # which would guard all that is known
             _known_to_inherit[cls, names] = inherits
     return inherits

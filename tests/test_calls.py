@@ -232,7 +232,7 @@ class OwnParameters(ProbabilisticTensorDictSequential):
 def test_a_policy_is_asked_for_the_networks_that_make_its_parameters():
     policy = gaussian_policy()
     assert_the_distribution_is_the_policys_own(OwnParameters(*policy.module), observations())
-    policy[0] = TensorDictModule(GaussianParameters(), ["observation"], ["loc", "scale"])  # `det_part` keeps the first
+    policy[0] = TensorDictModule(GaussianParameters(), ["observation"], ["loc", "scale"])  # the first may be kept
     assert_the_distribution_is_the_policys_own(policy, observations())
 
 
