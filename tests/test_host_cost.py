@@ -83,8 +83,9 @@ EVERY_KERNEL = (
 from fusedrl import kernels
 
 def but_for_addresses(launch):
-    parameters = [int.from_bytes(x, "little") for x in launch.parameters]
-    return launch._replace(parameters=["an address" if x > 1 << 32 else x for x in parameters])
+    declared = launch.compiled.asm["ptx"].partition(".entry")[2].partition(")")[0].split(",")
+    given = zip(declared, launch.parameters, strict=True)
+    return launch._replace(parameters=["an address" if ".ptr" in x else value for x, value in given])
 
 def leaves(*shape, n):
     return [torch.rand(*shape).add_(0.1).requires_grad_() for _ in range(n)]
