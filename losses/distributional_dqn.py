@@ -13,6 +13,7 @@ from ..estimators.base import as_hyperparameter
 from ..estimators.registry import resolved
 from ..kernels import categorical_q_loss
 from ..kernels.backend import check_backend
+from ..kernels.dispatch import are_plain
 from .q_learning import QLearningLoss
 from .reduction import align
 from .utils import ValueEstimators
@@ -201,8 +202,11 @@ def _owner_of_support(network: nn.Module) -> str:
 
 
 def _check_evenly_spaced(support: Tensor) -> None:
-    """Raise ValueError unless the atoms are increasing at equal distances, but for rounding to their dtype."""
-    if support.is_meta:
+    """Raise ValueError unless the atoms are increasing at equal distances, but for rounding to their dtype.
+
+    Of a support without numbers, on the device "meta" or a fake tensor, nothing can be said.
+    """
+    if not are_plain([support]):
         return
     z = support.detach().cpu().double()
     rounding = torch.finfo(support.dtype).eps if support.is_floating_point() else 0.0

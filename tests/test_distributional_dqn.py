@@ -28,6 +28,7 @@ from helpers_q import (
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 ATOMS = 5
 GAMMA = 0.9
@@ -361,8 +362,9 @@ def test_a_support_that_is_not_increasing_and_even_is_refused(support):
         torch.linspace(-10, 10, 51).bfloat16().float(),
         torch.arange(-3, 4),
         torch.linspace(0, 1, 3, device="meta"),
+        FakeTensorMode().from_tensor(torch.linspace(0, 1, 3)),
     ],
-    ids=lambda x: f"{x.dtype} {len(x)}",
+    ids=lambda x: f"{x.dtype} {len(x)} {x.device}",
 )
 def test_a_support_is_even_if_its_rounding_makes_it_less_so(support):
     network = ReturnDistribution()
