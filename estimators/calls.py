@@ -196,6 +196,7 @@ def _last_of(policy: Any) -> ProbabilisticTensorDictModule | None:
     methods = "get_dist", "get_dist_params", "build_dist_from_params", "det_part"
     if (
         not _has_methods_of(ProbabilisticTensorDictSequential, policy, *methods)
+        or getattr(policy, "_det_part", None) is None
         or policy.return_composite
         or interaction_type() is None  # the policy's own decides what is drawn on the way
         or skip_existing()
