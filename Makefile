@@ -3,17 +3,19 @@
 PYTHON ?= python3
 EXAMPLE ?= ppo_cartpole
 VENV := .venv
+CONSTRAINTS := constraints.txt
+EXTRAS := test,examples,peer
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LIBRARY := kernels estimators losses
 
-.PHONY: demo test emulate lint bench readme gpu static clean
+.PHONY: demo test newest emulate lint bench readme gpu static clean
 
 # The folders are prerequisites because a strict editable install links files one by one: a new file needs a new link.
 $(INSTALLED): pyproject.toml constraints.txt $(LIBRARY) losses/functional
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
-		--config-settings editable_mode=strict -e '.[test,examples,peer]'
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS:%=-c %) \
+		--config-settings editable_mode=strict -e '.[$(EXTRAS)]'
 	touch $@
 
 demo: $(INSTALLED)
@@ -23,6 +25,11 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST)
 	$(if $(PYTEST),,$(MAKE) emulate PYTEST='-k "hand_computed or share or one_program or loaded or nan"')
+
+# The tests with the newest versions of everything, such as users install, instead of the pinned ones; without TorchRL,
+# which holds tensordict back.
+newest:
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS= EXTRAS=test,examples
 
 # The tests of the kernels once more, on what they compile to for sm_90: an emulator runs it, which needs a C compiler.
 # `make emulate TESTS=tests/test_parity_*.py` runs others on it.
@@ -62,4 +69,4 @@ gpu:
 	$$python -m bench.profile gae --shape 4096x128 65536x32 8192x2048
 
 clean:
-	rm -rf $(VENV) build out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest build out .pytest_cache .mypy_cache .ruff_cache .hypothesis
