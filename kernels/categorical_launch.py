@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import launching
 from .categorical_kernel import gradient_kernel, loss_kernel, projection_kernel
-from .categorical_problem import Bellman, Transition, loss_dtype, new_gradient
+from .categorical_problem import Bellman, Transition, loss_dtype, new_gradient, unevenness
 from .dtypes import compute_dtype
 from .launching import TRITON_DTYPE, Launch, Launcher, Plan, scalar, scalar_arguments, strided
 
@@ -81,7 +81,7 @@ def _plan_loss(_: None, *arguments: Any) -> Plan:
         TILE_ATOMS=tile.atoms,
         TARGETS=tile.targets,
         SOURCES=tile.sources,
-        UNEVEN=_uneven(support),
+        UNEVEN=unevenness(support),
         ROUNDING=16 * torch.finfo(dtype).eps,
         SAMPLES=each,
         num_warps=_WARPS,
@@ -144,7 +144,7 @@ def _plan_projection(_: None, *arguments: Any) -> Plan:
         INDEX=_index(prob, support[None]),
         TARGETS=tile.targets,
         SOURCES=tile.sources,
-        UNEVEN=_uneven(support),
+        UNEVEN=unevenness(support),
         ROUNDING=16 * torch.finfo(dtype).eps,
         SAMPLES=each,
         num_warps=_WARPS,
@@ -163,11 +163,6 @@ def _discount(gamma: Any) -> tuple[Any, Any]:
 def _samples_of_program(samples: int, processors: int) -> int:
     """One, or 4 of many: programs don't start faster than three in two nanoseconds. Of one warp 32 run at once."""
     return 4 if samples >= 4 * 32 * processors else 1
-
-
-def _uneven(support: Tensor) -> float:
-    """How far from evenly spaced the support may be, rounded to its dtype, as a part of its greatest number."""
-    return 2 * torch.finfo(support.dtype).eps if support.is_floating_point() else 0.0
 
 
 def _strided(x: Tensor | None) -> tuple[Any, ...] | None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_agrees, check_broadcasts, check_scalar, check_tensor
+from .dispatch import are_plain
 
 _HALF = (torch.float16, torch.bfloat16)
 _INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -82,6 +83,30 @@ def check_bellman(bellman: Bellman, shape: torch.Size, device: torch.device) -> 
     _check_member("terminated", terminated, torch.Size(batch), device)
     check_scalar("gamma", gamma)
     check_broadcasts("gamma", gamma, "the batch", torch.Size(batch), device)
+
+
+def check_evenly_spaced(support: Tensor) -> None:
+    """Raise ValueError unless the atoms are increasing at equal distances, as evenly as the kernels need them to be.
+
+    It waits for the device. Of a support without numbers, on the device "meta" or a fake tensor, nothing can be said.
+    """
+    if not are_plain([support]):
+        return
+    z = support.detach().cpu().double()
+    if z.ndim == 1 and len(z) > 1:
+        distance = (z[-1] - z[0]) / (len(z) - 1)
+        off = z - z[0] - distance * torch.arange(len(z))
+        if distance > 0 and (off.abs() <= 0.25 * distance + unevenness(support) * z.abs().max()).all():
+            return
+    raise ValueError(
+        "the support of the network must be two or more atoms, increasing at equal distances, but is "
+        f"{str(support.detach()).replace(chr(10), '')}"
+    )
+
+
+def unevenness(support: Tensor) -> float:
+    """How far from evenly spaced the support may be, rounded to its dtype, as a part of its greatest number."""
+    return 2 * torch.finfo(support.dtype).eps if support.is_floating_point() else 0.0
 
 
 def flat_transition(transition: Transition) -> Transition:

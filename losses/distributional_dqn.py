@@ -13,7 +13,7 @@ from ..estimators.base import as_hyperparameter
 from ..estimators.registry import resolved
 from ..kernels import categorical_q_loss
 from ..kernels.backend import check_backend
-from ..kernels.dispatch import are_plain
+from ..kernels.categorical_problem import check_evenly_spaced
 from .q_learning import QLearningLoss
 from .reduction import align
 from .utils import ValueEstimators
@@ -107,7 +107,7 @@ class DistributionalDQNLoss(QLearningLoss):
             use_prioritized_weights=use_prioritized_weights,
         )
         self._support_owner = _owner_of_support(self.value_network)
-        _check_evenly_spaced(self.support)
+        check_evenly_spaced(self.support)
         masks = (getattr(module, "action_mask_key", None) for module in self.value_network.modules())
         self._masks_actions = any(key is not None for key in masks)
         self.backend = check_backend(backend)
@@ -198,24 +198,4 @@ def _owner_of_support(network: nn.Module) -> str:
     raise ValueError(
         "DistributionalDQNLoss needs the support of the distributions, as an attribute 'support' of the network or of "
         "a module in it"
-    )
-
-
-def _check_evenly_spaced(support: Tensor) -> None:
-    """Raise ValueError unless the atoms are increasing at equal distances, but for rounding to their dtype.
-
-    Of a support without numbers, on the device "meta" or a fake tensor, nothing can be said.
-    """
-    if not are_plain([support]):
-        return
-    z = support.detach().cpu().double()
-    rounding = torch.finfo(support.dtype).eps if support.is_floating_point() else 0.0
-    if z.ndim == 1 and len(z) > 1:
-        distance = (z[-1] - z[0]) / (len(z) - 1)
-        off = z - z[0] - distance * torch.arange(len(z))
-        if distance > 0 and (off.abs() <= 0.25 * distance + 2 * rounding * z.abs().max()).all():
-            return
-    raise ValueError(
-        "the support of the network must be two or more atoms, increasing at equal distances, but is "
-        f"{str(support.detach()).replace(chr(10), '')}"
     )

@@ -9,6 +9,7 @@ from fusedrl import kernels
 if os.environ.get("FUSEDRL_EMULATE", "0") == "0":
     pytest.skip("counted by the emulator alone", allow_module_level=True)
 
+import triton
 from emulator import counted
 from helpers_categorical import problem
 
@@ -76,12 +77,13 @@ def test_what_is_loaded_for_a_projection_grows_with_its_atoms_and_not_with_their
 
 
 def test_a_categorical_loss_of_what_is_loaded_takes_few_instructions() -> None:
-    """Of 51 atoms a target meets 3, where γ is near 1: 516 instructions and 115, forward 526 by Triton 3.9."""
+    """Of 51 atoms a target meets 3, where γ is near 1. Forward Triton 3.9 takes 10 instructions more than 3.7."""
     arguments = problem((8,), 51, 6, v_min=-10.0, v_max=10.0, dtype=torch.float32)
     arguments |= {"terminated": torch.zeros(8, dtype=torch.bool), "gamma": 0.99}
     with counted() as forward:
         loss, _ = kernels.categorical_q_loss(**arguments, backend="triton")
     with counted() as backward:
         torch.autograd.grad(loss, arguments["log_prob"], torch.ones(8))
-    assert forward.executed <= 8 * 530
+    since_triton_3_9 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+    assert forward.executed <= 8 * (530 if since_triton_3_9 else 520)
     assert backward.executed <= 8 * 120
